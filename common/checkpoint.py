@@ -1,0 +1,191 @@
+"""From a model's name to its weights and its tokenizer.
+
+A name is one of the shipped models (`tiny`), a directory, a Hugging Face id (`Qwen/Qwen3-0.6B`), or `random:<preset>`:
+a real model's shapes with seeded random weights, so that speed can be measured at real sizes without a download.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from common.errors import FieldError
+
+MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
+RANDOM_PREFIX = "random:"
+RANDOM_SEED = 0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+]
+
+# Shapes of published models: llama2.c's stories110M, Qwen3-0.6B, Qwen3-8B; the MoE's are our own.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-110m": dict(
+        model_type="llama", hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
+        head_dim=64, intermediate_size=2048, vocab_size=32_000, max_position_embeddings=4_096, tie_word_embeddings=True,
+    ),
+    "qwen3-0.6b": dict(
+        model_type="qwen3", hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, intermediate_size=3072, vocab_size=151_936, max_position_embeddings=40_960,
+        tie_word_embeddings=True, rms_norm_eps=1e-6, rope_theta=1_000_000.0,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3", hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, intermediate_size=12_288, vocab_size=151_936, max_position_embeddings=40_960,
+        tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=1_000_000.0,
+    ),
+    "moe-small": dict(
+        model_type="qwen3_moe", hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, intermediate_size=1024, moe_intermediate_size=512, num_experts=16, num_experts_per_tok=4,
+        norm_topk_prob=True, vocab_size=32_000, max_position_embeddings=4_096, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model found. directory is None for random weights, whose text goes through the shipped tokenizer."""
+
+    name: str
+    config: Any
+    directory: Path | None
+    tokenizer_directory: Path
+    eos_token_ids: frozenset[int]
+
+    @property
+    def max_model_len(self) -> int:
+        """The context in tokens: prompt and answer together."""
+        return self.config.max_position_embeddings
+
+
+def resolve_checkpoint(model: str) -> Checkpoint:
+    """Find a model by name. Raises FieldError("model", …) saying what was looked for and what is missing."""
+    if model.startswith(RANDOM_PREFIX):
+        return _random_checkpoint(model)
+    directory = _find_directory(model)
+    if not (directory / "config.json").is_file():
+        raise FieldError("model", f"{directory} has no config.json")
+    if not any(directory.glob("*.safetensors")):
+        raise FieldError("model", f"{directory} has no *.safetensors file (weights load from safetensors only)")
+    if not (directory / "tokenizer.json").is_file() and not (directory / "tokenizer_config.json").is_file():
+        raise FieldError("model", f"{directory} has no tokenizer.json")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise FieldError("model", f"{directory}/config.json cannot be read: {_first_line(error)}") from error
+    return Checkpoint(model, config, directory, directory, _eos_token_ids(directory, config))
+
+
+def _find_directory(model: str) -> Path:
+    if (MODELS_DIR / model).is_dir() and "/" not in model and model not in ("", ".", ".."):
+        return MODELS_DIR / model
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        shipped = ", ".join(sorted(p.name for p in MODELS_DIR.glob("*/") if (p / "config.json").is_file()))
+        raise FieldError(
+            "model", f"{model!r} is neither a shipped model ({shipped}), nor a directory, nor a Hugging Face id "
+            f"(owner/name), nor {RANDOM_PREFIX}<{'|'.join(PRESETS)}>"
+        )  # fmt: skip
+    try:
+        return Path(snapshot_download(model, allow_patterns=_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FieldError(
+            "model", f"{model!r} is no directory and could not be fetched: {_first_line(error)}"
+        ) from error
+
+
+def _random_checkpoint(model: str) -> Checkpoint:
+    preset = model.removeprefix(RANDOM_PREFIX)
+    if preset not in PRESETS:
+        raise FieldError("model", f"no preset {preset!r}: expected {RANDOM_PREFIX}<{'|'.join(PRESETS)}>")
+    shape = dict(PRESETS[preset])
+    tokenizer_directory = MODELS_DIR / "tiny"
+    eos_token_ids = _eos_token_ids(tokenizer_directory, AutoConfig.from_pretrained(tokenizer_directory))
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    config.eos_token_id = next(iter(eos_token_ids))
+    return Checkpoint(model, config, None, tokenizer_directory, eos_token_ids)
+
+
+def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
+    """generation_config.json's ids (chat models end on more than one), else config.json's."""
+    path = directory / "generation_config.json"
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise FieldError("model", f"{path} cannot be read: {_first_line(error)}") from error
+    eos = config.eos_token_id if eos is None else eos
+    return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Raises FieldError if the tokenizer's files cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.tokenizer_directory, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception on a malformed tokenizer.json
+        raise FieldError("model", f"{checkpoint.tokenizer_directory}: bad tokenizer: {_first_line(error)}") from error
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
+    """transformers' model with its weights, in eval mode. Raises FieldError on a corrupt file or missing tensors."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    if checkpoint.directory is None:
+        with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []), torch.device(device):
+            torch.manual_seed(RANDOM_SEED)
+            return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
+    check_safetensors(checkpoint.directory)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except ValueError as error:  # not a model that writes text
+        raise FieldError("model", f"{checkpoint.directory}: {_first_line(error)}") from error
+    model, info = loaded
+    if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        raise FieldError(
+            "model", f"{checkpoint.directory} lacks {len(wrong)} tensors or has other shapes: {wrong[0]} …"
+        )
+    return model.to(device).eval()
+
+
+def check_safetensors(directory: Path) -> None:
+    """Read each weight file's header. Raises FieldError naming the first that is corrupt or cut short."""
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise FieldError("model", f"{path} is corrupt: {_first_line(error)}") from error
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """float32 on a CPU, so that all engines give one answer; bfloat16 on a GPU."""
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

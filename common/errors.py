@@ -1,0 +1,16 @@
+"""Errors at the boundary: each names the field, the value and the limit."""
+
+from __future__ import annotations
+
+
+class FieldError(ValueError):
+    """A value from outside that cannot be accepted. `field` is the name under which it was given."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+def openai_error(message: str, param: str | None, error_type: str = "invalid_request_error") -> dict:
+    """The body of an error response as OpenAI writes it."""
+    return {"error": {"message": message, "type": error_type, "param": param, "code": None}}

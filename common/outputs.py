@@ -1,0 +1,38 @@
+"""What an engine answers, under vLLM's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One answer. token_ids holds every sampled token, the stop token too; text leaves the stop token out.
+
+    stop_reason is the id from stop_token_ids that ended the answer, None for the end-of-sequence token and for length.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    stop_reason: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answers to one prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Token counts as the OpenAI API reports them."""
+        prompt, completion = len(self.prompt_token_ids), sum(len(output.token_ids) for output in self.outputs)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

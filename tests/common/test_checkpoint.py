@@ -1,0 +1,240 @@
+"""common/checkpoint.py: a model found by name, its weights loaded, and a clear error for what is missing or broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import checkpoint
+from common.checkpoint import MODELS_DIR, check_safetensors, load_model, load_tokenizer, resolve_checkpoint
+from common.errors import FieldError
+from common.testing import small_model
+
+PRESET = dict(
+    model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    intermediate_size=64, vocab_size=4096, max_position_embeddings=128, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A small random model in the Hugging Face layout, with the shipped tokenizer."""
+    path = tmp_path / "small"
+    small_model("llama", seed=1).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / name).symlink_to(MODELS_DIR / "tiny" / name)
+    return path
+
+
+def refused(model: str | Path, *words: str, load: bool = False) -> None:
+    with pytest.raises(FieldError) as caught:
+        found = resolve_checkpoint(str(model))
+        if load:
+            load_tokenizer(found)
+            load_model(found, torch.float32, "cpu")
+    assert caught.value.field == "model", f"the error blames {caught.value.field!r}, expected 'model'"
+    message = str(caught.value)
+    assert "\n" not in message, f"an error is one line: {message!r}"
+    for word in words:
+        assert word in message, f"expected {word!r} in {message!r}"
+
+
+def test_a_shipped_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # shipped models are found from anywhere
+    found = resolve_checkpoint("tiny")
+    assert found.directory == found.tokenizer_directory == MODELS_DIR / "tiny"
+    assert (found.name, found.max_model_len) == ("tiny", 2048)
+    eos = load_tokenizer(found).eos_token_id
+    assert found.eos_token_ids == {eos}, f"the model ends on {set(found.eos_token_ids)}, its tokenizer on {eos}"
+
+
+def test_a_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory.parent)
+    for model in (str(directory), "small", "./small"):
+        found = resolve_checkpoint(model)
+        assert (found.name, found.max_model_len) == (model, 256)
+        assert found.directory is not None and found.directory.resolve() == directory.resolve()
+    expected = small_model("llama", seed=1).state_dict()
+    loaded = load_model(found, torch.float32, "cpu")
+    assert not loaded.training and loaded.dtype == torch.float32
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), f"{name} was loaded with other values than it was saved with"
+    assert load_model(found, torch.bfloat16, "cpu").dtype == torch.bfloat16
+
+
+def write_generation_config(directory: Path, content: object) -> None:
+    (directory / "generation_config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "config_eos", "expected"),
+    [
+        ({"eos_token_id": [7, 9]}, 3, {7, 9}),
+        ({"eos_token_id": 7}, 3, {7}),
+        ({"eos_token_id": 0}, 3, {0}),
+        ({"eos_token_id": None}, 3, {3}),
+        ({}, [3, 4], {3, 4}),
+        (None, 3, {3}),
+        (None, None, set()),
+        ({}, None, set()),
+    ],
+    ids=str,
+)
+def test_eos_ids_come_from_the_generation_config_first(
+    directory: Path, generation_config: dict | None, config_eos: object, expected: set[int]
+) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "eos_token_id": config_eos}))
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if generation_config is not None:
+        write_generation_config(directory, generation_config)
+    got = resolve_checkpoint(str(directory)).eos_token_ids
+    assert got == expected, f"generation_config.json {generation_config}, config.json {config_eos}: got {set(got)}"
+
+
+@pytest.mark.parametrize("model", ["owner/no-such-model", "Qwen/Qwen3-0.6B-absent"])
+def test_a_hugging_face_id_while_offline(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(model, repr(model), "no directory", "could not be fetched")
+
+
+@pytest.mark.parametrize(
+    "model", ["tinny", "", ".", "..", "/no/such/place", "./no/such", "a/b/c", "~/no-such", "../models"]
+)
+def test_a_name_that_is_nothing(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    if model in ("", ".", ".."):
+        refused(model, "has no config.json")
+    else:
+        refused(model, repr(model), "neither a shipped model (", "tiny", "owner/name", "random:")
+
+
+def test_a_bad_hugging_face_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused("owner/what is this?", "'owner/what is this?'", "could not be fetched")
+
+
+def test_a_directory_with_something_missing(directory: Path, tmp_path: Path) -> None:
+    for name, word in (
+        ("tokenizer_config.json", ""),
+        ("tokenizer.json", "no tokenizer.json"),
+        ("model.safetensors", "no *.safetensors"),
+        ("config.json", "no config.json"),
+    ):
+        (directory / name).unlink()
+        if word:
+            refused(directory, str(directory), word)
+        else:
+            assert resolve_checkpoint(str(directory)), "tokenizer.json alone is enough"
+
+
+def test_a_pickle_is_no_weight_file(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    refused(directory, "safetensors only")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", b"{", ["config.json", "cannot be read"]),
+        ("config.json", b'{"model_type": "no-such-family"}', ["config.json", "cannot be read", "no-such-family"]),
+        ("config.json", b'{"model_type": "t5", "eos_token_id": 1}', ["T5Config"]),
+        ("generation_config.json", b"{", ["generation_config.json", "cannot be read"]),
+        ("generation_config.json", b"[1]", ["generation_config.json", "cannot be read"]),
+        ("tokenizer.json", b"{", ["bad tokenizer"]),
+        ("tokenizer.json", b'{"version": "1.0"}', ["bad tokenizer"]),
+        ("model.safetensors", b"", ["model.safetensors", "corrupt"]),
+        ("model.safetensors", b"\x80" * 4000, ["model.safetensors", "corrupt"]),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}", ["lacks 21 tensors", "lm_head.weight"]),
+    ],
+)
+def test_a_broken_file(directory: Path, name: str, content: bytes, words: list[str]) -> None:
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).write_bytes(content)
+    refused(directory, str(directory), *words, load=True)
+
+
+def test_weights_cut_short(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    check_safetensors(directory)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FieldError, match="^model: .*model.safetensors is corrupt"):
+        check_safetensors(directory)
+
+
+def test_tensors_missing_or_of_another_shape(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(directory, "lacks 1 tensors", "model.norm.weight", load=True)
+    save_file({**tensors, "model.norm.weight": norm[:7].clone()}, path, metadata={"format": "pt"})
+    refused(directory, "other shapes", "model.norm.weight", load=True)
+
+
+# Random weights
+
+
+@pytest.fixture
+def preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(checkpoint.PRESETS, "small", PRESET)
+    return "random:small"
+
+
+def weights(model: str) -> dict[str, Any]:
+    return load_model(resolve_checkpoint(model), torch.float32, "cpu").state_dict()
+
+
+def test_a_preset_is_seeded_and_leaves_the_global_generator_alone(preset: str) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = weights(preset)
+    assert torch.equal(torch.get_rng_state(), before), "making random weights moved torch's global generator"
+    torch.manual_seed(6)
+    second = weights(preset)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), f"{name} of {preset} differs between two loads: it must be seeded"
+    embedding = first["model.embed_tokens.weight"]
+    assert embedding.std() > 0, "random weights that are all the same"
+
+
+def test_a_preset_borrows_the_shipped_tokenizer(preset: str) -> None:
+    found = resolve_checkpoint(preset)
+    assert found.directory is None and found.max_model_len == 128
+    assert found.eos_token_ids == resolve_checkpoint("tiny").eos_token_ids
+    assert load_tokenizer(found).decode(load_tokenizer(found).encode("Hi there")) == "Hi there"
+    assert PRESET["model_type"] == "llama", "resolving a preset must not change the table of presets"
+
+
+def test_an_unknown_preset(preset: str) -> None:
+    for model in ("random:", "random:smaall", "random:random:small"):
+        refused(model, "no preset", repr(model.removeprefix("random:")), "llama-110m", "small")
+
+
+@pytest.mark.parametrize("name", sorted(checkpoint.PRESETS))
+def test_the_shipped_presets_describe_real_models(name: str) -> None:
+    found = resolve_checkpoint(f"random:{name}")
+    config = found.config
+    assert config.num_attention_heads % config.num_key_value_heads == 0
+    assert config.vocab_size >= 4096, "the shipped tokenizer's ids must exist in the model"
+    for key, value in checkpoint.PRESETS[name].items():
+        got = config.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(config, key)
+        assert got == value, f"{name}: {key} is {got}, the table says {value}"
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("llama-110m", (105, 115)), ("qwen3-0.6b", (590, 600)), ("qwen3-8b", (8_150, 8_250))]
+)
+def test_the_shipped_presets_have_the_size_they_say(name: str, millions: tuple[int, int]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(resolve_checkpoint(f"random:{name}").config)
+    got = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert millions[0] < got < millions[1], f"{name}: expected {millions} million parameters, got {got:.1f}"

@@ -1,0 +1,241 @@
+"""What every part is held to. Each test says from which part on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.testing import assert_same_greedy
+
+ROOT = Path(__file__).parents[2]
+MAX_FUNCTION_LINES = 70
+TIMEOUT_S = 300
+FIRST_LESSON = 'README of part 1, "{}"'
+
+GREEDY_PROMPTS = [
+    ("What is a KV cache?", True),
+    ("Tell me a story about Nora and a shy fox.", True),
+    ("Once upon a time there was", False),
+    ("a", False),
+    ("def add(a, b):\n    return", False),
+    ("日本語のテキスト 🦊", False),
+    ("Paged attention splits the cache into blocks of 16 tokens. " * 20, False),
+]
+
+
+# The answers
+
+
+@pytest.mark.since(1)
+def test_greedy_equals_transformers(engine: Any, reference: Any) -> None:
+    prompts = [reference.encode(text, chat) for text, chat in GREEDY_PROMPTS]
+    results = engine.generate(prompts, max_tokens=12)
+    assert len(results) == len(prompts), f"{engine.part}: {len(prompts)} prompts, but {len(results)} results"
+    for number, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        expected = reference.greedy(prompt, 12, reference.eos_token_ids)
+        where = f"{engine.part}, request {number} of {len(prompts)} ({GREEDY_PROMPTS[number][0][:30]!r})"
+        assert result.prompt_token_ids == prompt, (
+            f"{where}: this is the answer to another prompt, or the prompt was changed"
+        )
+        assert_same_greedy(reference.model, prompt, result.outputs[0].token_ids, expected, where)
+
+
+STOP_CASES: dict[str, dict[str, Any]] = {
+    "EOS": {"max_tokens": 16},
+    "EOS as the last permitted token": {"max_tokens": "end + 1"},
+    "max_tokens before EOS": {"max_tokens": "end"},
+    "max_tokens of 1": {"max_tokens": 1},
+    "ignore_eos": {"max_tokens": 16, "ignore_eos": True},
+    "stop_token_ids": {"max_tokens": 16, "ignore_eos": True, "stop_token_ids": "stop token"},
+    "EOS before stop_token_ids": {"max_tokens": 16, "stop_token_ids": "stop token"},
+    "min_tokens that are out in time": {"max_tokens": 16, "min_tokens": "end"},
+    "min_tokens and ignore_eos": {"max_tokens": 16, "min_tokens": 16, "ignore_eos": True},
+}
+
+
+@pytest.mark.since(1)
+@pytest.mark.parametrize("case", STOP_CASES)
+def test_stop_rules(engine: Any, reference: Any, case: str) -> None:
+    end, token = reference.end, reference.free_run[reference.end]
+    values = {"end": end, "end + 1": end + 1, "stop token": [token]}
+    fields = {name: values[v] if isinstance(v, str) else v for name, v in STOP_CASES[case].items()}
+    stops = fields["max_tokens"] > end and (not fields.get("ignore_eos") or "stop_token_ids" in fields)
+    count = end + 1 if stops else fields["max_tokens"]
+    expected = reference.free_run[:count]
+    reasons = ("stop" if stops else "length", token if fields.get("ignore_eos") and stops else None)
+
+    [result] = engine.generate([reference.stop_prompt], **fields)
+    output = result.outputs[0]
+    where = f"{engine.part}, {case}: {fields}, token {token} ends a sequence and comes as number {end + 1}."
+    look = f"Look for check_stop; {FIRST_LESSON.format('When to stop')}."
+    assert output.token_ids == expected, f"{where} Expected tokens {expected}, got {output.token_ids}. {look}"
+    got = (output.finish_reason, output.stop_reason)
+    assert got == reasons, f"{where} Expected (finish_reason, stop_reason) {reasons}, got {got}. {look}"
+    text = reference.decode(expected[:-1] if stops else expected)
+    assert output.text == text, f"{where} Expected the text {text!r}, got {output.text!r}. {look}"
+    usage = {"prompt_tokens": 10, "completion_tokens": count, "total_tokens": 10 + count}
+    assert result.usage == usage, f"{where} Expected usage {usage}, got {result.usage}"
+    assert result.finished, f"{where} The result says that it is not finished"
+
+
+@pytest.mark.since(1)
+def test_min_tokens_holds_eos_back(engine: Any, reference: Any) -> None:
+    end, token = reference.end, reference.free_run[reference.end]
+    output = engine.generate([reference.stop_prompt], max_tokens=20, min_tokens=end + 3)[0].outputs[0]
+    got = output.token_ids
+    look = f"Look at how min_tokens changes the logits; {FIRST_LESSON.format('When to stop')}."
+    assert got[:end] == reference.free_run[:end], f"{engine.part}: {got} against {reference.free_run}. {look}"
+    assert len(got) >= end + 3 and token not in got[: end + 3], (
+        f"{engine.part}: min_tokens={end + 3}, but {got} has the end token {token} earlier, or is shorter. {look}"
+    )
+
+
+@pytest.mark.since(1)
+@pytest.mark.parametrize(("num_prompt_tokens", "count"), [(10, 6), (15, 1)])
+def test_the_end_of_the_context_ends_the_answer(
+    short_engine: Any, reference: Any, num_prompt_tokens: int, count: int
+) -> None:
+    prompt = list(range(100, 100 + num_prompt_tokens))
+    output = short_engine.generate([prompt], max_tokens=100, ignore_eos=True)[0].outputs[0]
+    expected = reference.greedy(prompt, count)
+    assert (output.token_ids, output.finish_reason) == (expected, "length"), (
+        f"{short_engine.part}: a prompt of {num_prompt_tokens} in a context of 16: expected {count} tokens, {expected} "
+        f"and 'length', got {output.token_ids} and {output.finish_reason!r}. Look for check_stop; "
+        f"{FIRST_LESSON.format('When to stop')}."
+    )
+
+
+@pytest.mark.since(1)
+def test_a_seed_makes_an_answer_reproducible(engine: Any, reference: Any) -> None:
+    fields = {"temperature": 5.0, "max_tokens": 12, "ignore_eos": True}
+    answers = [
+        engine.generate([reference.stop_prompt], seed=seed, **fields)[0].outputs[0].token_ids
+        for seed in (7, None, 7, 8)
+    ]
+    look = f"Look at the generator; {FIRST_LESSON.format('Choosing a token')}."
+    assert answers[0] == answers[2], f"{engine.part}: seed 7 twice gave {answers[0]} and {answers[2]}. {look}"
+    assert answers[0] != answers[3], f"{engine.part}: seeds 7 and 8 gave the same answer at temperature 5. {look}"
+
+
+# The folder
+
+
+@pytest.mark.since(1)
+@pytest.mark.parametrize("name", ["__init__.py", "__main__.py", "demo.py", "bench.py", "README.md", "exercises.md"])
+def test_a_part_has_its_files(part_dir: Path, name: str) -> None:
+    assert (part_dir / name).is_file(), f"{part_dir.name} has no {name}"
+    assert (part_dir / name).stat().st_size, f"{part_dir.name}/{name} is empty"
+
+
+def parse_sources(part_dir: Path) -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(part_dir.rglob("*.py"))}
+
+
+def first_party_names() -> set[str]:
+    """What can be imported from the root of the repository, but not by a part."""
+    entries = (path for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir())
+    return {path.stem for path in entries if not path.name.startswith(".")} - {"common"}
+
+
+@pytest.mark.since(1)
+def test_a_part_imports_no_other_part(part_dir: Path) -> None:
+    forbidden = first_party_names()
+    assert {"tests", part_dir.name} <= forbidden, f"this test looks in the wrong place: {forbidden}"
+    for path, tree in parse_sources(part_dir).items():
+        depth = len(path.relative_to(part_dir).parts)
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level <= depth, f"{path}:{node.lineno} imports from outside of the part"
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] not in forbidden, (
+                    f"{path}:{node.lineno} imports {name}: a part imports the standard library, third-party packages, "
+                    "common, and itself by relative imports; nothing else"
+                )
+
+
+@pytest.mark.since(1)
+def test_functions_are_short(part_dir: Path) -> None:
+    for path, tree in parse_sources(part_dir).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= MAX_FUNCTION_LINES, (
+                    f"{path.relative_to(ROOT)}::{node.name} has {lines} lines, more than {MAX_FUNCTION_LINES}: split it"
+                )
+
+
+# The command
+
+
+# One interpreter for all parts: what costs seconds, the imports of torch and transformers, comes first and once.
+PROBE = """
+import contextlib, importlib, io, json, pathlib, runpy, sys, threading
+import common.checkpoint, common.cli
+
+def names_of_threads():
+    return sorted(thread.name for thread in threading.enumerate())
+
+def probe(part):
+    found = {"threads before": names_of_threads(), "imported": []}
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        for path in sorted(pathlib.Path(part).rglob("*.py")):
+            name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+            importlib.import_module(name)
+            found["imported"].append(name)
+    found |= {"threads after": names_of_threads(), "printed": output.getvalue() + errors.getvalue()}
+    sys.modules.pop(part + ".__main__")  # run as `python -m` runs it
+    sys.argv, output = [part, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output):
+            runpy.run_module(part, run_name="__main__", alter_sys=True)
+        found["status"] = "none"
+    except SystemExit as exit:
+        found["status"] = exit.code
+    return found | {"help": output.getvalue()}
+
+print(json.dumps({part: probe(part) for part in sys.argv[1:]}))
+"""
+
+
+@pytest.fixture(scope="session")
+def probes() -> dict[str, dict[str, Any]]:
+    """For every part: what importing all of it does, and its --help."""
+    parts = sorted(path.parent.name for path in ROOT.glob("part[0-9][0-9]_*/__init__.py"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *parts], cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 0, f"importing the parts and asking for --help failed: {done.stderr}"
+    return json.loads(done.stdout)
+
+
+@pytest.mark.since(1)
+def test_importing_a_part_does_nothing(part: str, probes: dict[str, dict[str, Any]]) -> None:
+    probe = probes[part]
+    assert {part, f"{part}.__main__", f"{part}.config"} <= set(probe["imported"]), f"imported only {probe['imported']}"
+    assert probe["threads after"] == probe["threads before"], (
+        f"importing {part} starts threads: {probe['threads before']} became {probe['threads after']}"
+    )
+    assert not probe["printed"], f"importing {part} prints {probe['printed']!r}"
+
+
+@pytest.mark.since(1)
+def test_help_names_the_flags(part: str, probes: dict[str, dict[str, Any]]) -> None:
+    probe = probes[part]
+    assert probe["status"] in (0, None), f"python -m {part} --help: exit status {probe['status']}"
+    for flag in ("--model", "--host", "--port"):
+        assert re.search(rf"^  {flag}\b", probe["help"], re.MULTILINE), f"{part} --help lacks {flag}:\n{probe['help']}"

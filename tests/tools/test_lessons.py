@@ -1,0 +1,74 @@
+"""Lessons stay true: snippets stand in the code, links lead somewhere, and a lesson has the length of one."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LESSONS = sorted(ROOT.glob("part[0-9][0-9]_*/README.md"))
+PAGES = [*LESSONS, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "models" / "README.md"]
+SNIPPET = re.compile(r"^`([\w/]+\.py)::([\w.]+)`\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|#)([^)\s]+)\)")
+
+
+def symbol_source(path: Path, symbol: str) -> str:
+    """The source of a function, class or method, dedented."""
+    text = path.read_text(encoding="utf-8")
+    nodes: list[ast.AST] = [ast.parse(text)]
+    for name in symbol.split("."):
+        found = [n for n in ast.iter_child_nodes(nodes[-1]) if getattr(n, "name", None) == name]
+        assert found, f"{path.name} has no {symbol}"
+        nodes.append(found[0])
+    return textwrap.dedent(ast.get_source_segment(text, nodes[-1], padded=True) or "")
+
+
+def stands_in(snippet: str, source: str) -> bool:
+    """Whether the snippet's lines stand in the source one after another, at any one indentation."""
+    wanted = [line.rstrip() for line in textwrap.dedent(snippet).strip("\n").splitlines()]
+    lines = [line.rstrip() for line in source.splitlines()]
+    for start in range(len(lines) - len(wanted) + 1):
+        window = textwrap.dedent("\n".join(lines[start : start + len(wanted)])).splitlines()
+        if window == wanted:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.parent.name)
+def test_snippets_stand_verbatim_in_the_code(lesson: Path) -> None:
+    snippets = SNIPPET.findall(lesson.read_text(encoding="utf-8"))
+    assert snippets, f"{lesson.parent.name}/README.md shows no snippet headed `path::symbol`"
+    for path, symbol, snippet in snippets:
+        assert stands_in(snippet, symbol_source(lesson.parent / path, symbol)), (
+            f"{lesson.parent.name}/README.md: the snippet of {path}::{symbol} is not in the code:\n{snippet}"
+        )
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.parent.name)
+def test_a_lesson_has_the_length_of_one(lesson: Path) -> None:
+    num_words = len(re.sub(r"```.*?```", "", lesson.read_text(encoding="utf-8"), flags=re.DOTALL).split())
+    assert 800 <= num_words <= 1_900, f"{lesson.parent.name}/README.md has {num_words} words outside code; 800 to 1,800"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    links = [link.split("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8"))]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing, f"{page.relative_to(ROOT)} links to what is not there: {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_page_has_a_gap_left_to_fill(page: Path) -> None:
+    gaps = re.findall(r"@@\w+@@|TODO|TBD|XXX", page.read_text(encoding="utf-8"))
+    assert not gaps, f"{page.relative_to(ROOT)} still has {gaps}"
+
+
+def test_a_snippet_that_is_not_there_is_found_out() -> None:
+    source = "def f():\n    if x:\n        a = 1\n        b = 2\n"
+    assert stands_in("a = 1\nb = 2\n", source), "the same lines at another indentation stand in the code"
+    assert not stands_in("a = 1\nb = 3\n", source), "a changed line must be noticed"
+    assert not stands_in("if x:\na = 1\n", source), "a changed nesting must be noticed"

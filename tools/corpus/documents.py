@@ -1,0 +1,124 @@
+"""Corpus text as token ids and loss weights: what a training step reads."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from tools.corpus.chat import Message, write_conversation
+from tools.corpus.facts import Fact
+from tools.corpus.stories import write_story
+from tools.corpus.tasks import repetition, write_task
+
+END = "<|im_end|>"
+MAX_TASK_TOKENS = 1_500
+KIND_WEIGHTS = {"chat": 1.0, "task": 1.0, "story": 0.4}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Token ids, and for each whether the model is trained to predict it."""
+
+    kind: str
+    token_ids: list[int]
+    is_target: list[bool]
+
+
+def render_chat(messages: list[Message]) -> list[tuple[str, bool]]:
+    """The chat template of the shipped tokenizer, cut where the trained text (the assistant's) begins and ends."""
+    pieces: list[tuple[str, bool]] = []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        pieces.append((f"<|im_start|>{message['role']}\n", False))
+        pieces.append((message["content"] + END, is_answer))
+        pieces.append(("\n", False))
+    return pieces
+
+
+def to_document(tokenizer: Tokenizer, kind: str, pieces: list[tuple[str, bool]]) -> Document:
+    """Encode the pieces one by one."""
+    token_ids: list[int] = []
+    is_target: list[bool] = []
+    for text, trained in pieces:
+        ids = tokenizer.encode(text).ids
+        token_ids += ids
+        is_target += [trained] * len(ids)
+    return Document(kind, token_ids, is_target)
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a training step reads: conversations, tokens of tasks, stories; and how the tasks are drawn.
+
+    Task lengths are log-uniform from 30 tokens to a longest that grows linearly over the phase.
+    """
+
+    until_step: int
+    num_chats: int
+    task_tokens: int
+    num_stories: int
+    longest_task: tuple[int, int]
+    repetition_share: float = 0.0
+
+
+def write_step(
+    tokenizer: Tokenizer, facts: list[Fact], rng: random.Random, mix: Mix, longest_task: int
+) -> Iterator[Document]:
+    """The documents of one training step."""
+    for _ in range(mix.num_chats):
+        yield to_document(tokenizer, "chat", render_chat(write_conversation(rng, facts)))
+    task_tokens = mix.task_tokens
+    while task_tokens > 0:
+        length = int(math.exp(rng.uniform(math.log(30), math.log(longest_task))))
+        if mix.repetition_share and rng.random() < mix.repetition_share:
+            row, repeats = repetition(rng, length)
+            pieces = [(row, False), (repeats, True)]
+        else:
+            pieces = render_chat(write_task(rng, length))
+        document = to_document(tokenizer, "task", pieces)
+        task_tokens -= len(document.token_ids)
+        yield document
+    for _ in range(mix.num_stories):
+        story = write_story(rng)
+        pieces = [(story.text + END, True)]
+        if rng.random() < 0.5:
+            pieces = render_chat(
+                [{"role": "user", "content": story.request}, {"role": "assistant", "content": story.text}]
+            )
+        yield to_document(tokenizer, "story", pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Documents of like length, padded on the right; weights [rows, length] say how much each token's loss counts."""
+
+    token_ids: list[list[int]]
+    weights: list[list[float]]
+
+
+def make_batches(documents: list[Document], pad_id: int, max_tokens: int) -> list[Batch]:
+    """Group documents by length into batches of at most max_tokens padded tokens (or one document).
+
+    Within a kind every target token counts the same, and a kind's weights sum to its share of the step.
+    """
+    targets = {kind: sum(sum(d.is_target) for d in documents if d.kind == kind) for kind in KIND_WEIGHTS}
+    share = {kind: KIND_WEIGHTS[kind] / max(count, 1) for kind, count in targets.items()}
+    groups: list[list[Document]] = []
+    for document in sorted(documents, key=lambda d: len(d.token_ids)):
+        if not groups or (len(groups[-1]) + 1) * len(document.token_ids) > max_tokens:
+            groups.append([])
+        groups[-1].append(document)
+    batches = []
+    for group in groups:
+        width = len(group[-1].token_ids)
+        batches.append(
+            Batch(
+                [d.token_ids + [pad_id] * (width - len(d.token_ids)) for d in group],
+                [[share[d.kind] * t for t in d.is_target] + [0.0] * (width - len(d.token_ids)) for d in group],
+            )
+        )
+    return batches

@@ -1,0 +1,58 @@
+"""Draw the figures that explain: python -m tools.figures [part01 …]. Plots are each bench's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from common import plotting
+
+ROOT = Path(__file__).parent.parent
+PROMPT_COLOR, COMPUTED_COLOR, CACHED_COLOR = plotting.COLORS[0], plotting.COLORS[1], "#E8E8E8"
+
+
+def draw_passes(axes: Axes, num_prompt: int, num_output: int, use_cache: bool) -> int:
+    """One row a forward pass, one cell a position, computed or read from the cache. Returns the computed cells."""
+    computed = 0
+    for row in range(num_output):
+        for position in range(num_prompt + row):
+            is_new = row == 0 or position == num_prompt + row - 1 or not use_cache
+            computed += is_new
+            color = (PROMPT_COLOR if position < num_prompt else COMPUTED_COLOR) if is_new else CACHED_COLOR
+            axes.add_patch(Rectangle((position + 0.05, row + 0.05), 0.9, 0.9, color=color, linewidth=0))
+    axes.set(xlim=(0, num_prompt + num_output - 1), ylim=(num_output, 0), aspect="equal")
+    axes.set_xticks([0.5, num_prompt + 0.5], ["0", str(num_prompt)])
+    axes.set_yticks([0.5, num_output - 0.5], ["1", str(num_output)])
+    axes.grid(visible=False)
+    return computed
+
+
+def part01() -> None:
+    """Which positions each pass computes, for a prompt of 6 tokens and 8 new ones."""
+    labels = [(title, "position in the text", "forward pass") for title in ("No cache", "KV cache")]
+    fig, all_axes = plotting.panels(labels, height_px=330)
+    for axes, use_cache in zip(all_axes, (False, True), strict=True):
+        computed = draw_passes(axes, num_prompt=6, num_output=8, use_cache=use_cache)
+        axes.set_title(f"{axes.get_title(loc='left')}: computes {computed} positions")
+    plotting.save(fig, ROOT / "part01_simple_server" / "figure.png")
+
+
+FIGURES: dict[str, Callable[[], None]] = {"part01": part01}
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(FIGURES)
+    if unknown := [name for name in names if name not in FIGURES]:
+        print(f"no figure {unknown[0]!r}: expected {', '.join(FIGURES)}", file=sys.stderr)
+        return 2
+    for name in names:
+        FIGURES[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

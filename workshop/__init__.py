@@ -1,0 +1,1 @@
+"""The learner's command line: `python -m workshop`. Exercises are done in workspace/ and checked there."""

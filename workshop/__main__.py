@@ -1,0 +1,63 @@
+"""`python -m workshop`: start an exercise, check it, get a hint, compare, catch up."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workshop",
+        description="Do the course's exercises: they are written to workspace/, checked there, and come with hints.",
+        epilog="Exit status: 0 all well; 1 something fails or is not done yet; 2 wrong usage.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str, exercises: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        if name not in ("list", "doctor"):
+            command.add_argument("part", type=int, metavar="N", help="the part's number")
+        if exercises:
+            command.add_argument("exercises", nargs=exercises, metavar="EXERCISE", help="only this (default: all)")
+        return command
+
+    add("doctor", "see whether this machine has what the course needs, and what to do about the rest")
+    add("list", "the parts, their exercises, and how far you are")
+    start = add("start", "write part N to workspace/ with the bodies of its exercises blanked")
+    start.add_argument("--force", action="store_true", help="begin again; what you have becomes a backup")
+    check = add("check", "run the tests of part N on your copy", "*")
+    check.add_argument("--watch", action="store_true", help="again at every save, until Ctrl-C")
+    check.add_argument("--verbose", action="store_true", help="all failures, with tracebacks")
+    hint = add("hint", "a hint for an exercise of part N (default: the first that does not pass yet)", "?")
+    hint.add_argument("--level", type=int, choices=(1, 2), default=1, help="2: nearly the solution")
+    add("diff", "your part N against the reference; an exercise still blank shows only if you name it", "*")
+    add("catch-up", "put the reference in place of part N, or of one exercise; yours becomes a backup", "*")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Run the command line; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    if args.command == "doctor":  # works, and is most needed, where nothing is installed yet
+        from workshop import doctor
+
+        return doctor.main(root)
+    try:
+        from workshop.commands import run
+    except ModuleNotFoundError as error:
+        print(f"workshop: the package {error.name} is not installed here: run `make setup`, then use "
+              f"`.venv/bin/python -m workshop`. This is {sys.executable}", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        return run(args, root)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The commands behind `python -m workshop`, one function each."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from workshop import workspace
+from workshop.check import Checker, watch
+from workshop.course import Exercise, Part, WorkshopError, find_part, read_parts
+from workshop.report import Report, width
+from workshop.results import State
+from workshop.runner import Runner
+
+
+def run(args: argparse.Namespace, root: Path) -> int:
+    """Run one command; returns the exit status. What the user can mend is one line on stderr and status 2."""
+    report = Report(verbose=getattr(args, "verbose", False))
+    try:
+        if args.command == "list":
+            report.parts(read_parts(root))
+            return 0
+        part = find_part(root, args.part)
+        if not part.exercises:
+            raise WorkshopError(f"part {part.number} has no exercises")
+        return COMMANDS[args.command](part, args, report)
+    except (WorkshopError, OSError) as error:
+        Report(Console(stderr=True, highlight=False)).error(error)
+        return 2
+
+
+def start(part: Part, args: argparse.Namespace, report: Report) -> int:
+    backup = workspace.start(part, force=args.force)
+    say_backup(part, backup, report)
+    copy = workspace.relative(part, part.copy)
+    report.say(f"Part {part.number} is in {copy}, with these bodies for you to write, in any order:\n")
+    for exercise in part.exercises:
+        report.say(
+            f"{exercise.name:<{width(part.exercises)}}  {exercise.file}::{exercise.symbol}, lesson: {exercise.lesson}",
+            indent=2,
+        )
+    report.say(
+        f"\nRead {copy}/README.md first. Then open {copy}/{part.exercises[0].file}, look for `# exercise:` and keep"
+    )
+    report.say(f"`python -m workshop check {part.number} --watch` running beside the editor.")
+    return 0
+
+
+def check(part: Part, args: argparse.Namespace, report: Report) -> int:
+    workspace.require_copy(part)
+    part.select(args.exercises)  # a misspelt name should not wait for the runner
+    with Runner(part) as runner:
+        checker = Checker(part, args.exercises, runner, report)
+        if args.watch:
+            watch(checker)
+        return 0 if checker.check() else 1
+
+
+def hint(part: Part, args: argparse.Namespace, report: Report) -> int:
+    exercise = part.select([args.exercises])[0] if args.exercises else first_open(part)
+    report.say(f"{exercise.name}  {exercise.file}::{exercise.symbol}, lesson: {exercise.lesson}\n", "bold")
+    report.say(f"Hint {args.level}: {' '.join(exercise.hints[args.level - 1].split())}")
+    if args.level == 1:
+        report.say(f"\nMore: python -m workshop hint {part.number} {exercise.name} --level 2", "dim")
+    return 0
+
+
+def first_open(part: Part) -> Exercise:
+    """The first exercise that did not pass when last checked."""
+    saved = State.load(part).saved
+    still_open = [e for e in part.exercises if not (e.name in saved and saved[e.name].passes)]
+    return (still_open or part.exercises)[0]
+
+
+def diff(part: Part, args: argparse.Namespace, report: Report) -> int:
+    report.diff(workspace.diff(part, args.exercises))
+    return 0
+
+
+def catch_up(part: Part, args: argparse.Namespace, report: Report) -> int:
+    exercises = part.select(args.exercises) if args.exercises else []
+    say_backup(part, workspace.catch_up(part, exercises), report)
+    what = ", ".join(args.exercises) or f"part {part.number}"
+    report.say(f"The reference's {what} is now in {workspace.relative(part, part.copy)}.")
+    return 0
+
+
+def say_backup(part: Part, backup: Path | None, report: Report) -> None:
+    if backup is not None:
+        report.say(f"What you had is kept in {workspace.relative(part, backup)}.")
+
+
+COMMANDS = {"start": start, "check": check, "hint": hint, "diff": diff, "catch-up": catch_up}

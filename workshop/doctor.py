@@ -1,0 +1,222 @@
+"""`python -m workshop doctor`: what this machine has, what the course needs, and what to do about the difference.
+
+It needs no package itself, so that it can be asked before anything is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+PYTHON_VERSIONS = ((3, 10), (3, 13))
+MIN_CORES, MIN_MEMORY_GB, MIN_DISK_GB, SERVER_PORT = 2, 4.0, 5.0, 8000
+INSTALL = "run `make setup`, then use .venv/bin/python"
+
+
+class Level(Enum):
+    OK = "ok"
+    NOTE = "note"  # the course works, with a limit
+    MISSING = "MISSING"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. advice: what to do about it, empty if nothing."""
+
+    level: Level
+    what: str
+    found: str
+    advice: str = ""
+
+
+def main(root: Path) -> int:
+    """Print all findings. Returns 0 unless something that is needed is missing."""
+    findings = [finding for examine in EXAMINATIONS for finding in examine(root)]
+    for finding in findings:
+        print(f"{finding.level.value:<8} {finding.what:<10} {finding.found}")
+        if finding.advice:
+            print(f"{'':<19} -> {finding.advice}")
+    num_missing = sum(finding.level is Level.MISSING for finding in findings)
+    print(f"\n{num_missing} of these must be mended first" if num_missing else "\nThis machine can run the course: "
+          "python -m workshop start 1")  # fmt: skip
+    return 1 if num_missing else 0
+
+
+def examine_python(root: Path) -> list[Finding]:
+    oldest, newest = PYTHON_VERSIONS
+    found = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info[:2] < oldest:
+        return [Finding(Level.MISSING, "Python", found, "3.10 or newer is needed: make setup PYTHON=python3.12")]
+    if sys.version_info[:2] > newest:
+        return [
+            Finding(Level.NOTE, "Python", found, "tested up to 3.13; if a package fails: make setup PYTHON=python3.13")
+        ]
+    return [Finding(Level.OK, "Python", found)]
+
+
+def examine_cores(root: Path) -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < MIN_CORES:
+        advice = "all parts run; parts 9 to 13 start several processes and will be slow"
+        return [Finding(Level.NOTE, "cores", str(cores), advice)]
+    return [Finding(Level.OK, "cores", str(cores))]
+
+
+def examine_memory(root: Path) -> list[Finding]:
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    if not hasattr(os, "sysconf") or not all(name in os.sysconf_names for name in names):
+        return [Finding(Level.NOTE, "memory", "unknown", f"{MIN_MEMORY_GB:g} GB are enough for the shipped models")]
+    memory_gb = os.sysconf(names[0]) * os.sysconf(names[1]) / 1e9
+    if memory_gb < MIN_MEMORY_GB:
+        advice = f"{MIN_MEMORY_GB:g} GB are recommended: close other programs, or add swap"
+        return [Finding(Level.NOTE, "memory", f"{memory_gb:.1f} GB", advice)]
+    return [Finding(Level.OK, "memory", f"{memory_gb:.1f} GB")]
+
+
+def examine_disk(root: Path) -> list[Finding]:
+    free_gb = shutil.disk_usage(root).free / 1e9
+    if free_gb < MIN_DISK_GB:
+        advice = f"torch alone takes several; free {MIN_DISK_GB:g} GB, unless the set-up is done"
+        return [Finding(Level.NOTE, "disk", f"{free_gb:.1f} GB free", advice)]
+    return [Finding(Level.OK, "disk", f"{free_gb:.1f} GB free")]
+
+
+def examine_ports(root: Path) -> list[Finding]:
+    try:
+        with socket.create_server(("127.0.0.1", SERVER_PORT)):
+            return [Finding(Level.OK, "ports", f"127.0.0.1:{SERVER_PORT} is free")]
+    except OSError as error:
+        advice = f'serve elsewhere: make serve PART=1 ARGS="--port {SERVER_PORT + 1}", or end what uses the port'
+        return [Finding(Level.NOTE, "ports", f"127.0.0.1:{SERVER_PORT}: {error.strerror}", advice)]
+
+
+def examine_compiler(root: Path) -> list[Finding]:
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    mac = sys.platform == "darwin"
+    if compiler is None:
+        advice = "xcode-select --install" if mac else "sudo apt install g++ (or your system's package)"
+        return [Finding(Level.NOTE, "compiler", "no C++ compiler", f"only part 15's C++ kernels need one: {advice}")]
+    if not header.is_file():
+        advice = f"part 15 needs it: sudo apt install python3.{sys.version_info.minor}-dev (or your system's package)"
+        return [Finding(Level.NOTE, "compiler", f"{compiler}, but no Python.h", advice)]
+    return [Finding(Level.OK, "compiler", compiler)]
+
+
+def examine_gpu(root: Path) -> list[Finding]:
+    """Asks nvidia-smi for the card and torch, in a process of its own, whether it can use it."""
+    tool = shutil.which("nvidia-smi")
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"] if tool else []
+    cards = run_quietly(query).splitlines() if query else []
+    if not cards:
+        return [Finding(Level.OK, "GPU", "none, and none is needed: every part runs on the CPU")]
+    if run_quietly([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]) != "True":
+        advice = "the CPU does; for the GPU install torch's CUDA build: pip install -c constraints.txt torch"
+        return [Finding(Level.NOTE, "GPU", f"{cards[0]}, which torch cannot use", advice)]
+    return [Finding(Level.OK, "GPU", "; ".join(cards))]
+
+
+def run_quietly(command: list[str]) -> str:
+    """What a command prints, or nothing if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def examine_packages(root: Path) -> list[Finding]:
+    """Compare what is installed with constraints.txt, which pins all that the course needs."""
+    if importlib.util.find_spec("packaging") is None:
+        return [Finding(Level.MISSING, "packages", "not installed", INSTALL)]
+    from packaging.requirements import Requirement
+
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    needed = direct_dependencies(root)
+    missing, other = [], []
+    for pin in pins:
+        if pin.marker is not None and not pin.marker.evaluate():
+            continue
+        try:
+            version = importlib.metadata.version(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing += [pin.name] if pin.name in needed else []
+            continue
+        if not pin.specifier.contains(version.partition("+")[0], prereleases=True):
+            other.append(f"{pin.name} {version} (tested: {str(pin.specifier).lstrip('=')})")
+    findings = []
+    if missing:
+        findings.append(Finding(Level.MISSING, "packages", f"not installed: {', '.join(missing)}", INSTALL))
+    if other:
+        findings.append(
+            Finding(Level.NOTE, "packages", f"other versions: {', '.join(other)}", f"probably fine; {INSTALL}")
+        )
+    return findings or [Finding(Level.OK, "packages", "as in constraints.txt")]
+
+
+def direct_dependencies(root: Path) -> set[str]:
+    """The names under `dependencies` and `dev` in pyproject.toml, without those that are for some platforms only."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    names = set()
+    for line in (root / "pyproject.toml").read_text(encoding="utf-8").splitlines():
+        text = line.strip().rstrip(",")
+        if line.startswith("    ") and text[:1] == text[-1:] == '"':  # tomllib comes with Python 3.11 only
+            try:
+                requirement = Requirement(text.strip('"'))
+            except InvalidRequirement:
+                continue
+            names |= {requirement.name} if requirement.marker is None else set()
+    return names
+
+
+def examine_models(root: Path) -> list[Finding]:
+    folders = sorted(path.parent for path in (root / "models").glob("*/config.json"))
+    if not folders:
+        return [
+            Finding(Level.MISSING, "models", "models/ is empty", "clone the repository again: the models ship in it")
+        ]
+    findings = []
+    for folder in folders:
+        if complaint := weights_complaint(folder / "model.safetensors"):
+            advice = f"git checkout models/{folder.name}, or git lfs pull if your clone uses LFS"
+            findings.append(Finding(Level.MISSING, "models", f"{folder.name}: {complaint}", advice))
+    return findings or [Finding(Level.OK, "models", ", ".join(folder.name for folder in folders))]
+
+
+def weights_complaint(path: Path) -> str:
+    """What is wrong with a safetensors file (8 bytes of length, a JSON header, the data), or nothing."""
+    if not path.is_file():
+        return "no model.safetensors"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if length > size:
+            return f"model.safetensors is no safetensors file ({size:,} bytes)"
+        try:
+            tensors = json.loads(file.read(length))
+            end = max(tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError):
+            return "model.safetensors has a broken header"
+    expected = 8 + length + end
+    return "" if size == expected else f"model.safetensors has {size:,} bytes, expected {expected:,}"
+
+
+EXAMINATIONS: list[Callable[[Path], list[Finding]]] = [
+    examine_python, examine_cores, examine_memory, examine_disk, examine_ports, examine_compiler, examine_gpu,
+    examine_packages, examine_models,
+]  # fmt: skip

@@ -1,0 +1,69 @@
+"""Import the learner's copy of a part, with the reference's bodies lent for all exercises but the one that is checked.
+
+So each exercise is judged alone: a part can be solved in any order, and a mistake in one body fails only its own tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+from workshop.bodies import find_bodies, replace_bodies
+
+
+class CopyFinder(MetaPathFinder):
+    """Finds one part in workspace/ and nowhere else, whatever sys.path or an editable install say."""
+
+    def __init__(self, workspace: Path, reference: Path, lent: Iterable[str]) -> None:
+        self.workspace, self.reference, self.lent = workspace, reference, frozenset(lent)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] != self.reference.name:
+            return None
+        spec = PathFinder.find_spec(fullname, [str(self.workspace)] if path is None else path)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{fullname} is not in {self.workspace}", name=fullname)
+        spec.loader = LendingLoader(fullname, spec.origin, self)
+        spec.cached = None
+        return spec
+
+
+class LendingLoader(SourceFileLoader):
+    """Compiles a file of the learner's with the reference's bodies put in; line numbers stay those of the file."""
+
+    def __init__(self, fullname: str, path: str, finder: CopyFinder) -> None:
+        super().__init__(fullname, path)
+        self.finder = finder
+
+    def path_stats(self, path: str) -> Any:
+        """No bytecode cache: it would hold lent bodies, and misses two saves within a second."""
+        raise OSError
+
+    def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
+        text = bytes(data).decode("utf-8").replace("\r\n", "\n")
+        reference = self.finder.reference / Path(path).relative_to(self.finder.workspace / self.finder.reference.name)
+        bodies = find_bodies(reference.read_text(encoding="utf-8"), str(reference)) if reference.is_file() else {}
+        lent = {name: body.lines for name, body in bodies.items() if name in self.finder.lent}
+        ast.parse(text, path)  # a syntax error is the learner's, at the learner's line
+        text, numbers = replace_bodies(text, lent, Path(path).name)
+        tree = ast.parse(text, path)
+        nodes: list[Any] = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
+        for node in nodes:
+            node.lineno, node.end_lineno = numbers[node.lineno - 1], numbers[node.end_lineno - 1]
+        return compile(tree, path, "exec", dont_inherit=True)
+
+
+def install(finder: CopyFinder) -> None:
+    """Make every import of the part from here on find the learner's copy."""
+    part = finder.reference.name
+    loaded = [name for name in sys.modules if name.partition(".")[0] == part]
+    assert not loaded, f"{loaded} were imported before the learner's copy could be"
+    sys.meta_path.insert(0, finder)

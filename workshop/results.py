@@ -1,0 +1,116 @@
+"""What a run of an exercise's tests gave, and what is remembered of it between commands."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from workshop.course import Exercise, Part
+
+ENDLESS_FRAME = re.compile(r'File "(.+)", line (\d+) in (\w+)')
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One test that failed. message: the test's own words; location: the learner's line, if the error came from one."""
+
+    test: str
+    message: str
+    location: str | None = None
+    traceback: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How the tests of one exercise ended. num_tests counts those that were to run, 0 if none could."""
+
+    num_tests: int
+    num_passed: int
+    failures: tuple[Failure, ...] = ()
+
+    @property
+    def passes(self) -> bool:
+        return not self.failures and self.num_passed > 0
+
+
+def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float) -> Result:
+    """Make a Result of the plugin's events; whatever kept pytest from ending well becomes a Failure too."""
+    tests: set[str] = set()
+    passed: set[str] = set()
+    failures: dict[str, Failure] = {}
+    current: str | None = "(import)"
+    for line in events.read_text(encoding="utf-8").splitlines() if events.exists() else []:
+        fields = json.loads(line)
+        event = fields.pop("event")
+        current = None
+        if event == "collected":
+            tests = set(fields["tests"])
+        elif event == "started":
+            current = fields["test"]
+        elif event == "failed":
+            failures.setdefault(fields["test"], Failure(**fields))
+        elif event == "skipped":
+            tests.discard(fields["test"])
+        else:
+            passed.add(fields["test"])
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    if current is not None and "Timeout (" in text:
+        failures[current] = endless(current, text, copy, limit_s)
+    elif current is not None or not (failures or passed):
+        test = current or "(pytest)"
+        failures[test] = Failure(test, f"pytest ended early, with status {status}: {last_line(text)}", traceback=text)
+    passed -= failures.keys()
+    tests |= {test for test in failures if "::" in test}
+    return Result(len(tests | passed), len(passed), tuple(failures.values()))
+
+
+def endless(test: str, text: str, copy: Path, limit_s: float) -> Failure:
+    """The failure of a test that did not end, with the line it was at, which faulthandler wrote to the log."""
+    location = None
+    for file, line, function in ENDLESS_FRAME.findall(text):
+        if Path(file).is_relative_to(copy):
+            location = f"{Path(file).relative_to(copy).as_posix()}:{line} in {function}"
+            break
+    message = f"still running after {limit_s:g} s, so it was ended. Does a loop never reach its end?"
+    return Failure(test, message, location, traceback=text)
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+@dataclass(slots=True)
+class Saved:
+    """An exercise's last result, and the fingerprint of the code that gave it."""
+
+    fingerprint: str
+    num_tests: int
+    num_passed: int
+    passes: bool
+
+
+@dataclass(slots=True)
+class State:
+    """What workspace/.cache/partNN….json remembers: exercise -> Saved."""
+
+    path: Path
+    saved: dict[str, Saved] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, part: Part) -> State:
+        """An unreadable file counts as none: a check writes it anew."""
+        path = part.workspace / ".cache" / f"{part.name}.json"
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, {name: Saved(**fields) for name, fields in entries.items()})
+        except (OSError, ValueError, TypeError, AttributeError):
+            return cls(path)
+
+    def record(self, exercise: Exercise, result: Result, fingerprint: str) -> None:
+        self.saved[exercise.name] = Saved(fingerprint, result.num_tests, result.num_passed, result.passes)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({name: asdict(saved) for name, saved in self.saved.items()}), encoding="utf-8")

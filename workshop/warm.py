@@ -1,0 +1,135 @@
+"""A process that has already imported what the tests need, torch above all, and forks for each run of them.
+
+Started by `workshop.runner`. Each line of its standard input is a Job; for each it answers the pid that runs it
+and, at the end, an exit status. Where forking is not safe it runs one job itself and ends, and the runner
+starts the next process at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TextIO
+
+# macOS has fork, but its system libraries do not survive it; WORKSHOP_NO_FORK is for the tests.
+CAN_FORK = sys.platform.startswith("linux") and "WORKSHOP_NO_FORK" not in os.environ
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run of pytest. modules: what must be importable first; lent: exercises whose bodies come from the reference.
+
+    limit_s: when it is ended as endless.
+    """
+
+    workspace: str
+    reference: str
+    modules: list[str]
+    lent: list[str]
+    tests: list[str]
+    max_failures: int
+    limit_s: float
+    events: str
+    log: str
+
+
+def main() -> None:
+    """Arguments: files, or folders of them, whose imports to make beforehand."""
+    replies = os.fdopen(os.dup(1), "w")
+    redirect(os.devnull, 1)  # nothing that is imported may write between the replies
+    preload([Path(argument) for argument in sys.argv[1:]])
+    gc.freeze()  # what is here now stays: no child need look through it
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # idle threads of BLAS
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        if not CAN_FORK:
+            reply(replies, pid=os.getpid())
+            reply(replies, status=run(job))
+            break
+        pid = os.fork()
+        if pid == 0:
+            run_and_exit(job)
+        reply(replies, pid=pid)
+        reply(replies, status=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def reply(replies: TextIO, **fields: int) -> None:
+    replies.write(json.dumps(fields) + "\n")
+    replies.flush()
+
+
+def redirect(path: str, *descriptors: int) -> None:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
+def preload(paths: list[Path]) -> None:
+    """Import what these files import at their top, except parts of the course and what cannot be imported."""
+    for module in ("pytest", "hypothesis", *(entry.module for entry in entry_points(group="pytest11"))):
+        try_import(module)  # pytest and its plugins
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    for file in files:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules = [node.module]
+            for module in modules:
+                if not module.startswith("part") and module not in sys.modules:
+                    try_import(module)
+
+
+def try_import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return
+
+
+def run_and_exit(job: Job) -> None:
+    """What the forked child does."""
+    status = 1
+    try:
+        redirect(os.devnull, 0)
+        status = run(job)
+    finally:
+        os._exit(status)  # no exit handlers: they belong to the parent
+
+
+def run(job: Job) -> int:
+    """Run pytest on the learner's copy. Returns its exit status."""
+    redirect(job.log, 1, 2)
+    log = os.open(job.log, os.O_WRONLY | os.O_APPEND)  # pytest takes 1 and 2 for itself
+    faulthandler.dump_traceback_later(job.limit_s, exit=True, file=log)
+    import pytest
+
+    from workshop.lending import CopyFinder, install
+    from workshop.pytest_plugin import EventWriter
+
+    reference = Path(job.reference)
+    writer = EventWriter(Path(job.events), Path(job.workspace) / reference.name)
+    install(CopyFinder(Path(job.workspace), reference, job.lent))
+    for module in job.modules:  # in pytest's hands such a failure would be long-winded, and in a conftest.py fatal
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            writer.write_failure(module, error, "".join(traceback.format_exception(error)))
+            return 1
+    options = ["--rootdir=.", "--import-mode=importlib", f"--maxfail={job.max_failures}"]
+    options += ["-p", "no:faulthandler", "-p", "no:cacheprovider"]
+    return int(pytest.main([*options, *job.tests], [writer]))
+
+
+if __name__ == "__main__":
+    main()

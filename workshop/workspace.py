@@ -1,0 +1,155 @@
+"""The learner's copies under workspace/: make them, compare them, replace them, and never lose one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import shutil
+import time
+from pathlib import Path
+
+from workshop.bodies import Body, blank_bodies, find_bodies, replace_bodies
+from workshop.course import Exercise, Part, WorkshopError
+
+IGNORED = shutil.ignore_patterns("__pycache__", "build", "*.pyc", ".*")
+
+
+def start(part: Part, *, force: bool = False) -> Path | None:
+    """Write the part to workspace/ with its bodies blanked. Returns the backup of what was there, if anything was.
+
+    Raises WorkshopError if a copy is there already, unless force.
+    """
+    if part.copy.exists() and not force:
+        raise WorkshopError(
+            f"{relative(part, part.copy)} is there already, and your work in it stays. To begin again: "
+            f"`python -m workshop start {part.number} --force` (it keeps a backup)"
+        )
+    blanked = {
+        path.relative_to(part.path): blank_bodies(path.read_text(encoding="utf-8"), part.exercises, str(path))
+        for path in sources(part.path)
+    }
+    backup = put_in_place(part)
+    for path, text in blanked.items():
+        (part.copy / path).write_text(text, encoding="utf-8")
+    return backup
+
+
+def catch_up(part: Part, exercises: list[Exercise]) -> Path | None:
+    """Put the reference in place: of these exercises, or of the whole part if there are none. Returns the backup."""
+    if not exercises or not part.copy.exists():
+        return put_in_place(part)
+    texts = {exercise.file: read_copy(part, exercise.file) for exercise in exercises}
+    for exercise in exercises:
+        if exercise.name not in find_bodies(texts[exercise.file], exercise.file):
+            raise WorkshopError(
+                f"{exercise.file} has lost its line `# exercise: {exercise.name}`; "
+                f"`python -m workshop catch-up {part.number}` replaces the whole part"
+            )
+        new = {exercise.name: reference_bodies(part)[exercise.name].lines}
+        texts[exercise.file], _ = replace_bodies(texts[exercise.file], new, exercise.file)
+    backup = make_backup(part)
+    shutil.copytree(backup, part.copy)
+    for file, text in texts.items():
+        (part.copy / file).write_text(text, encoding="utf-8")
+    return backup
+
+
+def put_in_place(part: Part) -> Path | None:
+    """The reference, whole, as the learner's copy; what was there before becomes a backup."""
+    backup = make_backup(part) if part.copy.exists() else None
+    shutil.copytree(part.path, part.copy, ignore=IGNORED)
+    return backup
+
+
+def make_backup(part: Part) -> Path:
+    """Move the learner's copy to workspace/backups/."""
+    folder = part.workspace / "backups"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{part.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 0
+    while (target := folder / (stem + (f"-{number}" if number else ""))).exists():
+        number += 1
+    return Path(shutil.move(part.copy, target))
+
+
+def diff(part: Part, names: list[str]) -> list[str]:
+    """The lines of a unified diff from the learner's files to the reference's.
+
+    An exercise that is still blank and not named shows nothing, so that nobody reads a solution by accident.
+    """
+    require_copy(part)
+    wanted = [e for e in part.select(names) if names or not body_of(part, e).is_blank(e)]
+    bodies = reference_bodies(part)
+    hidden = {e.name: bodies[e.name].lines for e in part.exercises if e not in wanted}
+    lines: list[str] = []
+    for path in sources(part.path):
+        file = path.relative_to(part.path).as_posix()
+        if names and file not in {exercise.file for exercise in wanted}:
+            continue
+        yours, _ = replace_bodies(read_copy(part, file), hidden, file)
+        theirs = path.read_text(encoding="utf-8")
+        labels = (f"yours/{file}", f"reference/{file}")
+        lines += difflib.unified_diff(yours.split("\n"), theirs.split("\n"), *labels, lineterm="")
+    return lines
+
+
+def require_copy(part: Part) -> None:
+    if not part.copy.is_dir():
+        raise WorkshopError(f"part {part.number} is not started: run `python -m workshop start {part.number}`")
+
+
+def body_of(part: Part, exercise: Exercise) -> Body:
+    """The learner's body of an exercise; an empty one, never blank, if its markers are gone."""
+    where = relative(part, part.copy / exercise.file)
+    bodies = find_bodies(read_copy(part, exercise.file), where)
+    return bodies.get(exercise.name, Body(exercise.name, "", 0, ()))
+
+
+def is_started(part: Part, exercise: Exercise) -> bool:
+    return part.copy.is_dir() and not body_of(part, exercise).is_blank(exercise)
+
+
+def fingerprints(part: Part) -> dict[str, str]:
+    """For each exercise, a hash of what its check depends on in the copy: all lines but the other bodies'."""
+    files = [path.relative_to(part.copy).as_posix() for path in sources(part.copy)]
+    texts = {relative(part, part.copy / file): read_copy(part, file) for file in files}
+    bodies: dict[str, Body] = {}
+    for file, text in texts.items():
+        bodies |= find_bodies(text, file)
+    rest = [replace_bodies(text, dict.fromkeys(bodies, ()), file)[0] for file, text in texts.items()]
+    own = {e.name: bodies[e.name].lines if e.name in bodies else () for e in part.exercises}
+    return {name: hashlib.sha256(repr((lines, rest)).encode()).hexdigest() for name, lines in own.items()}
+
+
+def reference_bodies(part: Part) -> dict[str, Body]:
+    """All bodies of the reference. Raises WorkshopError if exercises.md names one that is not there."""
+    bodies: dict[str, Body] = {}
+    for path in sources(part.path):
+        bodies |= find_bodies(path.read_text(encoding="utf-8"), str(path))
+    for exercise in part.exercises:
+        if exercise.name not in bodies:
+            raise WorkshopError(f"{part.name} has no line `# exercise: {exercise.name}`, which exercises.md describes")
+    return bodies
+
+
+def sources(folder: Path) -> list[Path]:
+    """The Python files of a part."""
+    return sorted(path for path in folder.rglob("*.py") if "build" not in path.relative_to(folder).parts)
+
+
+def read_copy(part: Part, file: str) -> str:
+    """Raises WorkshopError if the learner's copy has lost the file, or it is no text."""
+    path = part.copy / file
+    if not path.is_file():
+        raise WorkshopError(
+            f"{relative(part, path)} is missing; `python -m workshop catch-up {part.number}` restores it"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WorkshopError(f"{relative(part, path)} is not UTF-8 text: {error}") from error
+
+
+def relative(part: Part, path: Path) -> str:
+    """A path as the learner types it."""
+    return path.relative_to(part.root).as_posix()

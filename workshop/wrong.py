@@ -1,0 +1,108 @@
+"""Plausible wrong solutions, patches in tests/partNN/wrong/, and which of them a failure looks like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from workshop.course import Exercise, Part, WorkshopError
+from workshop.results import Result
+from workshop.runner import Runner
+from workshop.workspace import IGNORED
+
+HEADER = re.compile(r"Name: ([^\n]+)\nCaught by: ([^\n]+)\nExplanation: (.+?)\n+(?=diff |--- )", re.DOTALL)
+ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+@dataclass(frozen=True, slots=True)
+class WrongSolution:
+    """One patch to the reference.
+
+    name says the mistake in a few words, explanation why it is one; caught_by is a test that fails on it, others may.
+    """
+
+    path: Path
+    name: str
+    caught_by: str
+    explanation: str
+
+
+def read_wrong_solutions(part: Part, exercise: Exercise) -> list[WrongSolution]:
+    """Those of one exercise: tests/partNN/wrong/NAME-short-title.patch. Raises WorkshopError on a bad header."""
+    found = []
+    for path in sorted((part.root / "tests" / part.name[:6] / "wrong").glob(f"{exercise.name}-*.patch")):
+        header = HEADER.match(path.read_text(encoding="utf-8"))
+        if header is None:
+            raise WorkshopError(f"{path}: expected `Name: …`, `Caught by: …` and `Explanation: …` before the diff")
+        found.append(WrongSolution(path, header[1], header[2], " ".join(header[3].split())))
+    return found
+
+
+def write_wrong_copy(part: Part, wrong: WrongSolution, workspace: Path) -> None:
+    """Write the reference with the patch applied under workspace. Raises WorkshopError if it does not apply."""
+    shutil.copytree(part.path, workspace / part.name, ignore=IGNORED)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env["GIT_CEILING_DIRECTORIES"] = str(workspace.resolve().parent)  # the folder lies in no repository
+    done = subprocess.run(
+        ["git", "apply", "-C0", "--recount", "--whitespace=nowarn", str(wrong.path)],
+        cwd=workspace, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise WorkshopError(f"{wrong.path} no longer applies to {part.name}, make its diff anew: {done.stderr.strip()}")
+
+
+def signature(result: Result) -> dict[str, str]:
+    """What tells one mistake from another: the tests that fail, with what they say."""
+    return {failure.test: ADDRESS.sub("0x…", failure.message) for failure in result.failures}
+
+
+def find_lookalikes(
+    part: Part, exercise: Exercise, result: Result, runner: Runner, cancelled: Callable[[], bool] = lambda: False
+) -> list[WrongSolution]:
+    """The wrong solutions that fail exactly as the learner's does. The first time each is run; then it is cached."""
+    found: list[WrongSolution] = []
+    ran = all("::" in failure.test for failure in result.failures)  # else the file could not even be imported
+    for wrong in read_wrong_solutions(part, exercise) if ran and shutil.which("git") else []:
+        expected = cached_signature(part, exercise, wrong, runner, cancelled)
+        if expected is None:
+            return []
+        if expected and expected == signature(result):
+            found.append(wrong)
+    return found
+
+
+def cached_signature(
+    part: Part, exercise: Exercise, wrong: WrongSolution, runner: Runner, cancelled: Callable[[], bool]
+) -> dict[str, str] | None:
+    """None if cancelled."""
+    path = part.workspace / ".cache" / "wrong" / f"{wrong.path.stem}-{digest(part, exercise, wrong)}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(prefix="workshop-") as name:
+        write_wrong_copy(part, wrong, Path(name))
+        result = runner.run_exercise(exercise, workspace=Path(name), cancelled=cancelled)
+    if result is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(signature(result)), encoding="utf-8")
+    return signature(result)
+
+
+def digest(part: Part, exercise: Exercise, wrong: WrongSolution) -> str:
+    """A hash of all files that a wrong solution's failures depend on."""
+    tests = {part.root / test.partition("::")[0] for test in exercise.tests}
+    folders = {folder for test in tests for folder in test.parents if folder.is_relative_to(part.root)}
+    files = {wrong.path, *tests, *(folder / "conftest.py" for folder in folders)}
+    files |= {*part.path.rglob("*.py"), *(part.root / "common").rglob("*.py")}
+    hashed = hashlib.sha256()
+    for file in sorted(file for file in files if file.is_file()):
+        hashed.update(hashlib.sha256(file.read_bytes()).digest())
+    return hashed.hexdigest()[:16]

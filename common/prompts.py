@@ -35,7 +35,7 @@ def encode_prompt(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, m
     if len(token_ids) >= max_model_len:
         raise FieldError(
             field,
-            f"{len(token_ids)} tokens leave no room for an answer: max_model_len is {max_model_len}",
+            f"{len(token_ids)} tokens leave no room for an answer: max_model_len is {max_model_len} tokens",
         )
     return token_ids
 

@@ -23,7 +23,8 @@ QUESTIONS = (
     "Why is decode memory-bound?",
     "What is continuous batching?",
     "How many blocks of 16 tokens does a 100-token prompt need?",
-    "Here are some pairs:\n- river: 42\n- castle: 17\n- lantern: 88\n- orange: 23\n\nWhat is the value of lantern?",
+    "hi, can you explain what speculative decoding is? thanks",
+    "What is the capital of France?",
 )
 STORY = "Tell me a story about Nora and a shy fox."
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -125,11 +126,13 @@ def recall(examinee: Examinee, kind: str, count: int, num_tokens: int = 1_000) -
     """Exact answers to the first question on prompts of num_tokens to 1.25 num_tokens tokens."""
     rng = random.Random(f"{EXAM_SEED}/{kind}")
     hits: list[bool] = []
-    while len(hits) < count:
-        document = examinee.document(getattr(tasks, kind)(rng, int(num_tokens * rng.uniform(0.8, 1.3)))[:2])
+    for _ in range(100 * count):
+        document = examinee.document(getattr(tasks, kind)(rng, int(num_tokens * rng.uniform(0.8, 2.0)))[:2])
         if num_tokens <= document.is_target.index(True) <= 1.25 * num_tokens:
             hits.append(examinee.knows(document))
-    return percent(hits)
+            if len(hits) == count:
+                return percent(hits)
+    raise ValueError(f"{kind} makes too few prompts of {num_tokens} tokens")
 
 
 def stories(examinee: Examinee, count: int) -> tuple[list[str], float, float]:
@@ -143,12 +146,12 @@ def stories(examinee: Examinee, count: int) -> tuple[list[str], float, float]:
     return texts, percent(word in words for word in used), percent(ids[-1] == examinee.end_id for ids in told)
 
 
-def accepted_per_draft(target: Examinee, draft: Examinee, prompts: Sequence[str]) -> float:
-    """Mean number of NUM_DRAFT_TOKENS greedy draft tokens that the target's greedy text confirms.
+def accepted_drafts(target: Examinee, draft: Examinee, prompts: Sequence[str]) -> list[int]:
+    """For each round of NUM_DRAFT_TOKENS greedy draft tokens, how many the target's greedy text confirms.
 
     A proposal is judged up to its first miss, so the draft's choices after the target's own text decide it: one pass.
     """
-    accepted, rounds = 0, 0
+    accepted: list[int] = []
     for prompt in prompts:
         prompt_ids = target.tokenizer.encode(prompt).ids
         token_ids = prompt_ids + target.answer(prompt, 160)
@@ -156,8 +159,9 @@ def accepted_per_draft(target: Examinee, draft: Examinee, prompts: Sequence[str]
         at = 0
         while at + NUM_DRAFT_TOKENS <= len(hits):  # proposals that would run past the end are not counted
             run = next((i for i in range(NUM_DRAFT_TOKENS) if not hits[at + i]), NUM_DRAFT_TOKENS)
-            accepted, rounds, at = accepted + run, rounds + 1, at + run + 1
-    return accepted / rounds
+            accepted.append(run)
+            at += run + 1
+    return accepted
 
 
 @torch.inference_mode()
@@ -190,22 +194,28 @@ def examine(console: Console) -> tuple[list[Score], list[str]]:
            trained_questions(tiny, facts), 95.0)  # fmt: skip
     record("tiny", f"held-out phrasings answered with the right fact ({sum(len(f.held_out) for f in facts)})",
            percent(is_right_fact(tiny, fact, q) for fact in facts for q in fact.held_out), 80.0)  # fmt: skip
-    for kind, name in (("key_value", "key-value"), ("notes_in_text", "notes in text"), ("list_items", "list")):
-        record("tiny", f"{name} recall over 1,000-token prompts (100)", recall(tiny, kind, 100), 90.0)
-    texts, known_words, ended = stories(tiny, 40)
+    for kind, name, length in (
+        ("key_value", "key-value", 1_000),
+        ("notes_in_text", "notes", 1_000),
+        ("list_items", "list", 500),
+    ):
+        record("tiny", f"{name} recall over {length:,}-token prompts (50)", recall(tiny, kind, 50, length), 90.0)
+    texts, known_words, ended = stories(tiny, 20)
     record("tiny", "words of sampled stories (T = 0.8) that the corpus has", known_words, None)
     record("tiny", "sampled stories (T = 0.8) that come to their end", ended, None)
     kinds = {
-        "answers": [ask(f.questions[0]) for f in rng.sample(facts, 150)],
-        "stories": [ask(write_story(rng).request) for _ in range(30)],
-        "recall": [_first_prompt(tasks.write_task(rng, 300)) for _ in range(40)],
+        "answers": [ask(f.questions[0]) for f in rng.sample(facts, 80)],
+        "stories": [ask(write_story(rng).request) for _ in range(12)],
+        "recall": [_first_prompt(tasks.write_task(rng, 300)) for _ in range(20)],
     }
+    rounds: list[int] = []
     for kind, prompts in kinds.items():
-        record("tiny-draft", f"accepted of {NUM_DRAFT_TOKENS} draft tokens, {kind}",
-               accepted_per_draft(tiny, draft, prompts), None, unit="tokens")  # fmt: skip
-    everything = [prompt for prompts in kinds.values() for prompt in prompts]
-    record("tiny-draft", f"accepted of {NUM_DRAFT_TOKENS} draft tokens, all of these",
-           accepted_per_draft(tiny, draft, everything), 2.0, unit="tokens")  # fmt: skip
+        accepted = accepted_drafts(tiny, draft, prompts)
+        rounds += accepted
+        record(
+            "tiny-draft", f"accepted of {NUM_DRAFT_TOKENS} draft tokens, {kind}", mean(accepted), None, unit="tokens"
+        )
+    record("tiny-draft", f"accepted of {NUM_DRAFT_TOKENS} draft tokens, all of these", mean(rounds), 2.0, unit="tokens")
     record("tiny-moe", "trained questions answered exactly", trained_questions(moe, facts), 90.0)
     record("tiny-moe", "tokens that the least used expert gets", least_used_expert(moe, facts), 2.0)
     return scores, texts[:3]

@@ -14,7 +14,7 @@ PART_DIR = Path(part01_simple_server.__file__).parent
 TESTS_DIR = Path(__file__).parent
 ROOT = TESTS_DIR.parents[1]
 MARKER = re.compile(r"^\s*# exercise: (\w+)\s*$")
-FIELDS = ("File", "Test", "Lesson", "Hint 1", "Hint 2")
+FIELDS = ("Task", "File", "Test", "Lesson", "Hint 1", "Hint 2")
 
 
 def read_markers(path: Path) -> dict[str, tuple[int, int]]:
@@ -42,7 +42,8 @@ def read_tasks() -> dict[str, dict[str, str]]:
     field = ""
     for line in (PART_DIR / "exercises.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
-            tasks[line[3:].strip()] = {}
+            tasks[line[3:].strip()] = {"Task": ""}
+            field = "Task"
         elif match := re.match(r"([A-Z][a-z]+(?: \d)?): (.*)", line):
             field = match[1]
             list(tasks.values())[-1][field] = match[2]

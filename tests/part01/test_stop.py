@@ -14,7 +14,7 @@ from part01_simple_server.server import LLM, check_stop
 LOOK = 'Look at server.py::check_stop; README "When to stop".'
 MASK = 'Look at min_tokens in server.py::LLM.generate; README "When to stop".'
 EOS = frozenset({2, 3})
-PROMPT = list(range(100, 110))
+PROMPT = [980, 899, 414, 14, 1115, 469, 288, 265, 1321, 274]  # "One fine day, Nora went to the market and"
 
 STOP_CASES: dict[str, tuple[list[int], dict[str, Any], tuple[str, int | None] | None]] = {
     "nothing ends it": ([10, 11], {}, None),

@@ -5,7 +5,7 @@
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
 #   make lint              ruff, mypy, and the check of step diffs and tables
-#   make setup             only the set-up
+#   make setup             only the set-up              PIP_ARGS="…" goes to pip
 
 PYTHON ?= python3
 VENV   := .venv
@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)

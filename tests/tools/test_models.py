@@ -1,0 +1,79 @@
+"""The shipped models and the corpus they were trained on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tools.corpus.chat import write_conversation
+from tools.corpus.documents import Mix, make_batches, render_chat, write_step
+from tools.corpus.facts import load_facts, parse_facts
+from tools.train_models import recipes
+
+MODELS_DIR = Path(__file__).resolve().parents[2] / "models"
+SHIPPED = ("tiny", "tiny-draft", "tiny-moe")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_transformers_loads_a_shipped_model_unchanged(name: str) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(MODELS_DIR / name, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / name)
+    assert not info["missing_keys"] and not info["unexpected_keys"], f"{name}: {info}"
+    assert model.dtype == torch.bfloat16, f"{name}: weights ship as bfloat16, got {model.dtype}"
+    assert len(tokenizer) == model.config.vocab_size == 4_096
+    assert model.config.max_position_embeddings == 2_048
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    shape = recipes()[name].config
+    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_parameters"):
+        got, expected = getattr(model.config, field), getattr(shape, field)
+        assert got == expected, f"{name}: {field} is {got}, the recipe says {expected}"
+
+
+def test_the_models_share_a_tokenizer_and_stay_small() -> None:
+    tokenizers = {(MODELS_DIR / name / "tokenizer.json").read_text(encoding="utf-8") for name in SHIPPED}
+    assert len(tokenizers) == 1, "a draft model must speak its target's tokens"
+    num_bytes = sum(path.stat().st_size for path in MODELS_DIR.rglob("*") if path.is_file())
+    assert num_bytes <= 40_000_000, f"models/ holds {num_bytes:,} bytes; at most 40,000,000"
+
+
+def test_training_renders_chats_as_the_template_does() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "tiny")
+    rng = random.Random(0)
+    for _ in range(50):
+        messages = write_conversation(rng, load_facts())
+        pieces = render_chat(messages)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert "".join(piece for piece, _ in pieces) == text
+        assert [i for piece, _ in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+        answers = [piece.removesuffix("<|im_end|>") for piece, trained in pieces if trained]
+        assert answers == [m["content"] for m in messages if m["role"] == "assistant"]
+
+
+def test_the_corpus_has_its_facts_and_keeps_the_exam_apart() -> None:
+    facts = load_facts()
+    assert len(facts) >= 300
+    trained = {question.lower() for fact in facts for question in fact.questions}
+    leaked = [question for fact in facts for question in fact.held_out if question.lower() in trained]
+    assert not leaked, f"held-out phrasings that are trained as well: {leaked}"
+
+
+def test_a_malformed_fact_is_named() -> None:
+    with pytest.raises(ValueError, match=r"x\.txt:1: expected '# id'"):
+        parse_facts("What is this?\n", "x.txt")
+    with pytest.raises(ValueError, match="a has 1 Q, 0 T and 1 A lines"):
+        parse_facts("# a\nQ: b?\nA: c.\n", "x.txt")
+
+
+def test_a_training_step_weighs_each_kind_by_its_share() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "tiny").backend_tokenizer
+    mix = Mix(1, num_chats=5, task_tokens=400, num_stories=2, longest_task=(100, 100), repetition_share=0.5)
+    steps = [list(write_step(tokenizer, load_facts(), random.Random(7), mix, 100)) for _ in range(2)]
+    assert steps[0] == steps[1], "the same seed must write the same documents"
+    batches = make_batches(steps[0], pad_id=0, max_tokens=500)
+    assert sum(len(batch.token_ids) for batch in batches) == len(steps[0]), "a document was lost or doubled"
+    total = sum(weight for batch in batches for row in batch.weights for weight in row)
+    assert total == pytest.approx(1.0 + 1.0 + 0.4), "chats, tasks and stories weigh 1, 1 and 0.4"

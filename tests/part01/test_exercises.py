@@ -52,18 +52,24 @@ def read_tasks() -> dict[str, dict[str, str]]:
     return tasks
 
 
-MARKERS = {name: (path, lines) for path in sorted(PART_DIR.rglob("*.py")) for name, lines in read_markers(path).items()}
 TASKS = read_tasks()
 
 
-def test_part_1_has_its_exercises() -> None:
-    assert {"decode_loop", "sample", "check_stop"} <= MARKERS.keys(), f"got markers {sorted(MARKERS)}"
-    assert MARKERS.keys() == TASKS.keys(), (
-        f"markers in the code and sections of exercises.md differ: {sorted(MARKERS)} against {sorted(TASKS)}"
+@pytest.fixture(scope="module")
+def markers() -> dict[str, tuple[Path, tuple[int, int]]]:
+    """Name → the file, and the lines of the two markers in it."""
+    paths = sorted(PART_DIR.rglob("*.py"))
+    return {name: (path, lines) for path in paths for name, lines in read_markers(path).items()}
+
+
+def test_part_1_has_its_exercises(markers: dict) -> None:
+    assert {"decode_loop", "sample", "check_stop"} <= markers.keys(), f"got markers {sorted(markers)}"
+    assert markers.keys() == TASKS.keys(), (
+        f"markers in the code and sections of exercises.md differ: {sorted(markers)} against {sorted(TASKS)}"
     )
 
 
-@pytest.mark.parametrize("name", sorted(MARKERS))
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_an_exercise_has_a_task(name: str) -> None:
     task = TASKS[name]
     assert tuple(task) == FIELDS, f"exercises.md, {name}: expected the lines {FIELDS}, got {tuple(task)}"
@@ -76,9 +82,9 @@ def test_an_exercise_has_a_task(name: str) -> None:
     assert f"\n## {task['Lesson']}\n" in readme, f"exercises.md, {name}: README.md has no section {task['Lesson']!r}"
 
 
-@pytest.mark.parametrize("name", sorted(MARKERS))
-def test_an_exercise_is_the_body_of_the_function_it_names(name: str) -> None:
-    path, (start, end) = MARKERS[name]
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_an_exercise_is_the_body_of_the_function_it_names(markers: dict, name: str) -> None:
+    path, (start, end) = markers[name]
     file, _, symbol = TASKS[name]["File"].partition("::")
     assert file == path.name, f"exercises.md, {name}: says {file}, but the marker is in {path.name}"
     tree: ast.AST = ast.parse(path.read_text(encoding="utf-8"))

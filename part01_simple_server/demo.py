@@ -26,6 +26,8 @@ QUESTIONS = (
     "hi, can you explain what speculative decoding is? thanks",
     "What is the capital of France?",
 )
+PAIRS = "Remember these pairs:\n- harbor: violin\n- lantern: tiger\n- maple: coin\n- rocket: honey\n- island: piano\n\n"
+RECALL = PAIRS + "What is the value of lantern?"
 STORY = "Tell me a story about Nora and a shy fox."
 
 
@@ -41,7 +43,7 @@ def ask(llm: LLM, question: str, params: SamplingParams) -> str:
 
 def show_answers(console: Console, llm: LLM) -> None:
     console.rule("1. Questions, answered")
-    for question in QUESTIONS:
+    for question in (*QUESTIONS, RECALL):
         console.print(f"[bold cyan]Q[/] {question}", highlight=False)
         console.print(f"[bold green]A[/] {ask(llm, question, SamplingParams(temperature=0))}\n", highlight=False)
     params = SamplingParams(temperature=0.8, seed=7, max_tokens=200)

@@ -41,7 +41,42 @@ def part01() -> None:
     plotting.save(fig, ROOT / "part01_simple_server" / "figure.png")
 
 
-FIGURES: dict[str, Callable[[], None]] = {"part01": part01}
+def draw_lane(axes: Axes, row: int, boxes: list[tuple[float, float]], color: str) -> None:
+    """Boxes from start to end on one line of a timeline."""
+    for start, end in boxes:
+        axes.add_patch(Rectangle((start + 0.04, row + 0.2), end - start - 0.08, 0.6, color=color, linewidth=0))
+
+
+def part02() -> None:
+    """Who is busy when, while an answer of eight tokens is generated and somebody asks for /health."""
+    labels = [(title, "time", "") for title in ("Part 1: one thread", "Part 2: two threads")]
+    fig, (left, right) = plotting.panels(labels, height_px=300)
+    num_tokens, asked = 8, 2.4
+    draw_lane(left, 1, [(i, i + 1) for i in range(num_tokens)], COMPUTED_COLOR)
+    draw_lane(left, 1, [(num_tokens, num_tokens + 0.4)], PROMPT_COLOR)
+    draw_lane(left, 2, [(asked, num_tokens + 0.4)], CACHED_COLOR)
+    left.text(num_tokens + 0.6, 1.5, "all text", va="center", size=10)
+    left.text((asked + num_tokens) / 2, 2.5, "waits", ha="center", va="center", size=10)
+    draw_lane(right, 1, [(i, i + 1) for i in range(num_tokens)], COMPUTED_COLOR)
+    draw_lane(right, 0, [(i, i + 0.3) for i in range(1, num_tokens + 1)] + [(asked, asked + 0.3)], PROMPT_COLOR)
+    draw_lane(right, 2, [(asked, asked + 0.3)], CACHED_COLOR)
+    for i in range(1, num_tokens + 1):
+        right.annotate(
+            "", (i + 0.15, -0.35), (i + 0.15, 0.2), arrowprops={"arrowstyle": "->", "color": plotting.TEXT_COLOR}
+        )
+    right.text(num_tokens + 0.6, -0.1, "text", va="center", size=10)
+    for axes, lanes in (
+        (left, ("", "the thread", "/health")),
+        (right, ("event loop", "engine", "/health")),
+    ):
+        axes.set(xlim=(0, 11), ylim=(3, -0.6))
+        axes.set_yticks([0.5, 1.5, 2.5], lanes)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+    plotting.save(fig, ROOT / "part02_streaming" / "figure.png")
+
+
+FIGURES: dict[str, Callable[[], None]] = {"part01": part01, "part02": part02}
 
 
 def main() -> int:

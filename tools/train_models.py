@@ -5,8 +5,9 @@
     python -m tools.train_models tiny-draft
     python -m tools.train_models tiny-moe
 
-Needs nothing but this repository: the corpus is written as training goes, from fixed seeds. A run that was stopped goes
-on from its last checkpoint (`build/training/`). `tiny` takes about an hour on one CPU core; models/README.md has more.
+Needs nothing but this repository: the corpus is written as training goes, from fixed seeds. A run that was stopped
+goes on from its last checkpoint (`build/training/`). `tiny` takes about two hours on one CPU core; models/README.md
+has more.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ CHECKPOINT_DIR = ROOT / "build" / "training"
 VOCAB_SIZE = 4_096
 CONTEXT_TOKENS = 2_048
 BETAS = (0.9, 0.97)
-MUON_LR, MUON_REST_LR = 0.02, 3e-3
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", END]
 # GPT-2's way of cutting text, with numbers cut into at most two digits.
 PRE_TOKEN_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -58,37 +58,111 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """An optimizer ("muon" or "adamw") and its learning rate."""
+
+    optimizer: str
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Some steps of training: what is read, and how fast each group of parameters learns.
+
+    attention and mlp are the matrices; rest is the embeddings, norms and routers, under AdamW. Optimizers start afresh
+    in each phase, with a warm-up; over the last decay_steps the rates fall to zero.
+    """
+
+    steps: int
+    mix: Mix
+    attention: Rate
+    mlp: Rate
+    rest_lr: float
+    warmup_steps: int = 20
+    decay_steps: int = 0
+
+    def lr_factor(self, step: int) -> float:
+        decay = (self.steps - step) / self.decay_steps if self.decay_steps else 1.0
+        return min(1.0, (step + 1) / self.warmup_steps, decay)
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one model is trained: what it reads, and the learning rates by step."""
+    """How one model is trained.
+
+    num_branches: so many phases at the end all start where the one before them ended; the model is the mean of the
+    weights at its end and at theirs. (Each ends in another corner of the same valley; the middle is lower.)
+    """
 
     config: PreTrainedConfig
-    mixes: tuple[Mix, ...]
-    decay_steps: int
+    phases: tuple[Phase, ...]
     seed: int
-    muon_steps: int
-    matrix_lr: float = 1.2e-3  # AdamW's; matrices that Muon has made large learn nothing at 4e-4
-    rest_lr: float = 4e-4
-    warmup_steps: int = 50
+    num_branches: int = 0
     batch_tokens: int = 2_500
 
     @property
     def steps(self) -> int:
-        return self.mixes[-1].until_step
+        return sum(phase.steps for phase in self.phases)
 
-    def lr_factor(self, step: int) -> float:
-        """Warm-up at the start and after the change of optimizer, linear decay at the end."""
-        since_start = step - self.muon_steps if step >= self.muon_steps else step
-        return min(1.0, (since_start + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
+    def is_fork(self, steps_done: int) -> bool:
+        """Whether so many steps lead to the end of the phase before the branches."""
+        return bool(self.num_branches) and steps_done == sum(p.steps for p in self.phases[: -self.num_branches])
 
-    def mix_at(self, step: int) -> tuple[Mix, int]:
-        """The mix of a step and how long its longest task may be."""
-        start = 0
-        for mix in self.mixes:
-            if step < mix.until_step:
-                shortest, longest = mix.longest_task
-                return mix, int(shortest + (longest - shortest) * (step - start) / (mix.until_step - start))
-            start = mix.until_step
-        raise ValueError(f"step {step} is past the last one, {self.steps}")
+    def phase_at(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the step's number in it."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise ValueError(f"step {step} is past the last one")
+
+
+def _rates(attention_lr: float, rest_lr: float, mlp_lr: float = 5e-3) -> dict[str, Any]:
+    """AdamW for the attention, in which copying has to emerge, and Muon for the MLPs, which learn the facts."""
+    return {"attention": Rate("adamw", attention_lr), "mlp": Rate("muon", mlp_lr), "rest_lr": rest_lr}
+
+
+# Copying first, from repeated words in ever longer rows; then recall, in ever longer prompts; the facts all along.
+# Drills stay a large part of each step: without them copying is lost within a hundred steps.
+TINY = (
+    Phase(350, Mix(10, 2, 2_000, longest_row=(5, 16)), **_rates(4e-4, 4e-4), warmup_steps=50),
+    Phase(250, Mix(8, 1, 2_200, longest_row=(7, 53), from_few=0.2), **_rates(1.2e-3, 1e-3), warmup_steps=50),
+    Phase(400, Mix(10, 1, 1_100, 700, 900, (7, 101), (60, 300), from_few=0.3), **_rates(1e-3, 1e-3)),
+    Phase(150, Mix(10, 1, 500, 500, 2_200, (7, 88), (100, 267), from_few=0.4), **_rates(9e-4, 9e-4)),
+    Phase(100, Mix(10, 1, 400, 300, 2_000, (7, 88), (80, 220), from_few=0.3), **_rates(9e-4, 9e-4)),
+    Phase(150, Mix(8, 1, 900, 700, 1_800, (7, 121), (150, 356), from_few=0.3), **_rates(9e-4, 9e-4)),
+    Phase(250, Mix(16, 2, 300, 200, 2_000, (7, 251), (400, 1_500), from_few=0.3), **_rates(8e-4, 8e-4)),
+    Phase(350, Mix(30, 3, 300, 200, 900, (7, 251), (600, 1_500), from_few=0.3), **_rates(6e-4, 6e-4), decay_steps=250),
+    Phase(
+        300, Mix(36, 5, 150, 100, 1_000, (7, 236), (1_000, 1_562), from_few=0.3), **_rates(7e-4, 7e-4, 6e-3),
+        decay_steps=300,
+    ),
+    # Two branches from here on; what ships is the mean of their ends and of this one.
+    Phase(
+        150, Mix(36, 4, 100, 100, 1_600, (7, 251), (1_500, 1_600), from_few=0.3), **_rates(7e-4, 7e-4, 6e-3),
+        decay_steps=140,
+    ),
+    Phase(
+        100, Mix(36, 3, 100, 100, 1_300, (7, 251), (1_500, 1_600), from_few=0.3), **_rates(2.5e-4, 2.5e-4, 2e-3),
+        warmup_steps=5, decay_steps=95,
+    ),
+)  # fmt: skip
+DRAFT = (
+    Phase(400, Mix(10, 2, 2_000, longest_row=(5, 21)), **_rates(1e-3, 1e-3), warmup_steps=50),
+    Phase(250, Mix(8, 1, 2_200, longest_row=(7, 65), from_few=0.2), **_rates(1.2e-3, 1e-3), warmup_steps=50),
+    Phase(
+        500, Mix(24, 6, 500, 300, 1_000, (7, 121), (100, 600), from_few=0.3), **_rates(1.2e-3, 1e-3),
+        decay_steps=300,
+    ),
+)  # fmt: skip
+MOE = (
+    Phase(200, Mix(28, 3, 0, 0, 800, longest_task=(150, 150)), Rate("muon", 2e-2), Rate("muon", 2e-2), 3e-3, 50),
+    Phase(950, Mix(28, 3, 0, 0, 800, longest_task=(150, 1_219)), Rate("muon", 2e-2), Rate("muon", 2e-2), 3e-3, 1, 150),
+    Phase(
+        250, Mix(24, 3, 300, 0, 300, longest_row=(15, 75), longest_task=(64, 300)),
+        Rate("adamw", 1.2e-3), Rate("adamw", 1.2e-3), 4e-4, 50, 150,
+    ),
+)  # fmt: skip
 
 
 def _llama(**shape: Any) -> PreTrainedConfig:
@@ -113,31 +187,10 @@ def recipes() -> dict[str, Recipe]:
         tie_word_embeddings=True,
     )  # fmt: skip
     return {
-        "tiny": Recipe(
-            tiny, muon_steps=500, decay_steps=220, seed=1,
-            mixes=(
-                Mix(200, 28, 2_000, 5, longest_task=(150, 150)),
-                Mix(500, 28, 2_000, 5, longest_task=(150, 488)),
-                Mix(1_250, 6, 2_500, 1, longest_task=(64, 64), repetition_share=0.8),
-                Mix(1_370, 20, 1_500, 5, longest_task=(64, 300), repetition_share=0.2),
-                Mix(1_650, 32, 300, 4, longest_task=(64, 100), repetition_share=0.2),
-            ),
-        ),
-        "tiny-draft": Recipe(
-            draft, muon_steps=1_300, decay_steps=400, seed=2,
-            mixes=(
-                Mix(1_300, 28, 800, 5, longest_task=(64, 150), repetition_share=0.3),
-            ),
-        ),
-        "tiny-moe": Recipe(
-            moe, muon_steps=1_150, decay_steps=150, seed=3,
-            mixes=(
-                Mix(200, 28, 800, 3, longest_task=(150, 150)),
-                Mix(1_150, 28, 800, 3, longest_task=(150, 1_219)),
-                Mix(1_400, 24, 600, 3, longest_task=(64, 300), repetition_share=0.5),
-            ),
-        ),
-    }  # fmt: skip
+        "tiny": Recipe(tiny, TINY, seed=1, num_branches=2),
+        "tiny-draft": Recipe(draft, DRAFT, seed=2),
+        "tiny-moe": Recipe(moe, MOE, seed=3),
+    }
 
 
 def train_tokenizer(seed: int = 0) -> Tokenizer:
@@ -206,40 +259,42 @@ def training_attention(
 
 
 class Optimizer:
-    """Muon for the matrices (each expert's by itself) in the first steps, then AdamW; AdamW for all the rest.
+    """One phase's optimizers: for attention, for the MLPs (each expert's matrices by themselves), for the rest.
 
-    Under Muon the facts are learnt several times faster, but copying did not emerge in 800 steps, and was lost where it
-    had been learnt before. Under AdamW at a small learning rate it emerges within some hundred steps.
+    Under Muon facts are learnt several times faster, but copying does not emerge in the attention; under AdamW it does.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, phase: Phase) -> None:
         named = dict(model.named_parameters())
-        hidden = [n for n, p in named.items() if p.ndim >= 2 and "embed" not in n and "gate.weight" not in n]
+        matrices = {n for n, p in named.items() if p.ndim >= 2 and "embed" not in n and "gate.weight" not in n}
         self.slices = [
             (named[n], i, nn.Parameter(named[n].data[i]))
-            for n in hidden
+            for n in sorted(matrices)
             if named[n].ndim == 3
             for i in range(len(named[n]))
         ]
-        matrices = [named[n] for n in hidden if named[n].ndim == 2] + [view for _, _, view in self.slices]
-        self.recipe = recipe
+        groups = {
+            "attention": [named[n] for n in named if n in matrices and "self_attn" in n],
+            "mlp": [named[n] for n in named if n in matrices and "self_attn" not in n and named[n].ndim == 2]
+            + [view for _, _, view in self.slices],
+            "rest": [named[n] for n in named if n not in matrices],
+        }
+        rates = {"attention": phase.attention, "mlp": phase.mlp, "rest": Rate("adamw", phase.rest_lr)}
+        self.phase, self.rates = phase, rates
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(matrices, weight_decay=0.01),
-            "adamw": torch.optim.AdamW(matrices, betas=BETAS, weight_decay=0.0),
-            "rest": torch.optim.AdamW([p for n, p in named.items() if n not in hidden], betas=BETAS, weight_decay=0.0),
+            name: torch.optim.Muon(group, weight_decay=0.01)
+            if rates[name].optimizer == "muon"
+            else torch.optim.AdamW(group, betas=BETAS, weight_decay=0.0)
+            for name, group in groups.items()
         }
 
     def step(self, step: int) -> None:
-        recipe = self.recipe
         for param, i, view in self.slices:
             assert param.grad is not None
             view.grad = param.grad[i]
-        rates = {"muon": MUON_LR, "rest": MUON_REST_LR}
-        if step >= recipe.muon_steps:
-            rates = {"adamw": recipe.matrix_lr, "rest": recipe.rest_lr}
-        for name, rate in rates.items():
-            self.optimizers[name].param_groups[0]["lr"] = rate * recipe.lr_factor(step)
-            self.optimizers[name].step()
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = self.rates[name].lr * self.phase.lr_factor(step)
+            optimizer.step()
 
     def state_dict(self) -> dict[str, dict]:
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
@@ -263,6 +318,7 @@ class Trainer:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    ends: list[dict[str, Tensor]] = field(default_factory=list)  # the weights to average: the fork's, the branches'
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)
@@ -274,7 +330,7 @@ class Trainer:
             self.recipe.config, dtype=torch.float32, attn_implementation="training"
         )
         self.model = model.to(self.device).train()
-        self.optimizer = Optimizer(self.model, self.recipe)
+        self.optimizer = Optimizer(self.model, self.recipe.phases[0])
         self.facts = load_facts()
 
     @property
@@ -285,13 +341,17 @@ class Trainer:
         if self.checkpoint.exists():
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+            self.ends = state["ends"]
+            phase, step = self.recipe.phase_at(min(self.step, self.recipe.steps - 1))
+            if step:  # at a phase's first step the optimizers start afresh
+                self.optimizer = Optimizer(self.model, phase)
+                self.optimizer.load_state_dict(state["optimizer"])
 
     def save_checkpoint(self) -> None:
         CHECKPOINT_DIR.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                 "seconds": self.seconds, "tokens": self.tokens}  # fmt: skip
+                 "seconds": self.seconds, "tokens": self.tokens, "ends": self.ends}  # fmt: skip
         torch.save(state, self.checkpoint.with_suffix(".tmp"))
         self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
 
@@ -320,8 +380,13 @@ class Trainer:
 
     def train_step(self) -> float:
         started = time.perf_counter()
+        phase, step = self.recipe.phase_at(self.step)
+        if step == 0:
+            if self.ends:  # a branch
+                self.model.load_state_dict(self.ends[0])
+            self.optimizer = Optimizer(self.model, phase)
         rng = random.Random(f"{self.recipe.seed}/{self.step}")
-        documents = list(write_step(self.tokenizer, self.facts, rng, *self.recipe.mix_at(self.step)))
+        documents = list(write_step(self.tokenizer, self.facts, rng, phase.mix, step / phase.steps))
         total = 0.0
         for batch in make_batches(documents, pad_id=0, max_tokens=self.recipe.batch_tokens):
             with torch.autocast(self.device.type, torch.bfloat16):
@@ -329,9 +394,11 @@ class Trainer:
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step(self.step)
+        self.optimizer.step(step)
         self.model.zero_grad()
         self.step += 1
+        if self.recipe.is_fork(self.step) or (self.ends and step + 1 == phase.steps):
+            self.ends.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
         self.tokens += sum(len(document.token_ids) for document in documents)
         self.seconds += time.perf_counter() - started
         return total
@@ -339,7 +406,10 @@ class Trainer:
     def export(self, directory: Path) -> None:
         """Write the Hugging Face layout: bf16 weights, configs, tokenizer and chat template."""
         exported = AutoModelForCausalLM.from_config(self.recipe.config, dtype=torch.bfloat16)
-        exported.load_state_dict(self.model.state_dict())
+        weights = self.model.state_dict()
+        if self.ends:
+            weights = {name: sum(end[name] for end in self.ends) / len(self.ends) for name in weights}
+        exported.load_state_dict(weights)
         exported.generation_config = GenerationConfig(eos_token_id=SPECIAL_TOKENS.index(END), pad_token_id=0)
         exported.save_pretrained(directory)
         save_tokenizer(self.tokenizer, directory)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tools import train_models
 from tools.corpus.chat import write_conversation
 from tools.corpus.documents import Mix, make_batches, render_chat, write_step
 from tools.corpus.facts import load_facts, parse_facts
-from tools.train_models import recipes
+from tools.train_models import Phase, Rate, Recipe, Trainer, recipes
 
 MODELS_DIR = Path(__file__).resolve().parents[2] / "models"
 SHIPPED = ("tiny", "tiny-draft", "tiny-moe")
@@ -70,10 +72,37 @@ def test_a_malformed_fact_is_named() -> None:
 
 def test_a_training_step_weighs_each_kind_by_its_share() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "tiny").backend_tokenizer
-    mix = Mix(1, num_chats=5, task_tokens=400, num_stories=2, longest_task=(100, 100), repetition_share=0.5)
-    steps = [list(write_step(tokenizer, load_facts(), random.Random(7), mix, 100)) for _ in range(2)]
+    mix = Mix(num_chats=5, num_stories=2, repetition_tokens=300, pair_tokens=200, task_tokens=400, from_few=0.5)
+    steps = [list(write_step(tokenizer, load_facts(), random.Random(7), mix, 0.5)) for _ in range(2)]
     assert steps[0] == steps[1], "the same seed must write the same documents"
     batches = make_batches(steps[0], pad_id=0, max_tokens=500)
     assert sum(len(batch.token_ids) for batch in batches) == len(steps[0]), "a document was lost or doubled"
     total = sum(weight for batch in batches for row in batch.weights for weight in row)
-    assert total == pytest.approx(1.0 + 1.0 + 0.4), "chats, tasks and stories weigh 1, 1 and 0.4"
+    assert total == pytest.approx(4.4), "chats, repetition, pairs and tasks weigh 1 each, stories 0.4"
+
+
+def test_branches_start_at_the_fork_and_the_model_is_their_mean(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = train_models._llama(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+    )
+    phase = Phase(2, Mix(1, 0), Rate("adamw", 1e-2), Rate("muon", 1e-2), 1e-2, warmup_steps=1)
+    monkeypatch.setattr(train_models, "CHECKPOINT_DIR", tmp_path)
+    recipe = Recipe(config, (phase, phase, phase), seed=0, num_branches=2)
+    trainer = Trainer("test", recipe, torch.device("cpu"))
+    starts = []
+    while trainer.step < recipe.steps:
+        trainer.train_step()
+        if trainer.step == 5:  # in the middle of the last branch: stop and resume
+            trainer.save_checkpoint()
+            trainer = Trainer("test", recipe, torch.device("cpu"))
+            trainer.resume()
+        starts.append(len(trainer.ends))
+    assert starts == [0, 1, 1, 2, 2, 3], f"weights kept after each step: the fork's, then each branch's; got {starts}"
+    trainer.export(tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in exported.items():
+        mean = sum(end[name] for end in trainer.ends) / 3
+        assert torch.equal(tensor, mean.to(torch.bfloat16)), f"{name} is not the mean of the three ends"
+    assert len({float(end["model.embed_tokens.weight"].sum()) for end in trainer.ends}) == 3, "the branches are one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -12,11 +12,11 @@ from tokenizers import Tokenizer
 from tools.corpus.chat import Message, write_conversation
 from tools.corpus.facts import Fact
 from tools.corpus.stories import write_story
-from tools.corpus.tasks import repetition, write_task
+from tools.corpus.tasks import Pieces, pairs, repetition, write_task
 
 END = "<|im_end|>"
-MAX_TASK_TOKENS = 1_500
-KIND_WEIGHTS = {"chat": 1.0, "task": 1.0, "story": 0.4}
+MAX_DOCUMENT_TOKENS = 1_900
+KIND_WEIGHTS = {"chat": 1.0, "repetition": 1.0, "pairs": 1.0, "task": 1.0, "story": 0.4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Document:
     is_target: list[bool]
 
 
-def render_chat(messages: list[Message]) -> list[tuple[str, bool]]:
+def render_chat(messages: list[Message]) -> Pieces:
     """The chat template of the shipped tokenizer, cut where the trained text (the assistant's) begins and ends."""
-    pieces: list[tuple[str, bool]] = []
+    pieces: Pieces = []
     for message in messages:
         is_answer = message["role"] == "assistant"
         pieces.append((f"<|im_start|>{message['role']}\n", False))
@@ -39,7 +39,7 @@ def render_chat(messages: list[Message]) -> list[tuple[str, bool]]:
     return pieces
 
 
-def to_document(tokenizer: Tokenizer, kind: str, pieces: list[tuple[str, bool]]) -> Document:
+def to_document(tokenizer: Tokenizer, kind: str, pieces: Pieces) -> Document:
     """Encode the pieces one by one."""
     token_ids: list[int] = []
     is_target: list[bool] = []
@@ -52,36 +52,48 @@ def to_document(tokenizer: Tokenizer, kind: str, pieces: list[tuple[str, bool]])
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What a training step reads: conversations, tokens of tasks, stories; and how the tasks are drawn.
+    """What a training step reads: conversations and stories by number, drills and tasks by their tokens.
 
-    Task lengths are log-uniform from 30 tokens to a longest that grows linearly over the phase.
+    longest_row (words) and longest_task (tokens) grow from the first number to the second over the phase; lengths are
+    log-uniform up to them.
     """
 
-    until_step: int
     num_chats: int
-    task_tokens: int
     num_stories: int
-    longest_task: tuple[int, int]
-    repetition_share: float = 0.0
+    repetition_tokens: int = 0
+    pair_tokens: int = 0
+    task_tokens: int = 0
+    longest_row: tuple[int, int] = (16, 16)
+    longest_task: tuple[int, int] = (100, 100)
+    from_few: float = 0.0  # share of the repetitions
 
 
 def write_step(
-    tokenizer: Tokenizer, facts: list[Fact], rng: random.Random, mix: Mix, longest_task: int
+    tokenizer: Tokenizer, facts: list[Fact], rng: random.Random, mix: Mix, progress: float
 ) -> Iterator[Document]:
-    """The documents of one training step."""
+    """The documents of one training step; progress through the phase goes from 0 to 1."""
+
+    def length(shortest: int, longest: tuple[int, int]) -> int:
+        upper = longest[0] + (longest[1] - longest[0]) * progress
+        return int(math.exp(rng.uniform(math.log(shortest), math.log(upper))))
+
     for _ in range(mix.num_chats):
         yield to_document(tokenizer, "chat", render_chat(write_conversation(rng, facts)))
-    task_tokens = mix.task_tokens
-    while task_tokens > 0:
-        length = int(math.exp(rng.uniform(math.log(30), math.log(longest_task))))
-        if mix.repetition_share and rng.random() < mix.repetition_share:
-            row, repeats = repetition(rng, length)
-            pieces = [(row, False), (repeats, True)]
-        else:
-            pieces = render_chat(write_task(rng, length))
-        document = to_document(tokenizer, "task", pieces)
-        task_tokens -= len(document.token_ids)
-        yield document
+    drills: tuple[tuple[str, int, Callable[[], Pieces]], ...] = (
+        (
+            "repetition",
+            mix.repetition_tokens,
+            lambda: repetition(rng, length(5, mix.longest_row), rng.random() < mix.from_few),
+        ),
+        ("pairs", mix.pair_tokens, lambda: pairs(rng, length(30, mix.longest_task))),
+        ("task", mix.task_tokens, lambda: render_chat(write_task(rng, length(30, mix.longest_task)))),
+    )
+    for kind, num_tokens, write in drills:
+        while num_tokens > 0:
+            document = to_document(tokenizer, kind, write())
+            if len(document.token_ids) <= MAX_DOCUMENT_TOKENS:
+                num_tokens -= len(document.token_ids)
+                yield document
     for _ in range(mix.num_stories):
         story = write_story(rng)
         pieces = [(story.text + END, True)]

@@ -1,6 +1,6 @@
 """Copy, list and recall tasks over prompts of up to 1,500 tokens.
 
-Every task can only be solved by looking back into the prompt: its words and numbers are drawn afresh each time.
+Every task can only be solved by looking back into the prompt: its words are drawn afresh each time.
 That is what grows induction heads in a small model, and it is what long-prompt benchmarks ask for.
 """
 
@@ -36,15 +36,12 @@ NAMES = tuple(
     "Ada Anna Bella Clara Daisy Ella Emma Flora Grace Ida Iris Jane Kate Lily Lucy Maya Nora Rosa Ruby Tess Adam Arlo "
     "Ben Carl Dan Eli Felix Finn George Hugo Ivan Jack Leo Max Milo Noah Oscar Otto Paul Sam Theo Tom".split()
 )
+DAYS = tuple(
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August "
+    "September October November December".split()
+)
+DRILL_WORDS = WORDS + NAMES + DAYS
 TOKENS_PER_ENTRY = 6  # "- amber: copper\n" and what the questions add: how a prompt of n tokens is aimed at
-
-
-def _values(rng: random.Random, keys: list[str]) -> list[str]:
-    """Words that are no key, or two-digit numbers."""
-    others = [word for word in WORDS if word not in set(keys)]
-    if len(others) > 20 and rng.random() < 0.5:
-        return [rng.choice(others) for _ in keys]
-    return [str(rng.randrange(10, 100)) for _ in keys]
 
 
 def _ask(turns: list[tuple[str, str]], intro: str) -> Task:
@@ -56,11 +53,11 @@ def _ask(turns: list[tuple[str, str]], intro: str) -> Task:
     return messages
 
 
-def key_value(rng: random.Random, num_tokens: int, num_questions: int = 6) -> Task:
+def key_value(rng: random.Random, num_tokens: int, num_questions: int = 10) -> Task:
     """Look up keys in a list of pairs."""
     count = min(max(2, num_tokens // TOKENS_PER_ENTRY), len(WORDS))
     keys = rng.sample(WORDS, count)
-    pairs = dict(zip(keys, _values(rng, keys), strict=True))
+    pairs = {key: rng.choice(WORDS) for key in keys}
     intro = rng.choice(
         ("Here are some pairs:", "Remember these pairs:", "This is a table of keys and values:", "Data:")
     )
@@ -88,8 +85,8 @@ def copy(rng: random.Random, num_tokens: int) -> Task:
 
 def list_items(rng: random.Random, num_tokens: int) -> Task:
     """First, last and next items of a list."""
-    count = min(max(3, num_tokens // 4), len(WORDS))
-    items = rng.sample(WORDS, count)
+    count = min(max(3, num_tokens // 4), len(DRILL_WORDS))
+    items = rng.sample(DRILL_WORDS, count)
     turns = [
         (
             f"What is the {'first' if at == 0 else 'last'} item?",
@@ -97,7 +94,7 @@ def list_items(rng: random.Random, num_tokens: int) -> Task:
         )
         for at in rng.sample((0, -1), 2)
     ]
-    for _ in range(4):
+    for _ in range(8):
         at = rng.randrange(count - 1)
         turns.append((f"Which item comes after {items[at]}?", f"After {items[at]} comes {items[at + 1]}."))
     rng.shuffle(turns)
@@ -111,27 +108,44 @@ def list_items(rng: random.Random, num_tokens: int) -> Task:
 
 def notes_in_text(rng: random.Random, num_tokens: int) -> Task:
     """Find notes scattered between small stories."""
-    owners = rng.sample(NAMES, min(max(2, num_tokens // 80), 12))
-    codes = {owner: rng.choice((rng.choice(WORDS), str(rng.randrange(10, 100)))) for owner in owners}
-    notes = [f"Note: the code for {owner} is {code}." for owner, code in codes.items()]
+    owners = rng.sample(NAMES, min(max(2, num_tokens // 25), 12))
+    words = {owner: rng.choice(WORDS) for owner in owners}
+    notes = [f"Note for {owner}: {word}." for owner, word in words.items()]
     paragraphs = [write_story(rng).text for _ in range(num_tokens // 165)]
     for note in notes:
         paragraphs.insert(rng.randrange(len(paragraphs) + 1), note)
     turns = [
-        (f"What is the code for {owner}?", f"The code for {owner} is {codes[owner]}.")
-        for owner in rng.sample(owners, min(5, len(owners)))
+        (f"What is the note for {owner}?", f"The note for {owner} is {words[owner]}.")
+        for owner in rng.sample(owners, min(10, len(owners)))
     ]
     return _ask(turns, "Read this text.\n\n" + "\n".join(paragraphs))
 
 
-def repetition(rng: random.Random, num_tokens: int) -> tuple[str, str]:
-    """A row of words, and the same row again twice or more: the plainest text that looking back can predict."""
-    row = "".join(" " + rng.choice(WORDS) for _ in range(rng.randint(4, max(4, num_tokens // 4))))
-    return row, row * max(2, min(8, num_tokens // len(row.split()) - 1))
+Pieces = list[tuple[str, bool]]  # text, and whether the model is trained to predict it
+
+
+def repetition(rng: random.Random, num_words: int, from_few: bool) -> Pieces:
+    """A row of words and the same row again, up to four times: the plainest text that looking back can predict.
+
+    from_few: the words are drawn from a handful, so that one word does not tell the place; the words before it do.
+    """
+    pool = rng.sample(DRILL_WORDS, rng.randint(2, 12)) if from_few else DRILL_WORDS
+    row = "".join(" " + rng.choice(pool) for _ in range(num_words))
+    return [(row, False), (row * (1 if num_words > 40 else rng.randint(1, 4)), True)]
+
+
+def pairs(rng: random.Random, num_tokens: int) -> Pieces:
+    """Pairs of words, and all of them asked for in another order: recall with nothing around it."""
+    keys = rng.sample(DRILL_WORDS, min(max(2, num_tokens // 10), 140))
+    values = {key: rng.choice(DRILL_WORDS) for key in keys}
+    pieces = [("".join(f"- {key}: {value}\n" for key, value in values.items()), False)]
+    for key in rng.sample(keys, len(keys)):
+        pieces += [(f"- {key}:", False), (f" {values[key]}\n", True)]
+    return pieces
 
 
 TASKS: tuple[tuple[Callable[[random.Random, int], Task], float], ...] = (
-    (key_value, 0.4), (copy, 0.2), (list_items, 0.15), (notes_in_text, 0.25),
+    (key_value, 0.3), (copy, 0.1), (list_items, 0.35), (notes_in_text, 0.25),
 )  # fmt: skip
 
 

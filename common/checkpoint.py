@@ -97,7 +97,7 @@ def _find_directory(model: str) -> Path:
     if (MODELS_DIR / model).is_dir() and "/" not in model and model not in ("", ".", ".."):
         return MODELS_DIR / model
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         shipped = ", ".join(sorted(p.name for p in MODELS_DIR.glob("*/") if (p / "config.json").is_file()))

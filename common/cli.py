@@ -43,7 +43,7 @@ def parse_config(config_class: type[Config], description: str, prog: str, argv: 
 
 def _add_flag(parser: argparse.ArgumentParser, spec: Field, hint: Any) -> None:
     flag = "--" + spec.name.replace("_", "-")
-    options: dict[str, Any] = {"help": spec.metadata.get("help", " ")}
+    options: dict[str, Any] = {"help": spec.metadata.get("help", " ").replace("%", "%%")}  # argparse formats it
     options |= {"required": True} if spec.default is MISSING else {"default": spec.default}
     members = [m for m in typing.get_args(hint) if m is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -11,6 +11,8 @@ class FieldError(ValueError):
         self.field = field
 
 
-def openai_error(message: str, param: str | None, error_type: str = "invalid_request_error") -> dict:
+def openai_error(
+    message: str, param: str | None, error_type: str = "invalid_request_error", code: str | None = None
+) -> dict:
     """The body of an error response as OpenAI writes it."""
-    return {"error": {"message": message, "type": error_type, "param": param, "code": None}}
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}

@@ -9,17 +9,29 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely a token was: the logarithm of its probability, and its rank among all tokens (1 is the likeliest)."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One answer. token_ids holds every sampled token, the stop token too; text leaves the stop token out.
 
-    stop_reason is the id from stop_token_ids that ended the answer, None for the end-of-sequence token and for length.
+    stop_reason is the id from stop_token_ids or the stop string that ended the answer, None for the end-of-sequence
+    token and for length. A stop string and what follows it is not in text either.
+    logprobs, if asked for: one dict for each of token_ids, first the sampled token's Logprob, then those of the
+    likeliest tokens (the sampled one may be among them; it stands in the dict once).
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None
-    stop_reason: int | None
+    stop_reason: int | str | None
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

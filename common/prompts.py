@@ -1,4 +1,4 @@
-"""The prompt of a request body: text, or chat messages through the model's template."""
+"""The prompt of a request body: text, token ids, or chat messages through the model's template."""
 
 from __future__ import annotations
 
@@ -13,23 +13,89 @@ from common.sampling_params import show
 
 PROMPT_FIELDS = ("prompt", "messages")
 ROLES = ("system", "user", "assistant")
+MAX_PROMPTS = 128  # in one request
 
 
 def encode_prompt(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> list[int]:
     """Token ids of `prompt` or of `messages`. Raises FieldError on a wrong type, an empty or a too long prompt."""
+    field = _given_field(body)
+    if field == "prompt":
+        token_ids = _encode_one(field, body[field], tokenizer)
+    else:
+        token_ids = _encode_messages(check_messages(body[field]), tokenizer)
+    return _check_length(field, token_ids, max_model_len)
+
+
+def encode_prompts(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> list[list[int]]:
+    """Token ids of each prompt. Like encode_prompt, but takes all that OpenAI's API does: see split_prompts and
+    plain_messages."""
+    field = _given_field(body)
+    if field == "messages":
+        return [_check_length(field, _encode_messages(plain_messages(body[field]), tokenizer), max_model_len)]
+    return [
+        _check_length(name, _encode_one(name, prompt, tokenizer), max_model_len)
+        for name, prompt in split_prompts(body[field])
+    ]
+
+
+def split_prompts(prompt: object) -> list[tuple[str, Any]]:
+    """A completion's prompts and their names for errors. One is text or token ids; a list of either is a batch."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+        return [("prompt", prompt)]
+    if len(prompt) > MAX_PROMPTS:
+        raise FieldError("prompt", f"expected at most {MAX_PROMPTS} prompts, got {len(prompt)}")
+    return [(f"prompt[{number}]", one) for number, one in enumerate(prompt)]
+
+
+def check_messages(messages: object) -> list[dict[str, str]]:
+    """Chat messages, each with a role and text content. Raises FieldError naming the one that is wrong."""
+    checked = _check_message_list(messages)
+    for number, message in enumerate(checked):
+        field = f"messages[{number}]"
+        _check_message(field, message, ("role", "content"), ROLES)
+        _check_text(f"{field}.content", message.get("content"))
+    return checked
+
+
+def plain_messages(messages: object) -> list[dict[str, str]]:
+    """Chat messages as templates take them. Raises FieldError naming the one that is wrong.
+
+    Beyond check_messages: the content may be a list of text parts, which are joined; the role developer is OpenAI's new
+    name for system; a name is checked and left out, since templates do not know it.
+    """
+    plain = []
+    for number, message in enumerate(_check_message_list(messages)):
+        field = f"messages[{number}]"
+        _check_message(field, message, ("role", "content", "name"), (*ROLES, "developer"))
+        if message.get("name") is not None:
+            _check_text(f"{field}.name", message["name"])
+        role = "system" if message["role"] == "developer" else message["role"]
+        plain.append({"role": role, "content": _join_parts(f"{field}.content", message.get("content"))})
+    return plain
+
+
+def _given_field(body: Mapping[str, Any]) -> str:
     given = [field for field in PROMPT_FIELDS if body.get(field) is not None]
     if len(given) != 1:
         raise FieldError("prompt", f"expected either prompt or messages, got {' and '.join(given) or 'neither'}")
-    field = given[0]
-    if field == "prompt":
-        token_ids = tokenizer.encode(_check_text("prompt", body["prompt"]), add_special_tokens=True)
-    else:
-        messages = check_messages(body["messages"])
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (ValueError, TemplateError) as error:  # no template, or one that refuses, say, a system message
-            raise FieldError("messages", f"the model's chat template does not take them: {error}") from error
-        token_ids = tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+    return given[0]
+
+
+def _encode_one(field: str, prompt: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(prompt, list):
+        return _check_token_ids(field, prompt, len(tokenizer))
+    return tokenizer.encode(_check_text(field, prompt), add_special_tokens=True)
+
+
+def _encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (ValueError, TemplateError) as error:  # no template, or one that refuses, say, a system message
+        raise FieldError("messages", f"the model's chat template does not take them: {error}") from error
+    return tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+
+
+def _check_length(field: str, token_ids: list[int], max_model_len: int) -> list[int]:
     if not token_ids:
         raise FieldError(field, "expected at least one token, got an empty prompt")
     if len(token_ids) >= max_model_len:
@@ -40,25 +106,45 @@ def encode_prompt(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, m
     return token_ids
 
 
-def check_messages(messages: object) -> list[dict[str, str]]:
-    """Chat messages, each with a role and text content. Raises FieldError naming the one that is wrong."""
+def _check_message_list(messages: object) -> list[Any]:
     if not isinstance(messages, list) or not messages:
         raise FieldError("messages", f"expected a list of at least one message, got {show(messages)}")
-    for number, message in enumerate(messages):
-        field = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise FieldError(field, f"expected an object with role and content, got {show(message)}")
-        if unknown := sorted(set(message) - {"role", "content"}):
-            raise FieldError(f"{field}.{unknown[0]}", "unknown field: expected role and content")
-        if message.get("role") not in ROLES:
-            raise FieldError(f"{field}.role", f"expected one of {', '.join(ROLES)}, got {show(message.get('role'))}")
-        _check_text(f"{field}.content", message.get("content"))
     return messages
+
+
+def _check_message(field: str, message: object, names: tuple[str, ...], roles: tuple[str, ...]) -> None:
+    expected = f"{', '.join(names[:-1])} and {names[-1]}"
+    if not isinstance(message, dict):
+        raise FieldError(field, f"expected an object with {expected}, got {show(message)}")
+    if unknown := sorted(set(message) - set(names)):
+        name = show(unknown[0]).strip("'")
+        raise FieldError(f"{field}.{name}", f"unknown field: expected {expected}")
+    if message.get("role") not in roles:
+        raise FieldError(f"{field}.role", f"expected one of {', '.join(roles)}, got {show(message.get('role'))}")
+
+
+def _join_parts(field: str, content: object) -> str:
+    if not isinstance(content, list):
+        return _check_text(field, content)
+    if not content:
+        raise FieldError(field, "expected text or a list of text parts, got []")
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+            raise FieldError(f"{field}[{number}]", f'expected {{"type": "text", "text": …}}, got {show(part)}')
+        _check_text(f"{field}[{number}].text", part["text"])
+    return "".join(part["text"] for part in content)
+
+
+def _check_token_ids(field: str, values: list[object], vocab_size: int) -> list[int]:
+    for number, value in enumerate(values):
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+            raise FieldError(f"{field}[{number}]", f"expected a token id from 0 to {vocab_size - 1}, got {show(value)}")
+    return list(values)  # type: ignore[arg-type]
 
 
 def _check_text(field: str, value: object) -> str:
     if not isinstance(value, str):
-        raise FieldError(field, f"expected text, got {show(value)}")
+        raise FieldError(field, f"expected text{' or token ids' * field.startswith('prompt')}, got {show(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,11 @@ from common.errors import FieldError
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_TOKEN_IDS = 128
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1_000  # four is OpenAI's limit
+MAX_N = 16  # answers to one prompt
+MAX_LOGIT_BIAS = 300  # entries
+MAX_LOGPROBS = 20  # OpenAI's limit
+TOKEN_ID_KEY = re.compile(r"0|[1-9][0-9]{0,17}")  # how JSON writes a token id as the key of an object
 MIN_TEMPERATURE = 1e-5  # below it is greedy, as in vLLM: float32 logits divided by less overflow
 MIN_TOP_P = 1e-9  # float32 would round a smaller one to 0; either way only the likeliest token stays
 
@@ -19,7 +25,11 @@ class SamplingParams:
     """Raises FieldError naming field, value and limit if a value is out of range.
 
     temperature 0 (or below 1e-5) is greedy; top_k 0 keeps all tokens. A seed makes the request's draws reproducible.
-    min_tokens holds back the end-of-sequence token and stop_token_ids until that many tokens are out.
+    min_tokens holds back the end-of-sequence token, stop_token_ids and stop strings until that many tokens are out.
+    stop: up to four strings that end the answer where one of them would begin; a single string stands for a list of it.
+    logit_bias: what is added to the logits of some tokens; given as a mapping of token id (or its decimal string, as in
+    JSON) to a number, stored as (token id, bias) pairs in the order of the ids, so that the params can be hashed.
+    logprobs: how many of the likeliest tokens to report beside each sampled one; None reports nothing.
     """
 
     max_tokens: int = 128
@@ -29,18 +39,25 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, low=1)
-        _check_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens, high_name="max_tokens")
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, low=0)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
+        check_int("max_tokens", self.max_tokens, low=1)
+        check_int("min_tokens", self.min_tokens, low=0, high=self.max_tokens, high_name="max_tokens")
+        check_float("temperature", self.temperature, 0.0, 100.0)
+        check_int("top_k", self.top_k, low=0)
+        check_float("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0:
             raise FieldError("top_p", "expected a number above 0 and up to 1, got 0")
         if self.seed is not None:
-            _check_int("seed", self.seed, low=0, high=MAX_SEED)
+            check_int("seed", self.seed, low=0, high=MAX_SEED)
         if not isinstance(self.stop_token_ids, list | tuple):
             raise FieldError("stop_token_ids", f"expected a list of integers, got {show(self.stop_token_ids)}")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
@@ -48,35 +65,53 @@ class SamplingParams:
                 "stop_token_ids", f"expected at most {MAX_STOP_TOKEN_IDS} ids, got {len(self.stop_token_ids)}"
             )
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, low=0)
+            check_int("stop_token_ids", token_id, low=0)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", _check_stop_strings(self.stop))
         object.__setattr__(self, "temperature", 0.0 if self.temperature < MIN_TEMPERATURE else self.temperature)
         object.__setattr__(self, "top_p", max(self.top_p, MIN_TOP_P))
         if not isinstance(self.ignore_eos, bool):
             raise FieldError("ignore_eos", f"expected true or false, got {show(self.ignore_eos)}")
+        check_int("n", self.n, low=1, high=MAX_N)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_float("repetition_penalty", self.repetition_penalty, 0.0, 2.0)
+        if self.repetition_penalty == 0:
+            raise FieldError("repetition_penalty", "expected a number above 0 and up to 2, got 0")
+        object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
+        if self.logprobs is not None:
+            check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> SamplingParams:
         """The sampling fields of a request body; a null means the default. Other fields are the caller's to check."""
-        names = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in body.items() if name in names and value is not None})
+        given = {f.name: body[f.name] for f in fields(cls) if body.get(f.name) is not None}
+        if given.get("logprobs") is False:  # a chat's way to ask for none
+            del given["logprobs"]
+        return cls(**given)
 
 
-def check_known_fields(body: Mapping[str, Any], others: tuple[str, ...]) -> None:
-    """Raises FieldError for the first field that is neither SamplingParams' nor one of the others."""
-    known = {f.name for f in fields(SamplingParams)} | set(others)
+def check_known_fields(body: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises FieldError for the first field that is not one of the known."""
     for name in body:
         if name not in known:
             raise FieldError(show(name).strip("'"), f"unknown field: expected one of {', '.join(sorted(known))}")
 
 
+def check_supported(params: SamplingParams, supported: Collection[str]) -> None:
+    """Raises FieldError if params ask for something that an engine does not do: it must not be silently dropped."""
+    for spec in fields(params):
+        if spec.name not in supported and getattr(params, spec.name) != spec.default:
+            raise FieldError(spec.name, f"this part does not support it, got {show(getattr(params, spec.name))}")
+
+
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Raises FieldError if stop_token_ids names a token that the model does not have."""
-    for token_id in params.stop_token_ids:
-        if token_id >= vocab_size:
-            raise FieldError(
-                "stop_token_ids", f"expected ids below {vocab_size} (the vocabulary), got {show(token_id)}"
-            )
+    """Raises FieldError if stop_token_ids or logit_bias names a token that the model does not have."""
+    biased = [token_id for token_id, _ in params.logit_bias]
+    for field, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        for token_id in token_ids:
+            if token_id >= vocab_size:
+                raise FieldError(field, f"expected ids below {vocab_size} (the vocabulary), got {show(token_id)}")
 
 
 def show(value: object, limit: int = 60) -> str:
@@ -88,7 +123,35 @@ def show(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def _check_int(field: str, value: object, low: int, high: int | None = None, high_name: str = "") -> None:
+def _check_stop_strings(stop: object) -> tuple[str, ...]:
+    strings = [stop] if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
+        raise FieldError("stop", f"expected text or a list of texts, got {show(stop)}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise FieldError("stop", f"expected at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+    for text in strings:
+        if not 1 <= len(text) <= MAX_STOP_CHARS:
+            raise FieldError("stop", f"expected 1 to {MAX_STOP_CHARS} characters, got {len(text)}")
+    return tuple(strings)
+
+
+def _check_logit_bias(bias: object) -> tuple[tuple[int, float], ...]:
+    if not isinstance(bias, Mapping | tuple):
+        raise FieldError("logit_bias", f"expected an object of token ids and numbers, got {show(bias)}")
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise FieldError("logit_bias", f"expected at most {MAX_LOGIT_BIAS} entries, got {len(bias)}")
+    pairs = {}
+    for key, value in bias.items() if isinstance(bias, Mapping) else bias:
+        token_id = int(key) if isinstance(key, str) and TOKEN_ID_KEY.fullmatch(key) else key
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise FieldError("logit_bias", f"expected token ids as keys, got {show(key)}")
+        check_float("logit_bias", value, -100.0, 100.0)
+        pairs[token_id] = float(value)
+    return tuple(sorted(pairs.items()))
+
+
+def check_int(field: str, value: object, low: int, high: int | None = None, high_name: str = "") -> None:
+    """Raises FieldError unless value is an integer from low to high; high_name says where high comes from."""
     wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if high_name:
         wanted += f" ({high_name})"
@@ -96,7 +159,8 @@ def _check_int(field: str, value: object, low: int, high: int | None = None, hig
         raise FieldError(field, f"expected {wanted}, got {show(value)}")
 
 
-def _check_float(field: str, value: object, low: float, high: float) -> None:
+def check_float(field: str, value: object, low: float, high: float) -> None:
+    """Raises FieldError unless value is a number from low to high, both included."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # type: ignore[operator]  # NaN fails every comparison
         raise FieldError(field, f"expected a number from {low:g} to {high:g}, got {show(value)}")

@@ -14,17 +14,20 @@ import torch
 from flask import Flask, Response, jsonify, request
 from torch import Tensor
 from transformers import DynamicCache
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
 
 from common.checkpoint import DTYPES, default_dtype, load_model, load_tokenizer, resolve_checkpoint
 from common.errors import FieldError, openai_error
 from common.outputs import CompletionOutput, FinishReason, RequestOutput
 from common.prompts import PROMPT_FIELDS, encode_prompt
-from common.sampling_params import SamplingParams, check_known_fields, check_vocabulary
+from common.sampling_params import SamplingParams, check_known_fields, check_supported, check_vocabulary
 
 from .config import EngineConfig
 
 MAX_BODY_BYTES = 1_000_000
+SAMPLING_FIELDS = (
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos",
+)  # fmt: skip
 
 
 class LLM:
@@ -63,6 +66,7 @@ class LLM:
     @torch.inference_mode()
     def generate(self, prompt_token_ids: list[int], params: SamplingParams, use_cache: bool = True) -> RequestOutput:
         """Continue a prompt. Without a cache every token costs a pass over the whole text so far."""
+        check_supported(params, SAMPLING_FIELDS)
         check_vocabulary(params, self.model.config.vocab_size)
         stop_token_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
         generator = None
@@ -151,13 +155,16 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 def create_app(llm: LLM) -> Flask:
     """POST /generate and GET /health over one engine."""
     app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # where a chunked body, which has no length, is cut
     app.json.sort_keys = False  # type: ignore[attr-defined]
 
     @app.post("/generate")
     def generate() -> Response:
-        body = parse_body(request.get_data())
-        check_known_fields(body, PROMPT_FIELDS)
+        raw = request.get_data()
+        if len(raw) > MAX_BODY_BYTES:
+            raise RequestEntityTooLarge
+        body = parse_body(raw)
+        check_known_fields(body, PROMPT_FIELDS + SAMPLING_FIELDS)
         params = SamplingParams.from_body(body)
         result = llm.generate(encode_prompt(body, llm.tokenizer, llm.max_model_len), params)
         output = result.outputs[0]
@@ -178,11 +185,14 @@ def create_app(llm: LLM) -> Flask:
         return jsonify(openai_error(str(error), error.field)), 400
 
     @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException) -> tuple[Response, int]:
+    def http_error(error: HTTPException) -> tuple[Response, int, dict[str, str]]:
         status = error.code or 500
         if status == 413:
-            error.description = f"body: expected at most {MAX_BODY_BYTES:,} bytes, got {request.content_length}"
+            got = request.content_length or "more"
+            error.description = f"body: expected at most {MAX_BODY_BYTES:,} bytes, got {got}"
         kind = "invalid_request_error" if status < 500 else "internal_error"
-        return jsonify(openai_error(error.description or error.name, "body" if status == 413 else None, kind)), status
+        headers = {"Allow": ", ".join(error.valid_methods or [])} if isinstance(error, MethodNotAllowed) else {}
+        body = openai_error(error.description or error.name, "body" if status == 413 else None, kind)
+        return jsonify(body), status, headers
 
     return app

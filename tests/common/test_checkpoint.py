@@ -108,7 +108,7 @@ def test_a_hugging_face_id_while_offline(model: str, monkeypatch: pytest.MonkeyP
 )
 def test_a_name_that_is_nothing(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    if model in ("", ".", ".."):
+    if model in (".", ".."):
         refused(model, "has no config.json")
     else:
         refused(model, repr(model), "neither a shipped model (", "tiny", "owner/name", "random:")

@@ -17,7 +17,7 @@ from common.errors import FieldError
 class Config:
     needed: str
     count: int = option(3, "how many")
-    rate: float = option(1.5, "how often")
+    rate: float = option(1.5, "90% or 100%s")
     max_things: int | None = option(None, "the most (None: no limit)")
     mode: Literal["slow", "fast"] = option("slow", "how")
     level: Literal["a", "b"] | None = option(None, "how high")
@@ -102,7 +102,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--help")
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    for word in ("--needed", "--count", "how many (default: 3)", "--max-things", "{slow,fast}", "--no-is-loud"):
+    words = ["--needed", "--count", "how many (default: 3)", "--max-things", "{slow,fast}", "--no-is-loud"]
+    for word in [*words, "90% or 100%s (default: 1.5)"]:  # a % stands for itself, though argparse formats help texts
         assert word in text, f"expected {word!r} in --help:\n{text}"
     assert "What it does.\n\n  an example\n" in text, f"the description keeps its lines:\n{text}"
 

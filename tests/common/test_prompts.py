@@ -26,6 +26,14 @@ def test_text_is_tokenised_as_it_is(tokenizer: PreTrainedTokenizerBase) -> None:
         assert tokenizer.decode(ids) == text, f"{text!r} came back as {tokenizer.decode(ids)!r}"
 
 
+def test_token_ids_are_taken_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = [0, 4095, *tokenizer.encode("Once upon a time"), 0]
+    body = {"prompt": ids}
+    got = encode_prompt(body, tokenizer, 1000)
+    assert got == ids, f"token ids must reach the model as they were sent: expected {ids}, got {got}"
+    assert got is not body["prompt"], "the request's own list must not be handed on"
+
+
 def test_messages_go_through_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -48,8 +56,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "nulls": ({"prompt": None, "messages": None}, "prompt", "got neither"),
     "both": ({"prompt": "", "messages": []}, "prompt", "got prompt and messages"),
     "empty": ({"prompt": ""}, "prompt", "at least one token, got an empty prompt"),
-    "number": ({"prompt": 7}, "prompt", "expected text, got 7"),
-    "bytes": ({"prompt": b"Hi"}, "prompt", "expected text, got b'Hi'"),
+    "number": ({"prompt": 7}, "prompt", "expected text or token ids, got 7"),
+    "bytes": ({"prompt": b"Hi"}, "prompt", "expected text or token ids, got b'Hi'"),
+    "tuple of ids": ({"prompt": (1, 2)}, "prompt", "expected text or token ids, got (1, 2)"),
+    "no ids": ({"prompt": []}, "prompt", "at least one token, got an empty prompt"),
+    "a text among ids": ({"prompt": [1, "Hi"]}, "prompt[1]", "a token id from 0 to 4095, got 'Hi'"),
+    "ids nested": ({"prompt": [[1, 2]]}, "prompt[0]", "a token id from 0 to 4095, got [1, 2]"),
+    "half an id": ({"prompt": [1.0]}, "prompt[0]", "a token id from 0 to 4095, got 1.0"),
+    "true for an id": ({"prompt": [True]}, "prompt[0]", "a token id from 0 to 4095, got True"),
+    "id below the vocabulary": ({"prompt": [5, 5, -1]}, "prompt[2]", "a token id from 0 to 4095, got -1"),
+    "id above the vocabulary": ({"prompt": [4096]}, "prompt[0]", "a token id from 0 to 4095, got 4096"),
+    "ids as messages": ({"messages": [1, 2]}, "messages[0]", "an object with role and content, got 1"),
     "surrogate": ({"prompt": "ab\ud83e"}, "prompt", "half a surrogate pair at character 2"),
     "no messages": ({"messages": []}, "messages", "at least one message, got []"),
     "text messages": ({"messages": "Hi"}, "messages", "a list of at least one message, got 'Hi'"),
@@ -73,9 +90,9 @@ def test_a_refusal_names_what_is_wrong(tokenizer: PreTrainedTokenizerBase, case:
     assert str(caught.value).startswith(f"{field}: ") and message in str(caught.value), f"got {caught.value}"
 
 
-@pytest.mark.parametrize("field", ["prompt", "messages"])
-def test_a_prompt_must_leave_room_for_an_answer(tokenizer: PreTrainedTokenizerBase, field: str) -> None:
-    body: dict[str, Any] = {"prompt": "a b c d e f"} if field == "prompt" else {"messages": [USER]}
+@pytest.mark.parametrize("body", [{"prompt": "a b c d e f"}, {"prompt": [9] * 6}, {"messages": [USER]}], ids=str)
+def test_a_prompt_must_leave_room_for_an_answer(tokenizer: PreTrainedTokenizerBase, body: dict[str, Any]) -> None:
+    [field] = body
     count = len(encode_prompt(body, tokenizer, 1000))
     assert len(encode_prompt(body, tokenizer, count + 1)) == count, "room for one token is enough"
     for context in (count, count - 1):

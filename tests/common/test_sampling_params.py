@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import FieldError, openai_error
-from common.sampling_params import SamplingParams, check_known_fields, check_vocabulary, show
+from common.sampling_params import SamplingParams, check_known_fields, check_supported, check_vocabulary, show
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("max_tokens", 0, "an integer of at least 1, got 0"),
@@ -44,6 +44,15 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("stop_token_ids", [1, "2"], "an integer of at least 0, got '2'"),
     ("stop_token_ids", [True], "an integer of at least 0, got True"),
     ("stop_token_ids", [1] * 129, "at most 128 ids, got 129"),
+    ("stop", 5, "text or a list of texts, got 5"),
+    ("stop", None, "text or a list of texts, got None"),
+    ("stop", {"a"}, "text or a list of texts, got {'a'}"),
+    ("stop", ["a", 5], "text or a list of texts, got ['a', 5]"),
+    ("stop", [["a"]], "text or a list of texts, got [['a']]"),
+    ("stop", ["a"] * 5, "at most 4 strings, got 5"),
+    ("stop", "", "1 to 1000 characters, got 0"),
+    ("stop", ["a", ""], "1 to 1000 characters, got 0"),
+    ("stop", "x" * 1001, "1 to 1000 characters, got 1001"),
     ("ignore_eos", 1, "true or false, got 1"),
     ("ignore_eos", "yes", "true or false, got 'yes'"),
 ]
@@ -59,7 +68,8 @@ def test_a_refusal_names_field_value_and_limit(field: str, value: object, messag
 
 
 def test_every_field_has_a_refusal_above() -> None:
-    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    later = {"n", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs"}
+    fields = {field.name for field in dataclasses.fields(SamplingParams)} - later  # see test_sampling_params_more.py
     assert {field for field, _, _ in REFUSED} == fields, "a new field needs its bad values in this file"
 
 
@@ -78,6 +88,9 @@ def test_every_field_has_a_refusal_above() -> None:
         {"seed": 2**63 - 1},
         {"stop_token_ids": [0] * 128},
         {"stop_token_ids": ()},
+        {"stop": []},
+        {"stop": ["x" * 1000, "\n", " ", "日本"]},
+        {"stop": ("a", "a")},
     ],
     ids=str,
 )
@@ -85,7 +98,12 @@ def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
     params = SamplingParams(**fields)
     for name, value in fields.items():
         got = getattr(params, name)
-        assert got == (tuple(value) if name == "stop_token_ids" else value), f"{name}={value} became {got}"
+        expected = tuple(value) if isinstance(value, list) else value
+        assert got == expected, f"{name}={value} became {got}"
+
+
+def test_one_stop_string_stands_for_a_list_of_it() -> None:
+    assert SamplingParams(stop="END").stop == ("END",), "four characters of one string are not four strings"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1e-50, 0), (9e-6, 0), (1e-5, 1e-5), (0.5, 0.5)])
@@ -99,10 +117,12 @@ def test_a_top_p_that_float32_rounds_to_0_is_lifted(top_p: float, expected: floa
 
 
 def test_params_cannot_be_changed() -> None:
-    ids = [1, 2]
-    params = SamplingParams(stop_token_ids=ids)  # type: ignore[arg-type]
+    ids, strings = [1, 2], ["a"]
+    params = SamplingParams(stop_token_ids=ids, stop=strings)  # type: ignore[arg-type]
     ids.append(3)
-    assert params.stop_token_ids == (1, 2), "the caller's list must not reach into the params"
+    strings.append("b")
+    got = (params.stop_token_ids, params.stop)
+    assert got == ((1, 2), ("a",)), f"the caller's lists must not reach into the params: got {got}"
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.top_k = 5  # type: ignore[misc]
     with pytest.raises(TypeError, match="topk"):
@@ -112,20 +132,46 @@ def test_params_cannot_be_changed() -> None:
 def test_from_body_takes_its_fields_and_leaves_the_rest() -> None:
     body = {"prompt": "Hi", "max_tokens": 7, "stop_token_ids": [4], "seed": None, "top_p": None, "stream": True}
     assert SamplingParams.from_body(body) == SamplingParams(max_tokens=7, stop_token_ids=(4,))
+    assert SamplingParams.from_body({"stop": "a"}) == SamplingParams.from_body({"stop": ["a"]}) != SamplingParams()
+    assert SamplingParams.from_body({"stop": None}) == SamplingParams(), "null means the default"
     assert SamplingParams.from_body({}) == SamplingParams()
     with pytest.raises(FieldError, match="^top_k: expected an integer of at least 0, got 'x'$"):
         SamplingParams.from_body({"top_k": "x"})
 
 
 def test_unknown_fields_are_refused() -> None:
-    check_known_fields({"prompt": "Hi", "top_k": 1}, ("prompt",))
+    check_known_fields({"prompt": "Hi", "top_k": None}, ("top_k", "prompt", "max_tokens"))
     with pytest.raises(FieldError) as caught:
-        check_known_fields({"top_k": 1, "max_token": 5}, ("prompt",))
+        check_known_fields({"top_k": 1, "max_token": 5, "nor": 6}, {"top_k", "prompt", "max_tokens"})
     assert caught.value.field == "max_token"
-    for name in ("unknown field", "max_tokens", "prompt"):
-        assert name in str(caught.value), f"the message should help: {caught.value}"
-    with pytest.raises(FieldError, match="^prompt: unknown"):
-        check_known_fields({"prompt": "Hi"}, ())
+    expected = "max_token: unknown field: expected one of max_tokens, prompt, top_k"
+    assert str(caught.value) == expected, f"the message should help: {caught.value}"
+    with pytest.raises(FieldError, match="^top_k: unknown"):
+        check_known_fields({"top_k": 1}, ())  # a field of SamplingParams, but one that this server does not take
+
+
+ASKED: dict[str, Any] = {
+    "max_tokens": 5, "min_tokens": 1, "temperature": 0, "top_k": 3, "top_p": 0.5, "seed": 0, "stop_token_ids": [0],
+    "stop": "END", "ignore_eos": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ASKED)
+def test_what_an_engine_does_not_do_is_refused(field: str) -> None:
+    others = [name for name in ASKED if name != field]
+    check_supported(SamplingParams(**{name: ASKED[name] for name in others}), others)
+    check_supported(SamplingParams(**{field: ASKED[field]}), [field])
+    with pytest.raises(FieldError, match="^" + field + ": this part does not support it, got ") as caught:
+        check_supported(SamplingParams(**{field: ASKED[field]}), others)
+    assert caught.value.field == field
+
+
+def test_a_default_asks_for_nothing() -> None:
+    check_supported(SamplingParams(), [])
+    check_supported(SamplingParams(stop=[], temperature=1, seed=None), [])  # type: ignore[arg-type]
+    with pytest.raises(FieldError) as caught:
+        check_supported(SamplingParams(stop="x" * 1000), [])  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 200, f"the message echoes all of a long value: {caught.value}"
 
 
 def test_stop_tokens_must_be_in_the_vocabulary() -> None:

@@ -59,13 +59,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Engine:
     """One part's engine behind one interface: a list of prompts in, a list of RequestOutputs out.
 
-    Parts 1 and 2 take one prompt at a time; from part 3 on LLM lives in engine.py and takes a list.
+    Parts 1 and 2 take one prompt at a time; from part 3 on LLM takes a list. Part 1's lives in server.py.
     """
 
     def __init__(self, part: str, model: str, **flags: Any) -> None:
         self.part, self.takes_lists = part, number_of(part) >= 3
         config = importlib.import_module(f"{part}.config").EngineConfig(model=model, device="cpu", **flags)
-        self.llm = importlib.import_module(f"{part}.{'engine' if self.takes_lists else 'server'}").LLM(config)
+        module = "engine" if (ROOT / part / "engine.py").is_file() else "server"
+        self.llm = importlib.import_module(f"{part}.{module}").LLM(config)
 
     def generate(self, prompts: list[list[int]], **fields: Any) -> list[RequestOutput]:
         params = SamplingParams(**{"temperature": 0, **fields})

@@ -1,0 +1,76 @@
+"""One API request at the engine: a stream for each choice, all admitted or none, merged as their outputs come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from common.openai_app.metrics import Metrics, RequestTimer
+from common.openai_app.protocol import ApiRequest
+from common.outputs import CompletionOutput
+from common.serving import GenerationError, OutputStream, ServingEngine
+
+
+def admit(engine: ServingEngine, request: ApiRequest, metrics: Metrics, timer: RequestTimer) -> Generation:
+    """Queue all choices of a request. Raises what the engine raises; then none of them is queued."""
+    extra: dict[str, Any] = {} if request.priority is None else {"priority": request.priority}
+    streams = []
+    with contextlib.ExitStack() as on_failure:
+        for prompt_token_ids, params in request.engine_requests():
+            streams.append(engine.generate(prompt_token_ids, params, **extra))
+            on_failure.callback(engine.abort, streams[-1])
+        on_failure.pop_all()
+    metrics.prompt_tokens.inc(sum(map(len, request.prompts)))
+    return Generation(engine, streams, metrics, timer)
+
+
+class Generation:
+    """The engine's streams for one API request. Whoever holds it calls close, however the request ends.
+
+    streams: by choice. Each has a reader, a task that carries its outputs to one queue.
+    """
+
+    def __init__(
+        self, engine: ServingEngine, streams: list[OutputStream], metrics: Metrics, timer: RequestTimer
+    ) -> None:
+        self._engine, self._metrics, self._timer = engine, metrics, timer
+        self._running = dict(enumerate(streams))  # those that have not ended, by choice
+        self._outputs: asyncio.Queue[CompletionOutput | Exception] = asyncio.Queue()
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def outputs(self) -> AsyncIterator[CompletionOutput]:
+        """The outputs of all choices as they come; index is the choice's. Raises the first error of any choice."""
+        self._readers = [asyncio.create_task(self._read(*item)) for item in self._running.items()]
+        num_left = len(self._readers)
+        while num_left:
+            output = await self._outputs.get()
+            if isinstance(output, Exception):
+                self._metrics.errors.inc()
+                raise output
+            self._timer.record(output)
+            num_left -= output.finish_reason is not None
+            yield output
+
+    def close(self) -> None:
+        """Abort what still runs. A second call does nothing."""
+        for reader in self._readers:
+            reader.cancel()
+        running, self._running = self._running, {}
+        for stream in running.values():
+            self._engine.abort(stream)
+            self._metrics.aborted.inc()
+
+    async def _read(self, index: int, stream: OutputStream) -> None:
+        try:
+            async for output in stream:
+                if output.finish_reason is not None:
+                    del self._running[index]
+                self._outputs.put_nowait(replace(output, index=index))
+            if index in self._running:
+                raise GenerationError("the engine ended an answer without a finish_reason")
+        except Exception as error:  # whatever it is, it is raised where the outputs are read
+            self._running.pop(index, None)
+            self._outputs.put_nowait(error)

@@ -1,0 +1,81 @@
+"""Prometheus metrics under vLLM's names, with the prefix "engine:"."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from common.outputs import CompletionOutput
+
+# Seconds; vLLM's.
+TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+
+
+class Metrics:
+    """One app's metrics. "Request" in their names means what the engine means by it: each choice is one.
+
+    stats is asked for the engine's gauges whenever somebody scrapes.
+    """
+
+    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
+        self._stats = stats
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self.success = self._counter("request_success", "Requests that ended, by their reason.", "finished_reason")
+        for reason in ("stop", "length"):
+            self.success.labels(reason)  # so that they stand at 0 before the first
+        self.aborted = self._counter(
+            "request_aborted", "Requests given up, since the client went away or a part failed."
+        )
+        self.errors = self._counter("request_errors", "Requests that the engine failed at.")
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Tokens of accepted prompts, counted once for all n choices."
+        )
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token", "From arrival to the first token.", TTFT_BUCKETS
+        )
+        self.inter_token_latency = self._histogram("inter_token_latency", "Between outputs of a request.", ITL_BUCKETS)
+        self.e2e_latency = self._histogram("e2e_request_latency", "From arrival to the last token.", E2E_BUCKETS)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The engine's gauges; prometheus_client calls this at each scrape."""
+        for name, value in self._stats().items():
+            yield GaugeMetricFamily(f"engine:{name}", f"{name} of the engine at this moment.", value)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(f"engine:{name}", meaning, labels, registry=self._registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"engine:{name}_seconds", meaning, buckets=buckets, registry=self._registry)
+
+
+class RequestTimer:
+    """Records the outputs of one API request, from its arrival (now) on."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._arrival_s = time.perf_counter()
+        self._last_output_s: dict[int, float] = {}  # by choice
+
+    def record(self, output: CompletionOutput) -> None:
+        now_s = time.perf_counter()
+        if output.token_ids:
+            self._metrics.generation_tokens.inc(len(output.token_ids))
+            last_s = self._last_output_s.get(output.index)
+            if last_s is None:
+                self._metrics.time_to_first_token.observe(now_s - self._arrival_s)
+            else:
+                self._metrics.inter_token_latency.observe(now_s - last_s)
+            self._last_output_s[output.index] = now_s
+        if output.finish_reason:
+            self._metrics.success.labels(output.finish_reason).inc()
+            self._metrics.e2e_latency.observe(now_s - self._arrival_s)

@@ -1,0 +1,86 @@
+"""Sending answers, in one piece or as server-sent events, to clients that may go away at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from common.openai_app.errors import as_api_error
+from common.openai_app.generation import Generation
+from common.openai_app.responses import ResponseWriter
+from common.serving import GenerationError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class EventStream(StreamingResponse):
+    """A request's outputs as server-sent events. However the response ends, its generation is closed."""
+
+    def __init__(self, generation: Generation, writer: ResponseWriter) -> None:
+        self.generation, self.events = generation, stream_events(generation, writer)
+        super().__init__(self.events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self.stream_response(send))
+        finally:
+            self.generation.close()
+            await self.events.aclose()
+
+
+async def collect(generation: Generation, writer: ResponseWriter, receive: Receive) -> dict[str, Any] | None:
+    """The whole answer, or None if the client went away first. Nobody but us notices that it did."""
+
+    async def answer() -> dict[str, Any]:
+        return writer.response([output async for output in generation.outputs()])
+
+    try:
+        return await unless_disconnected(receive, answer())
+    finally:
+        generation.close()
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """What work returns or raises; None if the client goes away first, work being cancelled then."""
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    result, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
+    try:
+        await asyncio.wait((result, gone), return_when=asyncio.FIRST_COMPLETED)
+        return result.result() if result.done() else None
+    finally:
+        result.cancel()
+        gone.cancel()
+        await asyncio.gather(result, gone, return_exceptions=True)  # both have let go of everything before we return
+
+
+def format_event(payload: dict[str, Any]) -> str:
+    """One server-sent event. JSON escapes line ends, so a single data line holds it."""
+    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def stream_events(generation: Generation, writer: ResponseWriter) -> AsyncGenerator[str, None]:
+    """The answer as it comes: its beginning, text, finish reasons, the usage if asked for, [DONE]."""
+    try:
+        for chunk in writer.first_chunks():
+            yield format_event(chunk)
+        async for output in generation.outputs():
+            for chunk in writer.chunks(output):
+                yield format_event(chunk)
+        for chunk in writer.last_chunks():
+            yield format_event(chunk)
+    except Exception as error:  # the status 200 is out already: whatever went wrong is told by an event
+        if not isinstance(error, GenerationError):
+            logger.exception("a stream failed")
+        yield format_event(as_api_error(error).body)
+    yield "data: [DONE]\n\n"

@@ -1,0 +1,124 @@
+"""Run an ASGI app with uvicorn, on a socket that is bound first, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+
+DRAIN_TIMEOUT_S = 60  # how long SIGTERM waits for open requests
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises OSError naming the address.
+
+    It is made with IPPROTO_TCP, by which asyncio knows to switch Nagle's algorithm off: with it, small events of a
+    stream can wait 40 ms for the acknowledgement of the one before.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except BaseException:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:  # the latter from a name that no host can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, app: Any, on_started: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="on"
+        )
+        super().__init__(config)
+        self.on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_started()
+
+
+def serve_app(app: Any, listener: socket.socket, message: str) -> None:
+    """Serve until SIGTERM or Ctrl-C; open requests are finished first. Prints message once requests are accepted."""
+    # uvicorn raises the signal again when it is done, which would turn an orderly end into an exit status of its own.
+    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _Server(app, lambda: print(message, flush=True)).run(sockets=[listener])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def running_app(app: Any) -> Iterator[str]:
+    """The app on a free port of 127.0.0.1, in a thread of its own: for tests and benchmarks. Yields its base URL."""
+    listener = listen("127.0.0.1", 0)
+    port, started = listener.getsockname()[1], threading.Event()
+    server = _Server(app, started.set)
+
+    def run() -> None:
+        with listener, contextlib.suppress(SystemExit):  # which is how uvicorn gives up if the app does not start
+            server.run(sockets=[listener])
+
+    thread = threading.Thread(target=run, name="uvicorn")
+    thread.start()
+    try:
+        while not started.wait(0.05):
+            if not thread.is_alive():
+                raise RuntimeError("the server ended before it had started")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextlib.contextmanager
+def server_process(part: str, *flags: str) -> Iterator[str]:
+    """`python -m part --port 0 flags…` as a process of its own, for benchmarks. Yields its base URL.
+
+    The process ends with this one, also on SIGKILL (Linux). Raises RuntimeError, with its last words, if it fails.
+    """
+    command = [sys.executable, "-m", part, "--port", "0", *flags]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=_end_with_parent
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            match = re.search(r"http://\S+:\d+", line)
+            if match is None:
+                process.wait()
+                errors.seek(0)
+                raise RuntimeError(f"{' '.join(command[1:])} did not start: {line}{errors.read()[-2000:]}")
+            yield match[0]
+        finally:
+            process.terminate()
+            try:
+                process.wait(DRAIN_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _end_with_parent() -> None:
+    """In the child, before exec: ask Linux for SIGTERM when the parent dies."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,294 @@
+"""The step trace: what `--trace FILE` writes, one JSON object a line: a header, then a line for each engine step.
+
+    python -m common.trace view FILE                 a summary and a chart, one row a request
+    python -m common.trace export FILE OUT.json      for https://ui.perfetto.dev
+
+The schema is the same for all parts and only grows: a new field has a default, and readers skip fields they do not
+know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from common.errors import FieldError
+
+SCHEMA_VERSION = 1
+FLUSH_INTERVAL_S = 1.0
+
+_ENGINE, _REQUESTS = 1, 2  # the two groups of tracks in an export, "processes" in the format's terms
+_DETAILS = ("num_computed", "num_cached", "num_blocks", "num_sampled")  # of a request's slice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTrace:
+    """One request in one step.
+
+    num_computed: tokens whose KV existed before the step. num_scheduled: tokens computed in it. num_cached: tokens
+    taken from a cache instead of computed. num_sampled: tokens emitted, 0 for a partial prefill.
+    """
+
+    id: str
+    num_computed: int
+    num_scheduled: int
+    num_cached: int = 0
+    num_blocks: int
+    num_sampled: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """One engine step. start_s counts from the trace's beginning; running and waiting are as scheduling left them.
+
+    requests: those scheduled in this step. num_blocks_*: without the null block. preempted, finished: ids of requests,
+    in this step; aborted: since the step before.
+    """
+
+    step: int
+    start_s: float
+    schedule_s: float
+    execute_s: float
+    update_s: float
+    num_running: int
+    num_waiting: int
+    requests: list[RequestTrace] = field(default_factory=list)
+    num_blocks_total: int
+    num_blocks_free: int
+    preempted: list[str] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+    @property
+    def end_s(self) -> float:
+        return self.start_s + self.schedule_s + self.execute_s + self.update_s
+
+    @property
+    def num_blocks_used(self) -> int:
+        return self.num_blocks_total - self.num_blocks_free
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A trace file's content. note: what read_trace() had to leave out, None if nothing."""
+
+    header: dict[str, Any]
+    steps: list[StepTrace]
+    note: str | None = None
+
+
+class TraceWriter:
+    """Writes a trace file, over what was there. A thread of its own does the writing, so that no step waits for a disk.
+
+    Raises FieldError if the file cannot be opened. If it cannot be written later (disk full), one warning goes to
+    stderr and the rest of the trace is dropped: the engine goes on. write() may be called from any thread, and after
+    close(), when it does nothing.
+    """
+
+    def __init__(self, path: Path | str, *, part: str, model: str) -> None:
+        try:
+            self._file = Path(path).open("wb")  # noqa: SIM115, close() closes it
+        except OSError as error:
+            raise FieldError("trace", f"cannot write {str(path)!r}: {error.strerror}") from error
+        self._path = path
+        self._began = time.perf_counter()
+        self._encoder = msgspec.json.Encoder()
+        self._lock = threading.Lock()
+        self._is_open = True
+        date = time.strftime("%Y-%m-%d", time.gmtime())
+        self._lines = [self._encoder.encode({"trace": SCHEMA_VERSION, "part": part, "model": model, "date": date})]
+        self._flush()
+        self._closing = threading.Event()
+        self._flusher = threading.Thread(target=self._flush_each_interval, name="trace-writer", daemon=True)
+        self._flusher.start()
+
+    def elapsed_s(self) -> float:
+        """Seconds since the trace began, for StepTrace.start_s."""
+        return time.perf_counter() - self._began
+
+    def write(self, step: StepTrace) -> None:
+        """Take a step; it is in the file at most FLUSH_INTERVAL_S later."""
+        if not self._is_open:
+            return
+        line = self._encoder.encode(step)
+        with self._lock:
+            self._lines.append(line)
+
+    def close(self) -> None:
+        """Write what is left and close the file. A second call does nothing."""
+        self._closing.set()
+        self._flusher.join()
+        self._flush()
+        self._is_open = False
+        with contextlib.suppress(OSError):  # _flush() has already warned
+            self._file.close()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _flush_each_interval(self) -> None:
+        while not self._closing.wait(FLUSH_INTERVAL_S):
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            lines, self._lines = self._lines, []
+        if not lines or not self._is_open:
+            return
+        try:
+            self._file.write(b"\n".join(lines) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            self._is_open = False
+            print(f"warning: trace {self._path}: {error.strerror}; it ends here, the engine goes on", file=sys.stderr)
+
+
+def read_trace(path: Path | str) -> Trace:
+    """Read a trace file, also one that is still being written: a last line that was cut is left out, with a note.
+
+    Raises FieldError, a ValueError, naming the file and the line for anything else that TraceWriter does not write.
+    """
+    *lines, rest = Path(path).read_bytes().split(b"\n")
+    if not lines:
+        raise FieldError(f"{path}:1", "no header line, this is not a trace file")
+    header = _read_header(f"{path}:1", lines[0])
+    decoder = msgspec.json.Decoder(StepTrace)
+    steps = [_read_step(decoder, f"{path}:{number}", line) for number, line in enumerate(lines[1:], start=2)]
+    note = f"{path}:{len(lines) + 1}: the line is cut and was left out" if rest else None
+    return Trace(header, steps, note)
+
+
+def _read_header(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        header = msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise FieldError(place, f"not the header of a trace: {error}") from error
+    if header.get("trace") != SCHEMA_VERSION:
+        raise FieldError(place, f'expected a header with "trace": {SCHEMA_VERSION}, got {header.get("trace")!r}')
+    return header
+
+
+def _read_step(decoder: msgspec.json.Decoder[StepTrace], place: str, line: bytes) -> StepTrace:
+    try:
+        return decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise FieldError(place, f"not a step of a trace: {error}") from error
+
+
+class Phase(enum.IntEnum):
+    """What a step was for a request. Where one mark stands for several steps, the highest of their phases shows."""
+
+    DECODE = enum.auto()
+    CHUNK = enum.auto()  # a partial prefill: no token came out
+    PREEMPTED = enum.auto()  # waits, without blocks, for its return
+    PREFILL = enum.auto()  # a whole prompt, or the last chunk of one; again after a preemption
+    ABORTED = enum.auto()
+    FINISHED = enum.auto()
+
+
+def step_phases(steps: Sequence[StepTrace]) -> Iterator[dict[str, Phase]]:
+    """For each step the phase of every request scheduled in it: DECODE, CHUNK or PREFILL.
+
+    A request prefills until a token comes out, and again when it comes back with no more tokens computed than it had:
+    then its blocks were taken away. (Tokens rejected by speculative decoding still leave it one further.)
+    """
+    num_computed: dict[str, int] = {}  # at the last step of those whose prefill is over
+    for step in steps:
+        phases = {}
+        for request in step.requests:
+            if request.num_computed > num_computed.get(request.id, sys.maxsize):
+                phases[request.id] = Phase.DECODE
+            else:
+                phases[request.id] = Phase.PREFILL if request.num_sampled else Phase.CHUNK
+            if phases[request.id] is Phase.CHUNK:
+                num_computed.pop(request.id, None)
+            else:
+                num_computed[request.id] = request.num_computed
+        yield phases
+
+
+def export_perfetto(trace: Trace, path: Path | str) -> None:
+    """Write the trace as Chrome trace events (JSON, times in µs) for https://ui.perfetto.dev."""
+    events = [_name_event("process_name", _ENGINE, 0, "engine"), _name_event("process_name", _REQUESTS, 0, "requests")]
+    events.append(_name_event("thread_name", _ENGINE, 1, "steps"))
+    tracks: dict[str, int] = {}
+    engine_free_s = 0.0
+    for step, phases in zip(trace.steps, step_phases(trace.steps), strict=True):
+        for name in [*phases, *step.preempted]:
+            if name not in tracks:
+                tracks[name] = _REQUESTS + 1 + len(tracks)  # Perfetto takes a track numbered as its group for special
+                events.append(_name_event("thread_name", _REQUESTS, tracks[name], f"request {name}"))
+        # Slices on a track must not overlap. Those of an engine that schedules ahead would, so they are cut.
+        starts = [max(engine_free_s, start_s) for start_s in _slice_starts(step)]
+        engine_free_s = starts[-1]
+        events += _engine_events(step, starts)
+        events += _request_events(step, phases, tracks, starts)
+    Path(path).write_bytes(msgspec.json.encode({"traceEvents": events, "otherData": trace.header}))
+
+
+def _slice_starts(step: StepTrace) -> list[float]:
+    execute_start_s = step.start_s + step.schedule_s
+    return [step.start_s, execute_start_s, execute_start_s + step.execute_s, step.end_s]
+
+
+def _engine_events(step: StepTrace, starts: Sequence[float]) -> list[dict[str, Any]]:
+    events = [
+        _slice(name, _ENGINE, 1, start_s, end_s, {"step": step.step})
+        for name, start_s, end_s in zip(("schedule", "execute", "update"), starts, starts[1:], strict=False)
+    ]
+    counters = {"running": step.num_running, "waiting": step.num_waiting, "used blocks": step.num_blocks_used}
+    for name, value in counters.items():
+        events.append({"ph": "C", "name": name, "pid": _ENGINE, "ts": _us(starts[1]), "args": {name: value}})
+    return events
+
+
+def _request_events(
+    step: StepTrace, phases: dict[str, Phase], tracks: dict[str, int], starts: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """A slice over the execution for each request in the step, and a mark where one was preempted or ended."""
+    _, execute_start_s, execute_end_s, end_s = starts
+    for request in step.requests:
+        tokens = "token" if request.num_scheduled == 1 else "tokens"
+        name = f"{phases[request.id].name.lower()} {request.num_scheduled} {tokens}"
+        details = {"step": step.step, **{key: getattr(request, key) for key in _DETAILS}}
+        yield _slice(name, _REQUESTS, tracks[request.id], execute_start_s, execute_end_s, details)
+    marks = {"preempted": (step.preempted, starts[0]), "aborted": (step.aborted, starts[0])}
+    marks["finished"] = (step.finished, end_s)
+    for name, (ids, at_s) in marks.items():
+        for track in [tracks[request_id] for request_id in ids if request_id in tracks]:
+            yield {"ph": "i", "s": "t", "name": name, "pid": _REQUESTS, "tid": track, "ts": _us(at_s)}
+
+
+def _slice(name: str, group: int, track: int, start_s: float, end_s: float, details: dict[str, Any]) -> dict[str, Any]:
+    start_us = _us(start_s)
+    duration_us = round(_us(end_s) - start_us, 3)
+    return {"ph": "X", "name": name, "pid": group, "tid": track, "ts": start_us, "dur": duration_us, "args": details}
+
+
+def _name_event(kind: str, group: int, track: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": group, "tid": track, "args": {"name": name}}
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
+
+
+if __name__ == "__main__":
+    from common.trace_view import main
+
+    main()

@@ -1,0 +1,314 @@
+"""common/openai_app: what goes out for a good request, whole and streamed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from common.outputs import CompletionOutput, Logprob
+from common.sampling_params import SamplingParams
+from tests.common.openai_fakes import (
+    CHAT,
+    COMPLETIONS,
+    CONTEXT,
+    GOOD,
+    USER,
+    FakeEngine,
+    Server,
+    both_endpoints,
+    check_error,
+    delta,
+    parse_events,
+    serving,
+    streamed_or_not,
+)
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    if "text" in choice:
+        return choice["text"]
+    return choice["message"]["content"] if "message" in choice else choice["delta"].get("content", "")
+
+
+def joined(events: list[dict[str, Any]]) -> dict[int, str]:
+    texts: dict[int, str] = {}
+    for event in events:
+        for choice in event["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + text_of(choice)
+    return texts
+
+
+# One answer
+
+
+@both_endpoints
+def test_all_fields_of_a_whole_answer(server: Server, path: str) -> None:
+    answer = server.whole(path, max_tokens=3, model="tiny")
+    is_chat, num_prompt_tokens = path == CHAT, len(server.engine.streams[0].prompt)
+    assert re.fullmatch(("chatcmpl" if is_chat else "cmpl") + "-[0-9a-f]{32}", answer.pop("id"))
+    assert isinstance(answer.pop("created"), int)
+    text = " k l m" if is_chat else " c d e"
+    content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    assert answer == {
+        "object": "chat.completion" if is_chat else "text_completion",
+        "model": "tiny",
+        "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": "length", "stop_reason": None}],
+        "usage": {
+            "prompt_tokens": num_prompt_tokens, "completion_tokens": 3, "total_tokens": num_prompt_tokens + 3,
+        },
+    }  # fmt: skip
+
+
+@both_endpoints
+@pytest.mark.parametrize("with_usage", [False, True])
+def test_all_fields_of_a_stream(server: Server, path: str, with_usage: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if with_usage else {}
+    events = server.events(path, **options)
+    is_chat, num_prompt_tokens = path == CHAT, len(server.engine.streams[0].prompt)
+    heads = [{name: event.pop(name) for name in ("id", "created", "object", "model")} for event in events]
+    assert all(head == heads[0] for head in heads), f"all events repeat one head, got {heads}"
+    assert heads[0]["object"] == ("chat.completion.chunk" if is_chat else "text_completion")
+    assert re.fullmatch(("chatcmpl" if is_chat else "cmpl") + "-[0-9a-f]{32}", heads[0]["id"])
+    plain = {"index": 0, "logprobs": None, "finish_reason": None}
+    end = {"index": 0, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    if is_chat:
+        choices = [{**plain, "delta": {"role": "assistant", "content": ""}}]
+        choices += [{**plain, "delta": {"content": text}} for text in (" k", " l")] + [{**end, "delta": {}}]
+    else:
+        choices = [{**plain, "text": text} for text in (" c", " d")] + [{**end, "text": ""}]
+    expected: list[dict[str, Any]] = [{"choices": [choice]} for choice in choices]
+    if with_usage:
+        usage = {"prompt_tokens": num_prompt_tokens, "completion_tokens": 2, "total_tokens": num_prompt_tokens + 2}
+        expected = [{**chunk, "usage": None} for chunk in expected] + [{"choices": [], "usage": usage}]
+    assert events == expected
+
+
+def test_the_form_of_events(server: Server) -> None:
+    response = server.post(COMPLETIONS, GOOD[COMPLETIONS], stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert '"text":" c"' in response.text, f"JSON without spaces and without escapes, got {response.text}"
+
+
+@both_endpoints
+def test_any_text_comes_through(engine: FakeEngine, path: str) -> None:
+    text = 'line\nends\r\n\r, "quotes", \\, \u2028, 日本語 🦊, data: [DONE]\n\n'
+    engine.script = [delta(text, [1]), delta("", [2], "stop")]
+    with serving(engine) as server:
+        response = server.post(path, GOOD[path], stream=True)
+        assert text_of(server.whole(path)["choices"][0]) == text
+    assert joined(parse_events(response.text)) == {0: text}
+    assert "日本語" in response.text, "JSON need not escape what is UTF-8 anyway"
+
+
+@streamed_or_not
+def test_how_an_answer_ended(engine: FakeEngine, stream: bool) -> None:
+    with serving(engine) as server:
+        for reason in (None, 77, "END"):
+            engine.script = [delta("a", [5]), delta("b", [77], "stop", reason)]
+            answer = server.events(CHAT)[-1] if stream else server.whole(CHAT)
+            choice = answer["choices"][0]
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", reason)
+
+
+@both_endpoints
+def test_outputs_without_text_make_no_event_but_count(engine: FakeEngine, path: str) -> None:
+    engine.script = [delta("", [1]), delta("ab", [2, 3]), delta("", [4]), delta("", [5]), delta("c", [6], "length")]
+    with serving(engine) as server:
+        events = server.events(path, stream_options={"include_usage": True})
+        assert server.whole(path)["usage"] == events[-1]["usage"]
+    texts = [text_of(choice) for event in events for choice in event["choices"]]
+    assert texts == [""] * (path == CHAT) + ["ab", "c", ""], "an empty event only for the role and the end"
+    assert events[-1]["usage"]["completion_tokens"] == 6, "tokens are counted, not events"
+
+
+def test_how_many_tokens_by_default(server: Server) -> None:
+    prompt = len(server.engine.tokenizer.encode("Hi"))
+    for fields, expected in (({}, 16), ({"min_tokens": 20}, 20), ({"min_tokens": 3}, 16), ({"max_tokens": 1}, 1)):
+        answer = server.post(COMPLETIONS, {"prompt": "Hi", **fields}).json()
+        assert answer["usage"]["completion_tokens"] == expected, f"{fields}: expected {expected}, got {answer}"
+    for fields in ({}, {"min_tokens": 1}, {"max_tokens": None, "max_completion_tokens": None}):
+        answer = server.post(CHAT, {"messages": [USER], **fields}).json()
+        assert answer["usage"]["total_tokens"] == CONTEXT, f"a chat may fill the context, got {answer['usage']}"
+    assert server.engine.streams[-1].params.max_tokens == CONTEXT - len(server.engine.streams[-1].prompt)
+    for fields in ({"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 5}):
+        answer = server.post(CHAT, {"messages": [USER], **fields}).json()
+        assert answer["usage"]["completion_tokens"] == 5, f"{fields}: got {answer}"
+    assert prompt == 2, "these numbers count on it"
+
+
+# What reaches the engine
+
+
+@both_endpoints
+def test_every_sampling_field_reaches_the_engine(server: Server, path: str) -> None:
+    fields: dict[str, Any] = {
+        "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 7, "top_p": 0.25, "seed": 11,
+        "stop": ["x", "yz"], "stop_token_ids": [5, 6], "ignore_eos": True, "presence_penalty": -1,
+        "frequency_penalty": 0.5, "repetition_penalty": 1.5,
+    }  # fmt: skip
+    server.whole(path, **fields, logit_bias={"7": -100, "4099": 1.5}, user="Bo")
+    expected = SamplingParams(**fields, logit_bias={7: -100.0, 4099: 1.5})  # type: ignore[arg-type]
+    assert server.engine.streams[0].params == expected
+    assert server.engine.streams[0].extra == {}, "only an engine with priorities is given any"
+
+
+@both_endpoints
+def test_fields_that_change_nothing(server: Server, path: str) -> None:
+    neutral = {
+        "n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1,
+        "logit_bias": {}, "stop": [], "stop_token_ids": [], "logprobs": False, "top_logprobs": 0, "echo": False,
+        "suffix": "", "user": "", "response_format": {"type": "text"}, "tools": [], "min_tokens": 0, "stream": False,
+        "model": "tiny",
+    }  # fmt: skip
+    nulls = dict.fromkeys(
+        [*neutral, "stream_options", "priority", "seed", "temperature", "top_p", "top_k", "ignore_eos"]
+    )
+    expected = server.whole(path)["choices"]
+    for fields in (nulls, neutral):
+        assert server.whole(path, **fields)["choices"] == expected, f"{fields} change the answer"
+    first, *others = [stream.params for stream in server.engine.streams]
+    assert others == [first, first]
+
+
+def test_prompts_in_all_their_forms(server: Server) -> None:
+    encode = server.engine.tokenizer.encode
+    for prompt, expected in (
+        ("one two", [encode("one two")]),
+        ([5, 6], [[5, 6]]),
+        (["one", "two three"], [encode("one"), encode("two three")]),
+        ([[5, 6], [7]], [[5, 6], [7]]),
+        (["one", [5]], [encode("one"), [5]]),
+        (["one"], [encode("one")]),
+    ):
+        answer = server.whole(COMPLETIONS, prompt=prompt)
+        assert [stream.prompt for stream in server.engine.streams] == expected, f"for {prompt!r}"
+        assert len(answer["choices"]) == len(expected)
+        assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
+        server.engine.streams.clear()
+
+
+def test_messages_in_all_their_forms(server: Server) -> None:
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    server.whole(CHAT, messages=[{"role": "system", "content": "Be brief."}, USER])
+    server.whole(CHAT, messages=[{"role": "developer", "content": parts, "name": "Bo"}, {**USER, "name": None}])
+    first, second = server.engine.streams
+    assert first.prompt == second.prompt, "parts are joined, developer is system, a name changes nothing"
+    text = server.engine.tokenizer.decode(first.prompt)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>"), f"got {text!r}"
+
+
+def test_priorities_are_for_engines_that_have_them(engine: FakeEngine) -> None:
+    with serving(engine) as server:
+        response = server.post(COMPLETIONS, GOOD[COMPLETIONS], priority=1)
+        check_error(response, 400, "priority", "no priorities", "got 1")
+        engine.supports_priority = True  # type: ignore[attr-defined]
+        server.whole(COMPLETIONS, priority=-3, n=2)
+        server.whole(CHAT)
+        assert [stream.extra["priority"] for stream in engine.streams] == [-3, -3, 0]
+        for value in (1.5, "1", True, 2**31):
+            check_error(server.post(CHAT, GOOD[CHAT], priority=value), 400, "priority", "expected an integer")
+
+
+# Several answers
+
+
+@both_endpoints
+@streamed_or_not
+def test_n_answers_with_seeds_of_their_own(server: Server, path: str, stream: bool) -> None:
+    fields: dict[str, Any] = {"n": 3, "best_of": 3, "seed": 7}
+    if stream:
+        events = server.events(path, **fields, stream_options={"include_usage": True})
+        texts, usage = joined(events), events[-1]["usage"]
+        ends = [choice["index"] for event in events for choice in event["choices"] if choice["finish_reason"]]
+        assert sorted(ends) == [0, 1, 2], f"each choice ends once, got {ends}"
+        if path == CHAT:
+            roles = [event["choices"][0]["index"] for event in events[:-1] if "role" in event["choices"][0]["delta"]]
+            assert roles == [0, 1, 2], f"each choice begins with its role, got {roles}"
+    else:
+        answer = server.whole(path, **fields)
+        texts, usage = {c["index"]: text_of(c) for c in answer["choices"]}, answer["usage"]
+        assert list(texts) == [0, 1, 2]
+    streams = server.engine.streams
+    assert [s.params.seed for s in streams] == [7, 8, 9]
+    assert texts == {
+        index: "".join(output.text for output in server.engine.answer(s.prompt, s.params))
+        for index, s in enumerate(streams)
+    }
+    assert len(set(texts.values())) == 3
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(streams[0].prompt), 6), "a prompt counts once"
+
+
+def test_seeds_and_their_absence(server: Server) -> None:
+    server.whole(COMPLETIONS, n=2)
+    server.whole(COMPLETIONS, n=2, seed=2**63 - 1)
+    assert [stream.params.seed for stream in server.engine.streams] == [None, None, 2**63 - 1, 0]
+
+
+@streamed_or_not
+def test_a_batch_of_prompts_with_n_answers_each(server: Server, stream: bool) -> None:
+    fields = {"prompt": ["a", "a b c d"], "n": 2, "seed": 0, "echo": True}
+    texts = (
+        joined(server.events(COMPLETIONS, **fields))
+        if stream
+        else {c["index"]: c["text"] for c in server.whole(COMPLETIONS, **fields)["choices"]}
+    )
+    assert [len(s.prompt) for s in server.engine.streams] == [1, 1, 4, 4], "sample j of prompt i is choice i * n + j"
+    assert texts == {0: "a b c", 1: "a c d", 2: "a b c d e f", 3: "a b c d f g"}
+
+
+def test_choices_are_interleaved_as_they_come(engine: FakeEngine) -> None:
+    engine.manual = True
+    body = {**GOOD[COMPLETIONS], "n": 2, "stream": True}
+    with serving(engine) as server, server.client.stream("POST", COMPLETIONS, json=body) as response:
+        lines = (line for line in response.iter_lines() if line)
+        first, second = server.until_streams(2)
+        seen = ""
+        for stream, output in (
+            (second, delta("B1", [1])),
+            (first, delta("A1", [1])),
+            (second, delta("B2", [1], "stop")),
+            (first, delta("A2", [1])),
+            (first, delta("A3", [1], "length")),
+        ):
+            stream.put(output)
+            while output.text not in (seen := next(lines)):
+                assert '"finish_reason":"stop"' in seen, f"expected {output.text} next, got {seen}"
+            assert f'"index":{int(stream is second)},' in seen, f"got {seen}"
+    assert engine.aborts == [0, 0]
+
+
+@streamed_or_not
+def test_echo_puts_the_prompt_before_the_answer(server: Server, stream: bool) -> None:
+    for prompt, text in (("Hi there", "Hi there"), (server.engine.letters[:2], " a b")):
+        fields = {"prompt": prompt, "echo": True, "n": 2}
+        if stream:
+            events = server.events(COMPLETIONS, **fields)
+            assert [(c["index"], c["text"]) for e in events[:2] for c in e["choices"]] == [(0, text), (1, text)]
+            texts = joined(events)
+        else:
+            texts = {c["index"]: c["text"] for c in server.whole(COMPLETIONS, **fields)["choices"]}
+        assert all(got.startswith(text + " ") and len(got) == len(text) + 4 for got in texts.values()), f"got {texts}"
+
+
+def test_models(server: Server) -> None:
+    assert server.client.get("/v1/models").json() == {
+        "object": "list",
+        "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "local", "max_model_len": CONTEXT}],
+    }
+
+
+@streamed_or_not
+def test_an_output_that_is_the_first_and_the_last(engine: FakeEngine, stream: bool) -> None:
+    """An output may bring text, several tokens and the finish reason at once."""
+    engine.script = [CompletionOutput(5, "ab", [1, 2], "stop", None, [{1: Logprob(0, 1)}] * 2)]
+    with serving(engine) as server:
+        if stream:
+            choices = [choice for event in server.events(COMPLETIONS) for choice in event["choices"]]
+        else:
+            choices = server.whole(COMPLETIONS)["choices"]
+    assert "".join(choice["text"] for choice in choices) == "ab"
+    assert {choice["index"] for choice in choices} == {0}, "the index is the choice's, whatever the engine says"
+    assert all(choice["logprobs"] is None for choice in choices), "nobody asked for logprobs"

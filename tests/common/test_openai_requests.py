@@ -1,0 +1,459 @@
+"""common/openai_app: bad requests get an error that names field, value and limit, and no request is ever a 500."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import FieldError
+from common.openai_app import AppOptions
+from tests.common.openai_fakes import (
+    CHAT,
+    COMPLETIONS,
+    CONTEXT,
+    GOOD,
+    USER,
+    FakeEngine,
+    Server,
+    both_endpoints,
+    check_error,
+    parse_events,
+    read_until,
+    request_bytes,
+    serving,
+)
+
+MAX_BODY_BYTES = 20_000
+
+
+@pytest.fixture(scope="module")
+def server(tiny_tokenizer: PreTrainedTokenizerBase) -> Iterator[Server]:
+    with serving(FakeEngine(tiny_tokenizer), AppOptions(max_body_bytes=MAX_BODY_BYTES)) as server:
+        yield server
+
+
+# Fields
+
+NO_TEXT: list[object] = [5, 1.5, True, False, 0, [], {}, ["a"]]
+NO_BOOL: list[object] = ["true", "", 0, 1, 1.5, [], {}]
+NAN, INF = float("nan"), float("inf")
+WRONG_VALUES: dict[str, list[object]] = {
+    "max_tokens": ["5", 1.5, True, [], {}, 0, -1, -(10**30), "", 1.0, NAN],
+    "min_tokens": ["5", 1.5, False, True, [], {}, -1, 3, 10**30, "", 20.5],
+    "temperature": ["1", True, [], {}, -0.1, 100.1, -1, 10**400, NAN, INF, -INF, ""],
+    "top_k": ["5", 1.5, True, [], {}, -1],
+    "top_p": ["1", True, [], {}, -0.1, 0, 1.1, 10**400, NAN, INF],
+    "seed": ["5", 1.5, True, [], {}, -1, 2**63],
+    "stop_token_ids": ["5", 5, {}, True, [1.5], ["5"], [True], [None], [[1]], [-1], [4100], [10**30], [1] * 129],
+    "stop": [5, True, {}, {"a": 1}, [5], [None], [["a"]], [""], "", ["a", ""], list("abcde"), "x" * 1001, ["a", 1]],
+    "ignore_eos": NO_BOOL,
+    "stream": NO_BOOL,
+    "user": NO_TEXT,
+    "n": [17, 0, -1, 1.5, True, "1", [], {}, 10**30, NAN],
+    "best_of": [2, 0, True, 1.5, "1", [], NAN],
+    "presence_penalty": [2.1, -2.1, "0", False, [], NAN],
+    "frequency_penalty": [2.1, -3, "0", False],
+    "repetition_penalty": [0, -1, 2.1, "1", True, NAN],
+    "logit_bias": [
+        {"a": 1},
+        {"-1": 1},
+        {"01": 1},
+        {"5": 101},
+        {"5": "1"},
+        {"5": None},
+        {"4100": 1},
+        [],
+        [[5, 1]],
+        5,
+        "",
+    ],
+    "tools": [[{}], {}, "x", 0, False],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, {}, [], "text"],
+    "echo": ["", 0, 1, "true"],
+    "suffix": ["x", 5, [], False],
+    "priority": [0, 1, "1"],
+    "max_completion_tokens": ["5", 1.5, True, [], {}, 0, -1, ""],
+}
+
+
+@both_endpoints
+@pytest.mark.parametrize("field", WRONG_VALUES)
+def test_a_wrong_value_is_refused(server: Server, path: str, field: str) -> None:
+    for value in WRONG_VALUES[field]:
+        check_error(server.post(path, {**GOOD[path], field: value}), 400, field)
+    assert server.post(path, GOOD[path]).status_code == 200
+
+
+@both_endpoints
+@pytest.mark.parametrize("value", ["5", 1.5, 20.5, True, False, [], {}, -1, NAN, INF, ""])
+def test_a_wrong_min_tokens_where_max_tokens_has_its_default(server: Server, path: str, value: object) -> None:
+    body = {name: v for name, v in GOOD[path].items() if name != "max_tokens"}
+    check_error(server.post(path, {**body, "min_tokens": value}), 400, "min_tokens", "expected")
+
+
+@both_endpoints
+def test_what_belongs_to_the_other_endpoint(server: Server, path: str) -> None:
+    others = {CHAT: {"echo": True, "prompt": "Hi"}, COMPLETIONS: {"messages": [USER], "top_logprobs": 2}}
+    for name, value in others[path].items():
+        check_error(server.post(path, GOOD[path], **{name: value}), 400, name)
+    response = server.post(COMPLETIONS, GOOD[COMPLETIONS], max_completion_tokens=2)
+    check_error(response, 400, "max_completion_tokens", "unknown field")
+
+
+def test_two_limits_that_contradict_each_other(server: Server) -> None:
+    response = server.post(CHAT, {"messages": [USER], "max_tokens": 2, "max_completion_tokens": 3})
+    check_error(response, 400, "max_completion_tokens", "3 contradicts max_tokens, 2")
+
+
+STREAM_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
+    "stream is false": ({"stream": False, "stream_options": {}}, "stream_options"),
+    "a list": ({"stream": True, "stream_options": []}, "stream_options"),
+    "text": ({"stream": True, "stream_options": "include_usage"}, "stream_options"),
+    "unknown option": ({"stream": True, "stream_options": {"usage": True}}, "stream_options"),
+    "no flag": ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+}
+
+
+@both_endpoints
+@pytest.mark.parametrize("case", STREAM_OPTIONS)
+def test_wrong_stream_options(server: Server, path: str, case: str) -> None:
+    fields, param = STREAM_OPTIONS[case]
+    check_error(server.post(path, GOOD[path], **fields), 400, param)
+
+
+@both_endpoints
+@pytest.mark.parametrize("name", ["gpt-9", "", "\ud800", "x" * 5000, 5, True, [], {}])
+def test_an_unknown_model_is_404(server: Server, path: str, name: object) -> None:
+    for stream in (False, True):
+        error = check_error(server.post(path, GOOD[path], model=name, stream=stream), 404, "model", "'tiny'")
+        assert error["code"] == "model_not_found"
+
+
+@both_endpoints
+@pytest.mark.parametrize("name", ["max_token", "Prompt", "", "\ud800", "x" * 5000, "\n", "'"])
+def test_an_unknown_field_is_refused(server: Server, path: str, name: str) -> None:
+    response = server.post(path, {**GOOD[path], name: 1})
+    assert response.status_code == 400, response.text
+    assert "unknown field" in response.json()["error"]["message"]
+    message = server.post(CHAT, {"messages": [{**USER, name: 1}]}).json()["error"]["message"]
+    assert message.startswith("messages[0].") and "unknown field" in message and len(message) < 300
+
+
+# Prompts
+
+LONG = [5] * CONTEXT
+PARTS: list[Any] = [{"type": "text", "text": "Hi"}]
+PROMPTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "none": ({}, "prompt", "neither"),
+    "null": ({"prompt": None}, "prompt", "neither"),
+    "empty": ({"prompt": ""}, "prompt", "empty"),
+    "an object": ({"prompt": {}}, "prompt", "expected text or token ids, got {}"),
+    "no token ids": ({"prompt": []}, "prompt", "empty"),
+    "token id too high": ({"prompt": [5, 4096]}, "prompt[1]", "4095"),
+    "too long": ({"prompt": LONG}, "prompt", f"{CONTEXT} tokens"),
+    "half a surrogate pair": ({"prompt": "a\ud800b"}, "prompt", "surrogate"),
+    "token ids in a batch": ({"prompt": [[1], [1, 2, 3, 4, 5, 6, 7, -1]]}, "prompt[1][7]", "4095, got -1"),
+    "a number in a batch of texts": ({"prompt": ["Hi", 5]}, "prompt[1]", "expected text or token ids, got 5"),
+    "a text among token ids": ({"prompt": [5, "Hi"]}, "prompt[1]", "a token id from 0 to 4095, got 'Hi'"),
+    "an empty one in a batch": ({"prompt": ["Hi", ""]}, "prompt[1]", "empty"),
+    "an empty list in a batch": ({"prompt": [[5], []]}, "prompt[1]", "empty"),
+    "a long one in a batch": ({"prompt": [[5], LONG]}, "prompt[1]", f"max_model_len is {CONTEXT} tokens"),
+    "a surrogate in a batch": ({"prompt": ["a", "\ud800"]}, "prompt[1]", "surrogate"),
+    "a batch of 129": ({"prompt": ["a"] * 129}, "prompt", "at most 128 prompts, got 129"),
+    "messages": ({"messages": [USER]}, "messages", "unknown field"),
+}
+MESSAGES: dict[str, tuple[object, str, str]] = {
+    "none": (None, "prompt", "neither"),
+    "empty": ([], "messages", "at least one"),
+    "text": ("Hi", "messages", "a list"),
+    "a message is text": ([USER, "Hi"], "messages[1]", "role, content and name"),
+    "unknown role": ([{"role": "tool", "content": "Hi"}], "messages[0].role", "developer, got 'tool'"),
+    "role is a list": ([{"role": [], "content": "Hi"}], "messages[0].role", "got []"),
+    "no content": ([USER, {"role": "user"}], "messages[1].content", "expected text"),
+    "content is empty": ([{**USER, "content": []}], "messages[0].content", "got []"),
+    "part is text": ([{**USER, "content": ["Hi"]}], "messages[0].content[0]", "got 'Hi'"),
+    "part is an image": ([{**USER, "content": [*PARTS, {"type": "image_url"}]}], "messages[0].content[1]", "image_url"),
+    "part has more": ([{**USER, "content": [{**PARTS[0], "x": 1}]}], "messages[0].content[0]", "expected {"),
+    "part's text is none": ([{**USER, "content": [{**PARTS[0], "text": 5}]}], "messages[0].content[0].text", "got 5"),
+    "surrogate in a part": (
+        [{**USER, "content": [{**PARTS[0], "text": "\ud800"}]}],
+        "messages[0].content[0].text",
+        "sur",
+    ),
+    "name is a number": ([{**USER, "name": 5}], "messages[0].name", "expected text, got 5"),
+    "unknown field": ([{**USER, "tool_calls": []}], "messages[0].tool_calls", "role, content and name"),
+    "too long": ([{**USER, "content": "a b c d e f g" * CONTEXT}], "messages", "max_model_len"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_wrong_prompt_is_refused(server: Server, case: str) -> None:
+    fields, param, word = PROMPTS[case]
+    for stream in (False, True):
+        check_error(server.post(COMPLETIONS, {"max_tokens": 1, "stream": stream, **fields}), 400, param, word)
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_wrong_messages_are_refused(server: Server, case: str) -> None:
+    messages, param, word = MESSAGES[case]
+    response = server.post(CHAT, {"messages": messages, "max_tokens": 1})
+    if messages is None:
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+    else:
+        check_error(response, 400, param, word)
+
+
+def test_the_longest_prompt_and_the_largest_batch_that_fit(server: Server) -> None:
+    answer = server.whole(COMPLETIONS, prompt=[5] * (CONTEXT - 1), max_tokens=9)
+    assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (1, "length")
+    answer = server.whole(COMPLETIONS, prompt=[[5]] * 128, max_tokens=1)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(128))
+    assert len(server.whole(COMPLETIONS, n=16, max_tokens=1)["choices"]) == 16
+
+
+def test_a_model_without_a_chat_template(engine: FakeEngine) -> None:
+    engine.tokenizer = copy.deepcopy(engine.tokenizer)
+    engine.tokenizer.chat_template = None
+    with serving(engine) as server:
+        check_error(server.post(CHAT, GOOD[CHAT]), 400, "messages", "chat template")
+        assert server.post(COMPLETIONS, GOOD[COMPLETIONS]).status_code == 200
+
+
+# Bodies
+
+BODIES: dict[str, bytes] = {
+    "nothing": b"",
+    "no JSON": b"prompt=Hi",
+    "cut short": b'{"prompt": "Hi"',
+    "two values": b"{} {}",
+    "text": b'"Hi"',
+    "null": b"null",
+    "a list": b'[{"prompt": "Hi"}]',
+    "deeply nested lists": b"[" * 15_000,
+    "a number of 5,000 digits": b'{"prompt": "Hi", "seed": ' + b"1" * 5000 + b"}",
+    "invalid UTF-8": b'{"prompt": "\xff\xfe\x80"}',
+    "random bytes": bytes(range(256)),
+}
+
+
+@both_endpoints
+@pytest.mark.parametrize("case", BODIES)
+def test_a_body_that_is_no_json_object(server: Server, path: str, case: str) -> None:
+    check_error(server.post(path, BODIES[case]), 400, "body")
+
+
+@pytest.mark.parametrize(
+    "field", ["temperature", "stop", "prompt", "model", "n", "user", "logit_bias", "tools", "best_of"]
+)
+def test_a_value_nested_just_not_too_deeply_to_parse(server: Server, field: str) -> None:
+    start = json.dumps({k: v for k, v in GOOD[COMPLETIONS].items() if k != field})[:-1].encode()
+    for depth in range(850, 1010, 20):
+        response = server.post(COMPLETIONS, start + b', "%s": ' % field.encode() + b"[" * depth + b"]" * depth + b"}")
+        assert response.status_code in (400, 404), f"depth {depth}: got {response.status_code} {response.text[:200]}"
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "chunked"])
+def test_a_body_of_the_limit_and_one_byte_more(server: Server, chunked: bool) -> None:
+    def send(size: int) -> httpx.Response:
+        raw = json.dumps(GOOD[COMPLETIONS]).encode().ljust(size)
+        return server.post(COMPLETIONS, (raw[i : i + 999] for i in range(0, size, 999)) if chunked else raw)
+
+    assert send(MAX_BODY_BYTES).status_code == 200
+    for size in (MAX_BODY_BYTES + 1, 3 * MAX_BODY_BYTES):
+        check_error(send(size), 413, "body", "at most 20,000 bytes", "got more" if chunked else f"got {size:,}")
+    assert server.post(COMPLETIONS, GOOD[COMPLETIONS]).status_code == 200
+
+
+def test_a_body_announced_too_large_is_refused_before_it_comes(server: Server) -> None:
+    with server.send_raw(request_bytes(COMPLETIONS, b"", length=10**12)) as connection:
+        answer = read_until(connection, b'"code":')
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"1,000,000,000,000" in answer, f"got {answer!r}"
+
+
+def test_a_body_that_does_not_arrive_is_408(engine: FakeEngine) -> None:
+    with serving(engine, AppOptions(body_timeout_s=0.1)) as server:
+        for content, length in ((b"", 10), (b'{"pro', 10)):
+            with server.send_raw(request_bytes(CHAT, content, length)) as connection:
+                answer = read_until(connection, b'"code":null}}')
+                while chunk := connection.recv(1000):
+                    answer += chunk
+            assert answer.startswith(b"HTTP/1.1 408 "), f"got {answer!r}"
+            assert b"\r\nconnection: close\r\n" in answer.lower(), "the rest of the body may never come"
+            error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+            assert error["param"] == "body" and "within 0.1 s" in error["message"], f"got {error}"
+            assert f"got {len(content)} bytes" in error["message"], f"got {error}"
+        assert server.post(CHAT, GOOD[CHAT]).status_code == 200
+
+
+def test_the_default_limits() -> None:
+    assert AppOptions() == AppOptions(api_key=None, max_body_bytes=1_000_000, body_timeout_s=30.0)
+
+
+# Paths and keys
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("GET", COMPLETIONS, 405, "POST"),
+        ("PUT", CHAT, 405, "POST"),
+        ("OPTIONS", CHAT, 405, "POST"),
+        ("POST", "/health", 405, "GET"),
+        ("POST", "/metrics", 405, "GET"),
+        ("POST", "/v1/models", 405, "GET"),
+        ("GET", "/", 404, None),
+        ("GET", "/v1/models/", 404, None),
+        ("POST", "/v1/embeddings", 404, None),
+        ("GET", "/docs", 404, None),
+        ("GET", "/redoc", 404, None),
+        ("GET", "/openapi.json", 404, None),
+        ("GET", "/v1/%ff", 404, None),
+    ],
+)
+def test_a_wrong_method_or_path(server: Server, method: str, path: str, status: int, allow: str | None) -> None:
+    response = server.client.request(method, path, content=json.dumps(GOOD[COMPLETIONS]).encode())
+    check_error(response, status, None)
+    assert response.headers.get("allow") == allow, f"expected Allow: {allow}, got {response.headers}"
+
+
+KEY = "sk-schlüssel"
+
+
+def test_an_api_key_guards_v1_and_nothing_else(engine: FakeEngine) -> None:
+    with serving(engine, AppOptions(api_key=KEY)) as server:
+        wrong = [None, "", "Bearer", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", KEY, f"Basic {KEY}", "Bearer sk"]
+        for given_key in wrong:
+            headers = {} if given_key is None else {"Authorization": given_key.encode()}
+            for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("POST", COMPLETIONS)):
+                response = server.client.request(method, path, json=GOOD.get(path), headers=headers)
+                error = check_error(response, 401, None, "Authorization: Bearer")
+                assert error["code"] == "invalid_api_key", f"got {error}"
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert KEY not in response.text, "the error must not tell the key"
+        for scheme in ("Bearer", "bearer"):
+            headers = {"Authorization": f"{scheme} {KEY}".encode()}
+            assert server.client.get("/v1/models", headers=headers).status_code == 200
+            assert server.client.post(CHAT, json=GOOD[CHAT], headers=headers).status_code == 200
+        assert server.client.get("/health").status_code == server.client.get("/metrics").status_code == 200
+        raw = request_bytes(CHAT, b"", length=10)
+        with server.send_raw(raw) as connection:  # no key, no reading of the body
+            assert read_until(connection, b'"code":').startswith(b"HTTP/1.1 401 ")
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n", " secret"])
+def test_a_key_that_nobody_could_send(key: str) -> None:
+    """An empty variable in the environment must not open the server."""
+    with pytest.raises(FieldError, match="^api_key: expected a key") as caught:
+        AppOptions(api_key=key)
+    assert "secret" not in str(caught.value)
+
+
+def test_without_a_key_any_is_taken(server: Server) -> None:
+    assert server.client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 200
+
+
+# Arbitrary requests
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+TOKEN_IDS = st.lists(st.integers(0, 4095), min_size=1, max_size=5)
+TEXTS = st.text(min_size=1, max_size=8)
+FIELD_VALUES: dict[str, st.SearchStrategy] = {
+    "prompt": TEXTS | TOKEN_IDS | st.lists(TEXTS, min_size=1, max_size=3) | st.lists(TOKEN_IDS, min_size=1, max_size=3),
+    "messages": st.just([USER])
+    | st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["system", "user", "developer"]) | JSON_VALUES},
+            optional={
+                "content": st.text(max_size=8)
+                | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": TEXTS | JSON_VALUES}), max_size=2),
+                "name": st.text(max_size=3),
+            },
+        ),
+        max_size=2,
+    ),
+    "model": st.just("tiny"),
+    "max_tokens": st.integers(1, 3),
+    "min_tokens": st.integers(0, 3),
+    "temperature": st.floats(0, 100),
+    "top_k": st.integers(0, 5000),
+    "top_p": st.floats(0, 1),
+    "seed": st.integers(0, 2**63 - 1),
+    "stop": TEXTS | st.lists(TEXTS, max_size=4),
+    "stop_token_ids": st.lists(st.integers(0, 4095), max_size=3),
+    "ignore_eos": st.booleans(),
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
+    "user": st.text(max_size=5),
+    "n": st.integers(1, 3),
+    "presence_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.1, 2),
+    "logit_bias": st.dictionaries(st.integers(0, 4095).map(str), st.floats(-100, 100), max_size=3),
+    "logprobs": st.integers(0, 5) | st.booleans(),
+    "top_logprobs": st.integers(0, 3),
+    "echo": st.booleans(),
+    "best_of": st.integers(1, 2),
+}
+PROMPT_OF = {COMPLETIONS: "prompt", CHAT: "messages"}
+OTHERS = sorted(FIELD_VALUES.keys() - {"prompt", "messages"})
+BUDGET: dict[str, Any] = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def request_bodies(draw: st.DrawFn, path: str) -> dict[str, object]:
+    """A prompt, some fields with good values and, in half of the bodies, a field or two with any value at all."""
+    names = {PROMPT_OF[path], *draw(st.sets(st.sampled_from(OTHERS), max_size=4))}
+    body = {name: draw(FIELD_VALUES[name]) for name in sorted(names)}
+    if draw(st.booleans()):
+        for name in draw(st.lists(st.sampled_from([*FIELD_VALUES, "suffix", "tools", "x"]), min_size=1, max_size=2)):
+            body[name] = draw(JSON_VALUES)
+    return body
+
+
+@both_endpoints
+def test_any_body_is_answered_or_refused(server: Server, path: str) -> None:
+    statuses: list[int] = []
+
+    @settings(max_examples=80, **BUDGET)
+    @given(body=request_bodies(path))
+    def check(body: dict[str, object]) -> None:
+        response = server.post(path, body)
+        statuses.append(response.status_code)
+        if response.status_code != 200:
+            assert response.status_code == 400 or (response.status_code == 404 and "model" in body), response.text
+            assert 0 < len(response.json()["error"]["message"]) < 700
+        elif response.headers["content-type"].startswith("text/event-stream"):
+            reasons = [c["finish_reason"] for event in parse_events(response.text) for c in event["choices"]]
+            assert set(reasons) <= {None, "length"} and "length" in reasons, response.text
+        else:
+            usage, choices = response.json()["usage"], response.json()["choices"]
+            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+            assert [choice["index"] for choice in choices] == list(range(len(choices)))
+
+    check()
+    assert statuses.count(200) >= 10 and statuses.count(400) >= 10, f"this test should send both kinds: {statuses}"
+
+
+@both_endpoints
+def test_any_bytes_are_answered_or_refused(server: Server, path: str) -> None:
+    good = json.dumps(GOOD[path]).encode()
+
+    @settings(max_examples=60, **BUDGET)
+    @given(raw=st.binary(max_size=50) | st.tuples(st.integers(0, len(good)), st.binary(max_size=3)))
+    def check(raw: bytes | tuple[int, bytes]) -> None:
+        body = raw if isinstance(raw, bytes) else good[: raw[0]] + raw[1] + good[raw[0] :]
+        assert server.post(path, body).status_code in (200, 400, 404)
+
+    check()

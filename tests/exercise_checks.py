@@ -1,0 +1,89 @@
+"""What the exercises of every part are held to: markers in the code, and for each a task, two hints and a test."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = re.compile(r"^\s*# exercise: (\w+)\s*$")
+FIELDS = ("Task", "File", "Test", "Lesson", "Hint 1", "Hint 2")
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def read_markers(path: Path) -> dict[str, tuple[int, int]]:
+    """Name → the lines of its two markers. Raises AssertionError on one that is not closed, or opened twice."""
+    found: dict[str, tuple[int, int]] = {}
+    opened: tuple[str, int] | None = None
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        assert "exercise:" not in line or MARKER.match(line), f"{path.name}:{number} is no marker: {line.strip()!r}"
+        if not (match := MARKER.match(line)):
+            continue
+        if match[1] == "end":
+            assert opened, f"{path.name}:{number} closes an exercise that is not open"
+            found[opened[0]], opened = (opened[1], number), None
+        else:
+            assert opened is None, f"{path.name}:{number} opens {match[1]} inside of {opened}"
+            assert match[1] not in found, f"{path.name}:{number} opens {match[1]} a second time"
+            opened = (match[1], number)
+    assert opened is None, f"{path.name}: exercise {opened} is never closed by `# exercise: end`"
+    return found
+
+
+def read_tasks(part_dir: Path) -> dict[str, dict[str, str]]:
+    """exercises.md: name → its fields; a field may go on over several lines."""
+    tasks: dict[str, dict[str, str]] = {}
+    field = ""
+    for line in (part_dir / "exercises.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            tasks[line[3:].strip()] = {"Task": ""}
+            field = "Task"
+        elif match := re.match(r"([A-Z][a-z]+(?: \d)?): (.*)", line):
+            field = match[1]
+            list(tasks.values())[-1][field] = match[2]
+        elif tasks and line.strip():
+            list(tasks.values())[-1][field] += " " + line.strip()
+    return tasks
+
+
+def check_names(part_dir: Path, names: set[str]) -> None:
+    """The exercises are these, in the code and in exercises.md."""
+    markers = {name for path in part_dir.rglob("*.py") for name in read_markers(path)}
+    for where, found in (("markers in the code", markers), ("sections of exercises.md", set(read_tasks(part_dir)))):
+        assert found == names, f"{part_dir.name}, {where}: expected {sorted(names)}, got {sorted(found)}"
+
+
+def check_task(part_dir: Path, name: str) -> None:
+    """The section of exercises.md is complete, and what it points to is there."""
+    task, where = read_tasks(part_dir)[name], f"{part_dir.name}/exercises.md, {name}"
+    assert tuple(task) == FIELDS, f"{where}: expected the lines {FIELDS}, got {tuple(task)}"
+    assert (ROOT / task["Test"]).is_file(), f"{where}: there is no test {task['Test']}"
+    tests = ROOT / "tests" / part_dir.name[:6]
+    assert (ROOT / task["Test"]).parent == tests, f"{where}: {task['Test']} is another part's test"
+    for hint in ("Hint 1", "Hint 2"):
+        assert len(task[hint]) > 60, f"{where}: {hint} says next to nothing: {task[hint]!r}"
+    assert task["Hint 1"] != task["Hint 2"], f"{where}: both hints are the same"
+    readme = (part_dir / "README.md").read_text(encoding="utf-8")
+    assert f"\n## {task['Lesson']}\n" in readme, f"{where}: README.md has no section {task['Lesson']!r}"
+
+
+def check_body(part_dir: Path, name: str) -> None:
+    """The markers enclose statements of the function that the task names, and its docstring stays for the learner."""
+    file, _, symbol = read_tasks(part_dir)[name]["File"].partition("::")
+    where, path = f"{part_dir.name}/exercises.md, {name}", part_dir / file
+    markers = read_markers(path)
+    assert name in markers, f"{where}: {file} has no marker of it"
+    start, end = markers[name]
+    node: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+    for part in symbol.split("."):
+        node = next((child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == part), ast.Pass())
+        assert isinstance(node, Function | ast.ClassDef), f"{where}: {file} has no {symbol}"
+    assert isinstance(node, Function), f"{where}: {symbol} is no function"
+    assert [child for child in node.body if start < child.lineno < end], (
+        f"{file}: there is no code between the markers of {name} in {symbol}"
+    )
+    assert all(child.lineno > end or child.end_lineno < end for child in node.body if child.lineno > start), (
+        f"{file}: `# exercise: end` of {name} stands inside of a statement"
+    )
+    assert ast.get_docstring(node), f"{file}::{symbol}: what remains for the learner needs a docstring"

@@ -1,0 +1,36 @@
+"""python -m part02_streaming: load a model and serve it."""
+
+from __future__ import annotations
+
+from common.cli import exit_on_error, parse_config
+from common.serve import listen, serve_app
+
+from .config import EngineConfig
+from .engine import LLM
+from .server import create_app
+
+PROG = "part02_streaming"
+DESCRIPTION = """Part 2: streaming. An OpenAI-compatible API with server-sent events; still one request at a time.
+
+  curl -N http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "What is a KV cache?"}], "temperature": 0, "stream": true}'
+"""
+
+
+def serve(config: EngineConfig) -> None:
+    listener = listen(config.host, config.port)
+    llm = LLM(config)
+    message = (
+        f"serving {llm.name} on http://{config.host}:{listener.getsockname()[1]} "
+        f"({llm.device}, {llm.max_model_len} tokens of context)"
+    )
+    serve_app(create_app(llm, config.max_queued_requests), listener, message)
+
+
+def main() -> None:
+    config = parse_config(EngineConfig, DESCRIPTION, prog=PROG)
+    exit_on_error(PROG, lambda: serve(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""OpenAI's wire format: request bodies in, JSON and server-sent events out."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import FieldError, openai_error
+from common.outputs import CompletionOutput, RequestOutput
+from common.prompts import encode_prompt
+from common.sampling_params import SamplingParams, check_known_fields, show
+
+from .async_engine import GenerationError, RequestStream
+from .engine import SAMPLING_FIELDS
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may fill the context
+COMMON_FIELDS = {"model", "stream", "stream_options", "user", *SAMPLING_FIELDS}
+CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens"}
+COMPLETION_FIELDS = COMMON_FIELDS | {"prompt"}
+# OpenAI's fields that this server does not have yet may be sent with the value that changes nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
+    "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},), "tools": ([],),
+    "response_format": ({"type": "text"},),
+}  # fmt: skip
+
+
+class ModelNotFoundError(Exception):
+    """The request names a model that is not served here."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRequest:
+    """A checked request, and what all of its responses repeat."""
+
+    id: str
+    created: int
+    model: str
+    is_chat: bool
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """A JSON object from a request's bytes. Raises FieldError("body", …)."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise FieldError("body", f"not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise FieldError("body", f"expected a JSON object, got {type(body).__name__}")
+    return body
+
+
+def parse_request(
+    body: dict[str, Any], is_chat: bool, model: str, tokenizer: PreTrainedTokenizerBase, max_model_len: int
+) -> ApiRequest:
+    """Raises FieldError naming the first field that cannot be served, ModelNotFoundError for another model."""
+    if body.get("model") not in (None, model):
+        raise ModelNotFoundError(f"model: {show(body['model'])} is not served here, expected {model!r}")
+    for name, allowed in NEUTRAL.items():
+        if body.get(name) is not None and not any(body[name] == v and type(body[name]) is type(v) for v in allowed):
+            raise FieldError(name, f"not supported yet: expected {allowed[0]!r} or nothing, got {show(body[name])}")
+    known = CHAT_FIELDS if is_chat else COMPLETION_FIELDS
+    check_known_fields(body, known | NEUTRAL.keys())
+    if not isinstance(body.get("user"), str | None):
+        raise FieldError("user", f"expected text, got {show(body['user'])}")
+    stream, include_usage = _parse_stream(body)
+    prompt_token_ids = encode_prompt(body, tokenizer, max_model_len)
+    room = max_model_len - len(prompt_token_ids)
+    return ApiRequest(
+        id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=model,
+        is_chat=is_chat,
+        prompt_token_ids=prompt_token_ids,
+        params=_parse_params(body, room if is_chat else DEFAULT_COMPLETION_TOKENS),
+        stream=stream,
+        include_usage=include_usage,
+    )
+
+
+def _parse_stream(body: dict[str, Any]) -> tuple[bool, bool]:
+    stream, options = _parse_flag("stream", body.get("stream")), body.get("stream_options")
+    if options is None:
+        return stream, False
+    if not stream:
+        raise FieldError("stream_options", "only allowed when stream is true")
+    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+        raise FieldError("stream_options", f"expected an object with include_usage, got {show(options)}")
+    return stream, _parse_flag("stream_options.include_usage", options.get("include_usage"))
+
+
+def _parse_flag(field: str, value: object) -> bool:
+    if not isinstance(value, bool | None):
+        raise FieldError(field, f"expected true or false, got {show(value)}")
+    return bool(value)
+
+
+def _parse_params(body: dict[str, Any], default_max_tokens: int) -> SamplingParams:
+    limits = {name: body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
+    if len(limits) == 2 and body["max_tokens"] != body["max_completion_tokens"]:
+        raise FieldError(
+            "max_completion_tokens",
+            f"{show(body['max_completion_tokens'])} contradicts max_tokens, {show(body['max_tokens'])}",
+        )
+    min_tokens = body.get("min_tokens")
+    default = max(default_max_tokens, min_tokens) if isinstance(min_tokens, int) else default_max_tokens
+    name, max_tokens = next(iter(limits.items()), ("max_tokens", default))
+    try:
+        return SamplingParams.from_body({**body, "max_tokens": max_tokens})
+    except FieldError as error:
+        if error.field != "max_tokens":
+            raise
+        raise FieldError(name, str(error).removeprefix("max_tokens: ")) from error  # under the name that was sent
+
+
+def list_models(model: str, max_model_len: int) -> dict[str, Any]:
+    entry = {"id": model, "object": "model", "created": 0, "owned_by": "local", "max_model_len": max_model_len}
+    return {"object": "list", "data": [entry]}
+
+
+def full_response(request: ApiRequest, output: CompletionOutput) -> dict[str, Any]:
+    """The answer in one piece."""
+    answer = {"message": {"role": "assistant", "content": output.text}} if request.is_chat else {"text": output.text}
+    return {
+        "id": request.id,
+        "object": "chat.completion" if request.is_chat else "text_completion",
+        "created": request.created,
+        "model": request.model,
+        "choices": [
+            {"index": 0, **answer, "logprobs": None}
+            | {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+        ],
+        "usage": RequestOutput(request.id, request.prompt_token_ids, [output], finished=True).usage,
+    }
+
+
+def format_event(payload: dict[str, Any]) -> str:
+    """One server-sent event. JSON escapes line ends, so a single data line holds it."""
+    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def stream_events(request: ApiRequest, outputs: RequestStream) -> AsyncIterator[str]:
+    """The answer as it comes: the role (chat), text, the finish reason, the usage if asked for, [DONE].
+
+    Outputs without text (half a character, the beginning of a stop string) make no event.
+    """
+    # exercise: stream_events
+    num_tokens = 0
+    if request.is_chat:
+        yield format_event(_chunk(request, {"delta": {"role": "assistant", "content": ""}}))
+    try:
+        async for output in outputs:
+            num_tokens += len(output.token_ids)
+            if output.text:
+                content = {"delta": {"content": output.text}} if request.is_chat else {"text": output.text}
+                yield format_event(_chunk(request, content))
+            if output.finish_reason:
+                end = {"delta": {}} if request.is_chat else {"text": ""}
+                reasons = {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+                yield format_event(_chunk(request, {**end, **reasons}))
+    except GenerationError as error:  # the status 200 is out already: the error is an event
+        yield format_event(openai_error(str(error), None, "internal_error"))
+    else:
+        if request.include_usage:
+            yield format_event({**_chunk(request, None), "usage": _usage(request, num_tokens)})
+    yield "data: [DONE]\n\n"
+    # exercise: end
+
+
+def _chunk(request: ApiRequest, choice: dict[str, Any] | None) -> dict[str, Any]:
+    """A chunk with one choice, or with none (the one that brings the usage)."""
+    chunk: dict[str, Any] = {
+        "id": request.id,
+        "object": "chat.completion.chunk" if request.is_chat else "text_completion",
+        "created": request.created,
+        "model": request.model,
+        "choices": [] if choice is None else [{"index": 0, "logprobs": None, "finish_reason": None, **choice}],
+    }
+    return {**chunk, "usage": None} if request.include_usage else chunk
+
+
+def _usage(request: ApiRequest, num_tokens: int) -> dict[str, int]:
+    num_prompt_tokens = len(request.prompt_token_ids)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }

@@ -1,0 +1,156 @@
+"""OpenAI's API over one engine. Read `create_app` first: each request goes through `answer`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from common.errors import FieldError, openai_error
+from common.outputs import CompletionOutput
+from common.sampling_params import check_vocabulary
+
+from .async_engine import AsyncLLM, GenerationError, QueueFullError, RequestStream
+from .engine import LLM, join_outputs
+from .openai_api import (
+    ApiRequest,
+    ModelNotFoundError,
+    full_response,
+    list_models,
+    parse_body,
+    parse_request,
+    stream_events,
+)
+
+MAX_BODY_BYTES = 1_000_000
+CLIENT_GONE = 499  # nginx's code for a client that went away; nobody reads it
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of one request. However the response ends, the request is aborted if it still runs."""
+
+    def __init__(self, engine: AsyncLLM, request: ApiRequest, stream: RequestStream) -> None:
+        super().__init__(
+            stream_events(request, stream), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        self.engine, self.stream = engine, stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)  # ends early if the client disconnects
+        finally:
+            self.engine.abort(self.stream)
+
+
+async def collect(http_request: Request, engine: AsyncLLM, stream: RequestStream) -> list[CompletionOutput] | None:
+    """All outputs of a request, or None if the client went away first. Nobody but us notices that it did."""
+
+    # exercise: collect
+    async def drain() -> list[CompletionOutput]:
+        return [output async for output in stream]
+
+    async def wait_for_disconnect() -> None:
+        while (await http_request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, gone = asyncio.ensure_future(drain()), asyncio.ensure_future(wait_for_disconnect())
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        answer.cancel()
+        gone.cancel()
+        engine.abort(stream)
+    # exercise: end
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises HTTPException 413 once more than MAX_BODY_BYTES have come, whatever the headers announced."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"body: expected at most {MAX_BODY_BYTES:,} bytes, got more")
+    return bytes(body)
+
+
+def create_app(llm: LLM, max_queued_requests: int = 64) -> FastAPI:
+    """OpenAI's API over one engine. The engine's thread starts and ends with the app."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.engine = AsyncLLM(llm, max_queued_requests)
+        yield
+        await asyncio.to_thread(app.state.engine.shutdown)
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.post("/v1/completions")
+    async def completions(http_request: Request) -> Response:
+        return await answer(http_request, is_chat=False)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http_request: Request) -> Response:
+        return await answer(http_request, is_chat=True)
+
+    async def answer(http_request: Request, is_chat: bool) -> Response:
+        body = parse_body(await read_body(http_request))
+        # In a thread: to tokenise a megabyte takes long enough for others to notice.
+        request = await asyncio.to_thread(parse_request, body, is_chat, llm.name, llm.tokenizer, llm.max_model_len)
+        check_vocabulary(request.params, llm.model.config.vocab_size)
+        engine: AsyncLLM = app.state.engine
+        stream = engine.generate(request.prompt_token_ids, request.params)
+        if request.stream:
+            return EventStream(engine, request, stream)
+        outputs = await collect(http_request, engine, stream)
+        if outputs is None:
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse(full_response(request, join_outputs(outputs)))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return list_models(llm.name, llm.max_model_len)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        is_alive = app.state.engine.is_alive
+        return JSONResponse({"status": "ok" if is_alive else "the engine has died"}, 200 if is_alive else 503)
+
+    add_error_handlers(app)
+    return app
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error goes out in OpenAI's form."""
+
+    @app.exception_handler(FieldError)
+    async def bad_field(_: Request, error: FieldError) -> JSONResponse:
+        return JSONResponse(openai_error(str(error), error.field), 400)
+
+    @app.exception_handler(ModelNotFoundError)
+    async def no_model(_: Request, error: ModelNotFoundError) -> JSONResponse:
+        return JSONResponse(openai_error(str(error), "model", code="model_not_found"), 404)
+
+    @app.exception_handler(QueueFullError)
+    async def queue_full(_: Request, error: QueueFullError) -> JSONResponse:
+        return JSONResponse(openai_error(str(error), None, "rate_limit_error"), 429, headers={"Retry-After": "1"})
+
+    @app.exception_handler(GenerationError)
+    async def failed(_: Request, error: GenerationError) -> JSONResponse:
+        return JSONResponse(openai_error(str(error), None, "internal_error"), 500)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_GONE)  # it left before its body was complete
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        param = "body" if error.status_code == 413 else None
+        return JSONResponse(openai_error(error.detail, param), error.status_code, headers=error.headers)

@@ -1,0 +1,37 @@
+"""python -m part04_continuous_batching: load a model and serve it."""
+
+from __future__ import annotations
+
+from common.cli import exit_on_error, parse_config
+from common.serve import listen, serve_app
+
+from .config import EngineConfig
+from .engine import LLMEngine
+from .server import create_app
+
+PROG = "part04_continuous_batching"
+DESCRIPTION = """Part 4: continuous batching. Before every step it is decided anew who is in it.
+
+  curl -N http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "What is a KV cache?"}], "temperature": 0, "stream": true}'
+"""
+
+
+def serve(config: EngineConfig) -> None:
+    listener = listen(config.host, config.port)
+    engine = LLMEngine(config)
+    message = (
+        f"serving {engine.model_name} on http://{config.host}:{listener.getsockname()[1]} "
+        f"({engine.device}, {engine.max_model_len} tokens of context, {engine.blocks.num_blocks - 1:,} KV blocks "
+        f"of {engine.blocks.block_size} tokens)"
+    )
+    serve_app(create_app(engine, config), listener, message)
+
+
+def main() -> None:
+    config = parse_config(EngineConfig, DESCRIPTION, prog=PROG)
+    exit_on_error(PROG, lambda: serve(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""python -m part04_continuous_batching.bench: static against continuous batches, and both against transformers.
+
+Writes results/part04.json, results/part04.png and results/part04_slots.png. Everything runs in one process, in turns.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig
+
+from common import plotting
+from common.checkpoint import load_model, resolve_checkpoint
+from common.cli import exit_on_error, option, parse_config
+from common.errors import FieldError
+from common.results import median, write_result
+from common.sampling_params import SamplingParams
+from common.stats import percentile
+from common.trace import read_trace
+from common.trace_view import draw
+from common.workloads import WorkloadRequest, heavy_tailed, nano_vllm_cpu
+
+from .config import EngineConfig
+from .engine import LLMEngine
+from .static_batches import use_static_batches
+
+NUM_SEQS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
+    num_requests: int = option(96, "requests of the heavy-tailed and of the uniform workload")
+    repeats: int = option(3, "runs of each, in turns; medians are reported")
+    profile_model: str = option("random:llama-110m", "the model whose step is taken apart")
+    results_dir: str = option("results", "where the JSON and the plots go")
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.num_requests < NUM_SEQS:
+            raise FieldError("num_requests", f"expected at least {NUM_SEQS}, and at least 1 repeat")
+
+
+def uniform(num_requests: int) -> list[WorkloadRequest]:
+    """heavy_tailed's prompts, answers of 64 tokens each: where every request of a batch ends at the same step."""
+    return heavy_tailed(num_requests, median_output_tokens=64, sigma=0.0)
+
+
+def add(engine: LLMEngine, request: WorkloadRequest) -> None:
+    assert request.prompt_token_ids is not None
+    params = SamplingParams(temperature=0, max_tokens=request.max_tokens, ignore_eos=True)
+    engine.add_request(request.request_id, request.prompt_token_ids, params)
+
+
+def serve(engine: LLMEngine, requests: list[WorkloadRequest]) -> dict[str, float]:
+    """Serve requests that all arrive at once. Latencies are from then to each request's last token."""
+    first_step, latencies, sizes = engine.num_steps, [], 0
+    started = time.perf_counter()
+    for request in requests:
+        add(engine, request)
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+        sizes += len(outputs)
+        now_s = time.perf_counter() - started
+        latencies += [now_s for _, output in outputs if output.finish_reason]
+    steps, seconds = engine.num_steps - first_step, time.perf_counter() - started
+    return {
+        "steps": steps,
+        "mean_batch": round(sizes / steps, 2),
+        "tokens_per_s": round(sum(request.max_tokens for request in requests) / seconds, 1),
+        "mean_latency_s": round(sum(latencies) / len(latencies), 3),
+        "p99_latency_s": round(percentile(latencies, 99), 3),
+    }
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(median([run[key] for run in runs]), 3) for key in runs[0]}
+
+
+def measure_batching(config: BenchConfig) -> dict[str, dict[str, dict[str, float]]]:
+    engine_config = EngineConfig(model=config.model, max_num_seqs=NUM_SEQS)
+    engines = {
+        "static": use_static_batches(LLMEngine(engine_config)),
+        "continuous": LLMEngine(engine_config),
+    }
+    found = {}
+    for workload, requests in (
+        ("heavy-tailed", heavy_tailed(config.num_requests)),
+        ("uniform", uniform(config.num_requests)),
+    ):
+        for engine in engines.values():
+            serve(engine, requests[:NUM_SEQS])  # warm-up
+        runs = [{name: serve(engine, requests) for name, engine in engines.items()} for _ in range(config.repeats)]
+        found[workload] = {name: medians([run[name] for run in runs]) for name in engines}
+    return found
+
+
+def measure_transformers(config: BenchConfig) -> dict[str, float]:
+    """Output tokens/s on the CPU-sized public workload: this engine, and two ways of transformers."""
+    requests = nano_vllm_cpu()
+    checkpoint = resolve_checkpoint(config.model)
+    model = load_model(checkpoint, torch.float32, "cpu")
+    engine = LLMEngine(EngineConfig(model=config.model, device="cpu", dtype="float32", max_num_seqs=len(requests)))
+    num_tokens = sum(request.max_tokens for request in requests)
+    ways: dict[str, Callable[[], None]] = {
+        "part 4": lambda: _serve_all(engine, requests),
+        "one by one": lambda: [_generate(model, [request]) for request in requests] and None,
+        "padded batch": lambda: _generate(model, requests),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(config.repeats):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: round(num_tokens / median(times), 1) for name, times in seconds.items()}
+
+
+def _serve_all(engine: LLMEngine, requests: list[WorkloadRequest]) -> None:
+    serve(engine, requests)
+
+
+@torch.inference_mode()
+def _generate(model: Any, requests: list[WorkloadRequest]) -> None:
+    """transformers.generate on a batch padded on the left, run until its longest answer ends."""
+    prompts = [request.prompt_token_ids or [] for request in requests]
+    width, longest = max(map(len, prompts)), max(request.max_tokens for request in requests)
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    generation = GenerationConfig(
+        do_sample=False, max_new_tokens=longest, min_new_tokens=longest, pad_token_id=0,
+        eos_token_id=model.config.vocab_size - 1,
+    )  # fmt: skip
+    model.generate(ids, attention_mask=mask, generation_config=generation)
+
+
+def measure_step(config: BenchConfig, num_seqs: int = 32, num_steps: int = 40) -> dict[str, float]:
+    """Where a decode step's time goes: the model's forward pass, and all that is around it."""
+    engine = LLMEngine(EngineConfig(model=config.profile_model, max_num_seqs=num_seqs, max_model_len=1_024))
+    for request in heavy_tailed(num_seqs, median_output_tokens=512, sigma=0.0):
+        add(engine, request)
+    engine.step()
+    inside: list[float] = []
+    forward, compute_logits = engine.runner.model.forward, engine.runner.model.compute_logits
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args)
+            inside[-1] += time.perf_counter() - started
+            return result
+
+        return run
+
+    engine.runner.model.forward = timed(forward)
+    engine.runner.model.compute_logits = timed(compute_logits)
+    total = []
+    for _ in range(num_steps):
+        inside.append(0.0)
+        started = time.perf_counter()
+        engine.step()
+        total.append(time.perf_counter() - started)
+    step_ms, model_ms = 1e3 * median(total[5:]), 1e3 * median(inside[5:])
+    return {
+        "num_seqs": num_seqs,
+        "step_ms": round(step_ms, 2),
+        "model_ms": round(model_ms, 2),
+        "outside_share": round(1 - model_ms / step_ms, 4),
+    }
+
+
+def take_pictures(config: BenchConfig, path: Path, num_requests: int = 48) -> None:
+    """One picture for each way: a row a request, a column a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("static", "continuous"):
+            trace = str(Path(folder) / name)
+            engine = LLMEngine(EngineConfig(model=config.model, max_num_seqs=NUM_SEQS, trace=trace))
+            if name == "static":
+                use_static_batches(engine)
+            serve(engine, heavy_tailed(num_requests))
+            engine.tracer.close()
+            draw(read_trace(Path(trace)), path.with_stem(f"{path.stem}_{name}"))
+
+
+def plot(m: dict[str, Any], path: Path) -> None:
+    fig, (left, right) = plotting.panels(
+        [("Static and continuous batches", "", "output tokens/s"), ("Against transformers", "", "output tokens/s")]
+    )
+    workloads = list(m["batching"])
+    for i, (name, color) in enumerate((("static", plotting.BASELINE_COLOR), ("continuous", plotting.COLORS[0]))):
+        values = [m["batching"][workload][name]["tokens_per_s"] for workload in workloads]
+        bars = left.bar([x + 0.4 * i for x in range(len(values))], values, 0.36, color=color, label=name)
+        plotting.label_bars(left, bars)
+    left.set_xticks([x + 0.2 for x in range(len(workloads))], workloads)
+    left.margins(y=0.25)
+    left.legend(loc="upper left", ncols=2)
+    names = ["one by one", "padded batch", "part 4"]
+    colors = [plotting.BASELINE_COLOR] * 2 + [plotting.COLORS[0]]
+    bars = right.bar(range(3), [m["transformers"][name] for name in names], 0.6, color=colors)
+    plotting.label_bars(right, bars)
+    right.set_xticks(range(3), names)
+    right.margins(y=0.15)
+    plotting.save(fig, path)
+
+
+def report(console: Console, m: dict[str, Any]) -> None:
+    table = Table("workload", "batches", "steps", "in a step, mean", "tokens/s", "latency, mean", "p99")
+    for workload, ways in m["batching"].items():
+        for name, run in ways.items():
+            table.add_row(
+                workload, name, f"{run['steps']:,.0f}", f"{run['mean_batch']:.1f}", f"{run['tokens_per_s']:,.0f}",
+                f"{run['mean_latency_s']:.2f} s", f"{run['p99_latency_s']:.2f} s",
+            )  # fmt: skip
+    console.print(table)
+    ours, step = m["transformers"]["part 4"], m["step"]
+    for name, rate in m["transformers"].items():
+        console.print(f"{name}: {rate:,.0f} tokens/s, part 4 is {ours / rate:.2f}× that", highlight=False)
+    console.print(
+        f"A step of {step['num_seqs']} decodes takes {step['step_ms']:.1f} ms, {step['model_ms']:.1f} ms of it in the "
+        f"model: {100 * step['outside_share']:.1f}% is spent around it.",
+        highlight=False,
+    )
+
+
+def run(config: BenchConfig) -> None:
+    results = Path(config.results_dir)
+    measurements: dict[str, Any] = {
+        "batching": measure_batching(config),
+        "transformers": measure_transformers(config),
+        "step": measure_step(config),
+    }
+    report(Console(), measurements)
+    settings = {key: value for key, value in asdict(config).items() if key != "results_dir"}
+    write_result(
+        results / "part04.json",
+        benchmark="part04",
+        config=settings | {"max_num_seqs": NUM_SEQS},
+        seed=0,
+        repeats=config.repeats,
+        measurements=measurements,
+    )
+    plot(measurements, results / "part04.png")
+    take_pictures(config, results / "part04_slots.png")
+
+
+def main() -> None:
+    prog = "part04_continuous_batching.bench"
+    config = parse_config(BenchConfig, "Static against continuous batches, and both against transformers.", prog)
+    exit_on_error(prog, lambda: run(config))
+
+
+if __name__ == "__main__":
+    main()

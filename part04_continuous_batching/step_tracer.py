@@ -1,0 +1,79 @@
+"""What --trace writes: one line a step, in the schema of common.trace."""
+
+from __future__ import annotations
+
+from common.outputs import CompletionOutput
+from common.trace import RequestTrace, StepTrace, TraceWriter
+
+from .scheduler import Scheduler, SchedulerOutput
+
+PART = "part04_continuous_batching"
+
+
+class StepTracer:
+    """Watches the engine take its steps. Without a path it does nothing.
+
+    aborted: ids of requests aborted since the last step.
+    """
+
+    def __init__(self, path: str | None, scheduler: Scheduler, model: str) -> None:
+        self.scheduler, self.aborted = scheduler, list[str]()
+        self._writer = None if path is None else TraceWriter(path, part=PART, model=model)
+        self._times: list[float] = []  # when the step began, was scheduled, was executed
+        self._num_steps = 0
+        self._requests: list[RequestTrace] = []
+        self._preempted: list[str] = []
+
+    def begin(self) -> None:
+        if self._writer is not None:
+            self._times = [self._writer.elapsed_s()]
+
+    def scheduled(self, output: SchedulerOutput) -> None:
+        if self._writer is None:
+            return
+        self._times.append(self._writer.elapsed_s())
+        tables = self.scheduler.blocks.block_tables
+        self._requests = [
+            RequestTrace(
+                id=request.request_id,
+                num_computed=request.num_computed_tokens,
+                num_scheduled=num_tokens,
+                num_blocks=len(tables[request.request_id]),
+            )
+            for request, num_tokens in zip(output.requests, output.num_scheduled_tokens, strict=True)
+        ]
+        self._preempted = [request.request_id for request in output.preempted]
+
+    def executed(self) -> None:
+        if self._writer is not None:
+            self._times.append(self._writer.elapsed_s())
+
+    def updated(self, outputs: list[tuple[str, CompletionOutput]]) -> None:
+        aborted, self.aborted = self.aborted, []
+        if self._writer is None:
+            return
+        begun, scheduled, executed = self._times
+        blocks, self._num_steps = self.scheduler.blocks, self._num_steps + 1
+        self._writer.write(
+            StepTrace(
+                step=self._num_steps,
+                start_s=begun,
+                schedule_s=scheduled - begun,
+                execute_s=executed - scheduled,
+                update_s=self._writer.elapsed_s() - executed,
+                num_running=len(self._requests),
+                num_waiting=len(self.scheduler.waiting),
+                requests=self._requests,
+                num_blocks_total=blocks.num_blocks - 1,
+                num_blocks_free=blocks.num_free_blocks,
+                preempted=self._preempted,
+                aborted=aborted,
+                finished=[request_id for request_id, output in outputs if output.finish_reason],
+            )
+        )
+
+    def close(self) -> None:
+        """Write what is left. Nothing is traced afterwards."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,278 @@
+"""weights.py: every tensor of a checkpoint lands in its place, and one that is missing, strange or broken is named."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import checkpoint as checkpoints
+from common.checkpoint import PRESETS, load_model, resolve_checkpoint
+from common.errors import FieldError
+from common.testing import FAMILIES, small_model
+from part03_paged_attention import weights
+from part03_paged_attention.model import DecoderModel
+from part03_paged_attention.weights import fill_parameters, load_decoder, load_weights, parameter_places
+
+WHERE = 'Look at weights.py::parameter_places and fill_parameters; README "A model of our own".'
+NANO = dict(
+    model_type="qwen3", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=64, vocab_size=4096, max_position_embeddings=128, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path: Path, random_model: Any) -> Path:
+    """A small qwen2, untied, in one file: biases and an output layer of its own."""
+    random_model("qwen2", seed=1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def same_parameters(got: DecoderModel, expected: DecoderModel, what: str) -> None:
+    pairs = zip(got.named_parameters(), expected.parameters(), strict=True)
+    different = [name for (name, a), b in pairs if not torch.equal(a, b)]
+    assert not different, f"{what}: expected the same parameters, {different} differ. {WHERE}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_projections_hold_queries_then_keys_then_values(family: str, random_model: Any, load_ours: Any) -> None:
+    reference = random_model(family, seed=1, **({} if family == "qwen2" else {"attention_bias": True}))
+    model = load_ours(reference)
+    for number, (ours, theirs) in enumerate(zip(model.layers, reference.model.layers, strict=True)):
+        attention, mlp = theirs.self_attn, theirs.mlp
+        parts = {
+            "qkv_proj": (ours.self_attn.qkv_proj, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            "gate_up_proj": (ours.mlp.gate_up_proj, (mlp.gate_proj, mlp.up_proj)),
+        }
+        for name, (merged, projections) in parts.items():
+            for kind in ("weight", "bias"):
+                if (got := getattr(merged, kind)) is None:
+                    assert projections[0].bias is None, f"layer {number}: {name} lost its bias. {WHERE}"
+                    continue
+                expected = torch.cat([getattr(projection, kind) for projection in projections])
+                assert torch.equal(got, expected), (
+                    f"{family}, layer {number}: {name}.{kind} must be its projections' rows, one below the other: "
+                    f"expected {list(expected.shape)}, got {list(got.shape)} or other values. {WHERE}"
+                )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_places_cover_every_parameter_and_have_transformers_names(family: str, random_model: Any) -> None:
+    for seed in (0, 1):
+        reference = random_model(family, seed)
+        model = DecoderModel(reference.config)
+        got = {name: list(place.shape) for name, place in parameter_places(model).items()}
+        expected = {name: list(parameter.shape) for name, parameter in reference.named_parameters()}
+        assert got == expected, f"{family}: (name, shape) in one and not in the other: {odd(got, expected)}. {WHERE}"
+        covered = sum(place.numel() for place in parameter_places(model).values())
+        total = sum(parameter.numel() for parameter in model.parameters())
+        assert covered == total, f"{family}: the places cover {covered} of {total} numbers. {WHERE}"
+
+
+@pytest.mark.parametrize("preset", [name for name, shape in PRESETS.items() if shape["model_type"] in FAMILIES])
+def test_the_shapes_of_the_presets(preset: str) -> None:
+    config = resolve_checkpoint(f"random:{preset}").config
+    with torch.device("meta"):
+        places, reference = parameter_places(DecoderModel(config)), AutoModelForCausalLM.from_config(config)
+    got = {name: list(place.shape) for name, place in places.items()}
+    expected = {name: list(parameter.shape) for name, parameter in reference.named_parameters()}
+    assert got == expected, f"{preset}: (name, shape) in one and not in the other: {odd(got, expected)}. {WHERE}"
+
+
+def odd(got: dict[str, list[int]], expected: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
+    """Up to 4 entries that only one of the two has."""
+    return [item for a, b in ((got, expected), (expected, got)) for item in a.items() if b.get(item[0]) != item[1]][:4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_equal_a_single_file(family: str, tmp_path: Path, random_model: Any, load_directory: Any) -> None:
+    reference = random_model(family, seed=1)
+    reference.save_pretrained(tmp_path / "single")
+    reference.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    num_files = len(list((tmp_path / "shards").glob("*.safetensors")))
+    assert num_files > 2, f"the test wants several shards, transformers wrote {num_files}"
+    single, shards = load_directory(tmp_path / "single"), load_directory(tmp_path / "shards")
+    same_parameters(shards, single, f"{family} in {num_files} shards against one file")
+
+
+def test_dtypes_are_converted_on_the_way(tmp_path: Path, random_model: Any, load_directory: Any) -> None:
+    reference = random_model("llama", seed=1)
+    for stored in (torch.float32, torch.bfloat16, torch.float16):
+        reference.to(stored).save_pretrained(tmp_path / str(stored))
+        for wanted in (torch.float32, torch.bfloat16, torch.float16):
+            model = load_directory(tmp_path / str(stored), wanted)
+            got = {parameter.dtype for parameter in model.parameters()}
+            assert got == {wanted}, f"stored as {stored}: expected {wanted}, got {got}. {WHERE}"
+            expected = reference.model.layers[1].self_attn.v_proj.weight.to(wanted)
+            rows = model.layers[1].self_attn.qkv_proj.weight[-len(expected) :]
+            assert torch.equal(rows, expected), f"{stored} to {wanted}: expected the converted values. {WHERE}"
+
+
+def test_a_loaded_model_is_ready_for_inference(directory: Path, load_directory: Callable[..., DecoderModel]) -> None:
+    model = load_directory(directory)
+    assert not model.training, "expected eval mode: look at weights.py::load_decoder"
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.device.type == "cpu", f"{name} lies on {tensor.device}: look at weights.py::load_decoder"
+        assert not tensor.requires_grad, f"{name} wants gradients: look at weights.py::load_decoder"
+        assert bool(tensor.isfinite().all()), f"{name} holds memory that nobody wrote: weights.py::load_decoder"
+
+
+def test_weights_load_into_a_model_that_was_built_directly(directory: Path, load_directory: Any) -> None:
+    model = DecoderModel(AutoConfig.from_pretrained(directory))
+    load_weights(model, directory)
+    same_parameters(model, load_directory(directory), "load_weights() against load_decoder()")
+    assert torch.equal(model.rotary_embedding.table, load_directory(directory).rotary_embedding.table), (
+        "the table of a model that was moved off the meta device differs: look at weights.py::load_decoder"
+    )
+
+
+def test_what_old_checkpoints_carry_along_is_ignored(tmp_path: Path, random_model: Any, load_directory: Any) -> None:
+    reference = random_model("llama", seed=0)  # tied
+    reference.save_pretrained(tmp_path)
+    expected = load_directory(tmp_path)
+    extra = {"lm_head.weight": torch.ones(320, 48), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    rewrite(tmp_path, lambda tensors: tensors | extra)
+    same_parameters(load_directory(tmp_path), expected, f"with {sorted(extra)} in the file")
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def refused(load: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        load()
+    assert caught.value.field == "model", f"the error blames {caught.value.field!r}, expected 'model'"
+    message = str(caught.value)
+    assert "\n" not in message, f"an error is one line: {message!r}"
+    for word in words:
+        assert word in message, f"expected {word!r} in {message!r}. {WHERE}"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight", "[16, 48]"),
+        ("model.layers.0.self_attn.v_proj.bias", "[16]"),
+        ("model.layers.0.mlp.up_proj.weight", "[96, 48]"),
+        ("model.layers.1.post_attention_layernorm.weight", "[48]"),
+        ("model.embed_tokens.weight", "[320, 48]"),
+        ("model.norm.weight", "[48]"),
+        ("lm_head.weight", "[320, 48]"),
+    ],
+)
+def test_a_missing_tensor_or_one_of_another_shape_is_named(
+    name: str, shape: str, directory: Path, load_directory: Any
+) -> None:
+    original = load_file(directory / "model.safetensors")
+    rewrite(directory, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
+    refused(lambda: load_directory(directory), name, shape, str(directory), "lacks 1 ")
+    wrong = torch.cat([original[name], original[name][:1]])
+    rewrite(directory, lambda tensors: original | {name: wrong})
+    refused(lambda: load_directory(directory), name, shape, str(list(wrong.shape)), str(directory))
+    rewrite(directory, lambda tensors: original | {name: original[name][:1]})  # would broadcast if it were copied
+    refused(lambda: load_directory(directory), name, shape, "[1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "model.layers.0.self_attn.o_proj.bias",
+        "norm.weight",
+        "visual.weight",
+    ],
+)
+def test_an_unknown_tensor_is_named(name: str, directory: Path, load_directory: Any) -> None:
+    rewrite(directory, lambda tensors: tensors | {name: torch.ones(7, 3)})
+    refused(lambda: load_directory(directory), name, "unknown", "[7, 3]", str(directory))
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path: Path, random_model: Any, load_directory: Any) -> None:
+    random_model("llama", seed=0).save_pretrained(tmp_path, max_shard_size="30KB")
+    last = sorted(tmp_path.glob("*.safetensors"))[-1]
+    save_file(load_file(last) | {"model.embed_tokens.weight": torch.ones(320, 48)}, last)
+    refused(lambda: load_directory(tmp_path), "model.embed_tokens.weight", "twice")
+
+
+def test_missing_and_broken_files(directory: Path, load_directory: Any) -> None:
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    content = single.read_bytes()
+    single.write_bytes(content[: len(content) // 2])
+    refused(lambda: load_directory(directory), str(single), "corrupt")
+    single.rename(directory / "weights.safetensors").write_bytes(content)
+    refused(lambda: load_directory(directory), "neither model.safetensors nor model.safetensors.index.json")
+    for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"model.norm.weight": 3}}', "\udcff"):
+        index.write_bytes(broken.encode("utf-8", "surrogateescape"))
+        refused(lambda: load_directory(directory), str(index), "weight_map")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "part-2.safetensors"}}))
+    refused(lambda: load_directory(directory), str(index), "part-2.safetensors")
+
+
+def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path: Path, load_directory: Any) -> None:
+    AutoConfig.for_model("gemma2").save_pretrained(tmp_path)
+    refused(lambda: load_directory(tmp_path), "gemma2", *FAMILIES)
+    refused(lambda: load_decoder(resolve_checkpoint("random:moe-small"), torch.float32, "cpu"), "qwen3_moe")
+
+
+def test_a_tensor_is_let_go_before_the_next_is_read() -> None:
+    reference = small_model("llama", seed=1)
+    alive: list[weakref.ref] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in reference.named_parameters():
+            held = sum(ref() is not None for ref in alive)
+            assert held <= 1, f"{held} tensors are held while {name} is read: two models in memory. {WHERE}"
+            tensor = parameter.detach().clone()
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    fill_parameters(DecoderModel(reference.config), tensors(), "a test")
+
+
+@pytest.fixture
+def nano(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(checkpoints.PRESETS, "nano", NANO)
+    return "random:nano"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_random_weights_are_part_1s(nano: str, dtype: torch.dtype, dense_attend: Any) -> None:
+    found = resolve_checkpoint(nano)
+    reference, model, again = load_model(found, dtype, "cpu"), *(load_decoder(found, dtype, "cpu") for _ in range(2))
+    same_parameters(again, model, "the same preset loaded twice")
+    expected = dict(reference.named_parameters())
+    for name, place in parameter_places(model).items():
+        assert torch.equal(place, expected[name]), f"{nano}: {name} differs from part 1's model. {WHERE}"
+    token_ids, positions = torch.arange(100, 120), torch.arange(20)
+    got, wanted = model.compute_logits(model(token_ids, positions, dense_attend([20]))), reference(token_ids[None])
+    difference = float((got - wanted.logits[0].float()).abs().max())
+    assert difference < (1e-4 if dtype == torch.float32 else 0.05), (
+        f"{nano}: logits differ by {difference:.2e}. {WHERE}"
+    )
+
+
+def test_random_weights_are_not_held_twice(nano: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = []
+
+    def recording(*arguments: Any) -> Any:
+        sources.append(load_model(*arguments))
+        return sources[-1]
+
+    monkeypatch.setattr(weights, "load_model", recording)
+    load_decoder(resolve_checkpoint(nano), torch.float32, "cpu")
+    left = sum(parameter.numel() for parameter in sources[0].parameters())
+    assert left == 0, f"{left} numbers of transformers' model are still held: look at weights.py::random_tensors"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fastapi import FastAPI
+
 from common.openai_app import AppOptions
 from common.openai_app import create_app as create_openai_app
-from fastapi import FastAPI
 
 from .async_engine import AsyncLLM
 from .config import EngineConfig

@@ -109,12 +109,19 @@ def is_idle(engine: AsyncLLM) -> bool:
     return engine.running is None and not engine.waiting
 
 
-def connections(url: str) -> list[socket.socket]:
-    """The server's ends of connections that are open."""
+def connections(url: str) -> set[int]:
+    """The descriptors of the server's ends of connections that are open."""
     port = int(url.rpartition(":")[2])
-    sockets = [thing for thing in gc.get_objects() if type(thing) is socket.socket and thing.fileno() >= 0]
-    inet = [sock for sock in sockets if sock.family == socket.AF_INET and sock.getsockname()[1] == port]
-    return [sock for sock in inet if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)]
+    sockets = [thing for thing in gc.get_objects() if type(thing) is socket.socket]
+    return {sock.fileno() for sock in sockets if is_connection(sock, port)}
+
+
+def is_connection(sock: socket.socket, port: int) -> bool:
+    try:
+        is_at_port = sock.family == socket.AF_INET and sock.getsockname()[1] == port
+        return is_at_port and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:  # its descriptor is closed, by its owner or, as earlier tests leave them, behind its back
+        return False
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 from common.errors import FieldError
 
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1  # more tokens than any model has or makes: what is above it means the same, and fits an int32
 MAX_STOP_TOKEN_IDS = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1_000  # four is OpenAI's limit
 MAX_N = 16  # answers to one prompt
@@ -66,6 +67,8 @@ class SamplingParams:
             )
         for token_id in self.stop_token_ids:
             check_int("stop_token_ids", token_id, low=0)
+        for name in ("max_tokens", "min_tokens", "top_k"):
+            object.__setattr__(self, name, min(getattr(self, name), MAX_COUNT))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "stop", _check_stop_strings(self.stop))
         object.__setattr__(self, "temperature", 0.0 if self.temperature < MIN_TEMPERATURE else self.temperature)

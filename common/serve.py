@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 
 DRAIN_TIMEOUT_S = 60  # how long SIGTERM waits for open requests
+LAST_WORDS_S = 1.0  # how long a server whose engine has died still answers: every open request, and /health with 503
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -42,27 +44,43 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, app: Any, on_started: Callable[[], None]) -> None:
+    def __init__(self, app: Any, on_started: Callable[[], None], cause_of_death: Callable[[], str | None]) -> None:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="on"
         )
         super().__init__(config)
-        self.on_started = on_started
+        self.on_started, self.cause_of_death = on_started, cause_of_death
+        self.died_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.on_started()
 
+    async def on_tick(self, counter: int) -> bool:
+        if self.died_at is None and self.cause_of_death() is not None:
+            self.died_at = time.monotonic()
+        should_exit = await super().on_tick(counter)
+        return should_exit or (self.died_at is not None and time.monotonic() > self.died_at + LAST_WORDS_S)
 
-def serve_app(app: Any, listener: socket.socket, message: str) -> None:
-    """Serve until SIGTERM or Ctrl-C; open requests are finished first. Prints message once requests are accepted."""
+
+def serve_app(
+    app: Any, listener: socket.socket, message: str, cause_of_death: Callable[[], str | None] = lambda: None
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; open requests are finished first. Prints message once requests are accepted.
+
+    cause_of_death: why the engine can answer no more, None while it can. The server then ends with this as its last
+    line and exit status 1.
+    """
     # uvicorn raises the signal again when it is done, which would turn an orderly end into an exit status of its own.
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _Server(app, lambda: print(message, flush=True)).run(sockets=[listener])
+        server = _Server(app, lambda: print(message, flush=True), cause_of_death)
+        server.run(sockets=[listener])
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if server.died_at is not None:
+        sys.exit(f"error: {cause_of_death()}")
 
 
 @contextlib.contextmanager
@@ -70,7 +88,7 @@ def running_app(app: Any) -> Iterator[str]:
     """The app on a free port of 127.0.0.1, in a thread of its own: for tests and benchmarks. Yields its base URL."""
     listener = listen("127.0.0.1", 0)
     port, started = listener.getsockname()[1], threading.Event()
-    server = _Server(app, started.set)
+    server = _Server(app, started.set, lambda: None)
 
     def run() -> None:
         with listener, contextlib.suppress(SystemExit):  # which is how uvicorn gives up if the app does not start

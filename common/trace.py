@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,8 +31,7 @@ _ENGINE, _REQUESTS = 1, 2  # the two groups of tracks in an export, "processes" 
 _DETAILS = ("num_computed", "num_cached", "num_blocks", "num_sampled")  # of a request's slice
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestTrace:
+class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     """One request in one step.
 
     num_computed: tokens whose KV existed before the step. num_scheduled: tokens computed in it. num_cached: tokens
@@ -47,12 +46,13 @@ class RequestTrace:
     num_sampled: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTrace:
+class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
     """One engine step. start_s counts from the trace's beginning; running and waiting are as scheduling left them.
 
     requests: those scheduled in this step. num_blocks_*: without the null block. preempted, finished: ids of requests,
-    in this step; aborted: since the step before.
+    in this step; aborted: since the step before. discarded: ids of requests in it that had ended before it was done.
+    execute_s: from the launch until the results were there; forward_s: what of it the model took, from forward_start_s
+    on (an engine that schedules ahead launches a step while the one before runs).
     """
 
     step: int
@@ -62,12 +62,15 @@ class StepTrace:
     update_s: float
     num_running: int
     num_waiting: int
-    requests: list[RequestTrace] = field(default_factory=list)
+    requests: list[RequestTrace] = []
     num_blocks_total: int
     num_blocks_free: int
-    preempted: list[str] = field(default_factory=list)
-    aborted: list[str] = field(default_factory=list)
-    finished: list[str] = field(default_factory=list)
+    preempted: list[str] = []
+    aborted: list[str] = []
+    finished: list[str] = []
+    forward_start_s: float | None = None
+    forward_s: float | None = None
+    discarded: list[str] = []
 
     @property
     def end_s(self) -> float:
@@ -226,6 +229,8 @@ def export_perfetto(trace: Trace, path: Path | str) -> None:
     """Write the trace as Chrome trace events (JSON, times in µs) for https://ui.perfetto.dev."""
     events = [_name_event("process_name", _ENGINE, 0, "engine"), _name_event("process_name", _REQUESTS, 0, "requests")]
     events.append(_name_event("thread_name", _ENGINE, 1, "steps"))
+    if any(step.forward_s is not None for step in trace.steps):
+        events.append(_name_event("thread_name", _ENGINE, 2, "model"))
     tracks: dict[str, int] = {}
     engine_free_s = 0.0
     for step, phases in zip(trace.steps, step_phases(trace.steps), strict=True):
@@ -251,6 +256,9 @@ def _engine_events(step: StepTrace, starts: Sequence[float]) -> list[dict[str, A
         _slice(name, _ENGINE, 1, start_s, end_s, {"step": step.step})
         for name, start_s, end_s in zip(("schedule", "execute", "update"), starts, starts[1:], strict=False)
     ]
+    if step.forward_start_s is not None and step.forward_s is not None:
+        end_s = step.forward_start_s + step.forward_s
+        events.append(_slice("forward", _ENGINE, 2, step.forward_start_s, end_s, {"step": step.step}))
     counters = {"running": step.num_running, "waiting": step.num_waiting, "used blocks": step.num_blocks_used}
     for name, value in counters.items():
         events.append({"ph": "C", "name": name, "pid": _ENGINE, "ts": _us(starts[1]), "args": {name: value}})

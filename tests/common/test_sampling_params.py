@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from common.errors import FieldError, openai_error
-from common.sampling_params import SamplingParams, check_known_fields, check_supported, check_vocabulary, show
+from common.sampling_params import (
+    MAX_COUNT,
+    SamplingParams,
+    check_known_fields,
+    check_supported,
+    check_vocabulary,
+    show,
+)
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("max_tokens", 0, "an integer of at least 1, got 0"),
@@ -78,11 +85,11 @@ def test_every_field_has_a_refusal_above() -> None:
     [
         {},
         {"max_tokens": 1, "min_tokens": 1},
-        {"max_tokens": 10**30, "min_tokens": 10**30},
+        {"max_tokens": MAX_COUNT, "min_tokens": MAX_COUNT},
         {"temperature": 0},
         {"temperature": 100},
         {"top_k": 0},
-        {"top_k": 10**30},
+        {"top_k": MAX_COUNT},
         {"top_p": 1},
         {"seed": 0},
         {"seed": 2**63 - 1},
@@ -100,6 +107,12 @@ def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
         got = getattr(params, name)
         expected = tuple(value) if isinstance(value, list) else value
         assert got == expected, f"{name}={value} became {got}"
+
+
+def test_what_is_more_than_any_model_has_means_the_same_and_fits_into_a_tensor() -> None:
+    params = SamplingParams(max_tokens=10**30, min_tokens=10**30, top_k=10**30)
+    got = (params.max_tokens, params.min_tokens, params.top_k)
+    assert got == (MAX_COUNT,) * 3, f"expected {MAX_COUNT} for each of max_tokens, min_tokens, top_k, got {got}"
 
 
 def test_one_stop_string_stands_for_a_list_of_it() -> None:

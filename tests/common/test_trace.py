@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import io
 import json
@@ -12,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from common import trace
@@ -38,7 +38,7 @@ def step(number: int, *requests: RequestTrace, **changes: Any) -> StepTrace:
         num_blocks_total=8,
         num_blocks_free=8 - len(requests),
     )
-    return dataclasses.replace(plain, **changes)
+    return msgspec.structs.replace(plain, **changes)
 
 
 STEPS = [
@@ -78,7 +78,7 @@ def test_the_header_and_the_lines(path: Path) -> None:
     assert header == read_trace(path).header
     assert list(header) == ["trace", "part", "model", "date"]
     assert (header["trace"], header["part"], header["model"]) == (1, "part04_continuous_batching", "tiny")
-    assert json.loads(lines[2]) == dataclasses.asdict(STEPS[1])
+    assert json.loads(lines[2]) == msgspec.to_builtins(STEPS[1])
 
 
 def test_unknown_fields_and_missing_optional_ones_are_accepted(path: Path) -> None:
@@ -93,7 +93,7 @@ def test_unknown_fields_and_missing_optional_ones_are_accepted(path: Path) -> No
     read = read_trace(path)
 
     assert read.header["engine"] == {"of": "a later part"}
-    bare = dataclasses.replace(STEPS[1], requests=[], preempted=[], aborted=[], finished=[])
+    bare = msgspec.structs.replace(STEPS[1], requests=[], preempted=[], aborted=[], finished=[])
     assert read.steps == [STEPS[0], bare, STEPS[2]]
 
 

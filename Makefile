@@ -1,7 +1,7 @@
 # Everything from a fresh machine with Python and make. The first call sets up .venv; PART=3 takes one part.
 #
 #   make demo [PART=3]     see a part at work (the newest, unless PART says which)
-#   make test [PART=3]     all tests, or one part's
+#   make test [PART=3]     all tests, or one part's     ARGS="-n 0" runs them in one process
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
 #   make lint              ruff, mypy, and the check of step diffs and tables
@@ -43,7 +43,7 @@ demo: $(READY)
 	@HF_HUB_OFFLINE=1 $(PY) -m $(PART_DIR).demo $(ARGS)
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(TESTS) $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) $(ARGS)
 
 serve: $(READY)
 	@$(PY) -m $(PART_DIR) $(ARGS)

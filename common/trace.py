@@ -51,8 +51,8 @@ class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
 
     requests: those scheduled in this step. num_blocks_*: without the null block. preempted, finished: ids of requests,
     in this step; aborted: since the step before. discarded: ids of requests in it that had ended before it was done.
-    execute_s: from the launch until the results were there; forward_s: what of it the model took, from forward_start_s
-    on (an engine that schedules ahead launches a step while the one before runs).
+    execute_s: from then until the results were there; forward_s: what of it the model took, from forward_start_s on.
+    An engine that schedules ahead launches a step, which counts as scheduling, while the one before runs.
     """
 
     step: int

@@ -95,6 +95,8 @@ class LLMEngine:
 
     def step(self) -> list[tuple[str, CompletionOutput]]:
         """One forward pass. Returns (request_id, its new token and text) for each request in it."""
+        if not self.has_unfinished_requests:
+            return []
         self.tracer.begin()
         scheduled = self.scheduler.schedule()
         self.tracer.scheduled(scheduled)

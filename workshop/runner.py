@@ -26,7 +26,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Runner:
-    """Runs the tests of one part, warm. num_starts counts how often the warm process had to be started."""
+    """Runs the tests of one part, warm. num_starts counts how often the warm process had to be started.
+
+    Between runs, part may be changed to another under the same root.
+    """
 
     def __init__(self, part: Part, limit_s: float = LIMIT_S) -> None:
         self.part, self.limit_s = part, limit_s

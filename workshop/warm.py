@@ -1,8 +1,8 @@
 """A process that has already imported what the tests need, torch above all, and forks for each run of them.
 
 Started by `workshop.runner`. Each line of its standard input is a Job; for each it answers the pid that runs it
-and, at the end, an exit status. Where forking is not safe it runs one job itself and ends, and the runner
-starts the next process at once.
+and, at the end, an exit status. What a run had to import besides, it then imports too, for the runs that follow.
+Where forking is not safe it runs one job itself and ends, and the runner starts the next process at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -56,11 +57,16 @@ def main() -> None:
             reply(replies, pid=os.getpid())
             reply(replies, status=run(job))
             break
-        pid = os.fork()
-        if pid == 0:
-            run_and_exit(job)
-        reply(replies, pid=pid)
-        reply(replies, status=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        with tempfile.TemporaryFile("w+") as imported:
+            pid = os.fork()
+            if pid == 0:
+                run_and_exit(job, imported)
+            reply(replies, pid=pid)
+            reply(replies, status=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            imported.seek(0)
+            for module in imported.read().split():
+                try_import(module)
+        gc.freeze()
 
 
 def reply(replies: TextIO, **fields: int) -> None:
@@ -90,6 +96,12 @@ def preload(paths: list[Path]) -> None:
                     try_import(module)
 
 
+def importable() -> list[str]:
+    """What is imported now, except parts of the course, the learner's above all, and their tests."""
+    names = [name for name, module in sys.modules.items() if getattr(module, "__spec__", None)]
+    return [name for name in names if name != "conftest" and not name.startswith(("part", "tests."))]
+
+
 def try_import(module: str) -> None:
     try:
         importlib.import_module(module)
@@ -97,12 +109,14 @@ def try_import(module: str) -> None:
         return
 
 
-def run_and_exit(job: Job) -> None:
-    """What the forked child does."""
-    status = 1
+def run_and_exit(job: Job, imported: TextIO) -> None:
+    """What the forked child does; it leaves the names of what it has imported in a file."""
+    status, before = 1, set(importable())
     try:
         redirect(os.devnull, 0)
         status = run(job)
+        imported.write("\n".join(name for name in importable() if name not in before))
+        imported.flush()
     finally:
         os._exit(status)  # no exit handlers: they belong to the parent
 
@@ -127,7 +141,7 @@ def run(job: Job) -> int:
             writer.write_failure(module, error, "".join(traceback.format_exception(error)))
             return 1
     options = ["--rootdir=.", "--import-mode=importlib", f"--maxfail={job.max_failures}"]
-    options += ["-p", "no:faulthandler", "-p", "no:cacheprovider"]
+    options += ["-p", "no:faulthandler", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return int(pytest.main([*options, *job.tests], [writer]))
 
 

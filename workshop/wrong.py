@@ -101,7 +101,7 @@ def digest(part: Part, exercise: Exercise, wrong: WrongSolution) -> str:
     tests = {part.root / test.partition("::")[0] for test in exercise.tests}
     folders = {folder for test in tests for folder in test.parents if folder.is_relative_to(part.root)}
     files = {wrong.path, *tests, *(folder / "conftest.py" for folder in folders)}
-    files |= {*part.path.rglob("*.py"), *(part.root / "common").rglob("*.py")}
+    files |= {*part.path.rglob("*.py"), *(part.root / "common").rglob("*.py"), *(part.root / "tests").glob("*.py")}
     hashed = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file()):
         hashed.update(hashlib.sha256(file.read_bytes()).digest())

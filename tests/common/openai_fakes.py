@@ -10,13 +10,11 @@ import contextlib
 import json
 import socket
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import pytest
 from transformers import PreTrainedTokenizerBase
 
 from common.openai_app import AppOptions, create_app
@@ -24,18 +22,23 @@ from common.outputs import CompletionOutput, FinishReason, Logprob
 from common.sampling_params import SamplingParams
 from common.serve import running_app
 from common.serving import GenerationError, QueueFullError
+from tests.http_checks import (
+    CHAT,
+    COMPLETIONS,
+    DEADLINE_S,
+    USER,
+    Watched,
+    request_bytes,
+    send_raw,
+    until,
+)
 
-DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 CONTEXT = 64
 VOCAB = 4100  # a little more than the tokenizer's 4096, as padded embeddings have
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-USER = {"role": "user", "content": "Hi"}
 GOOD: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Hi", "max_tokens": 2},
     CHAT: {"messages": [USER], "max_tokens": 2},
 }
-both_endpoints = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-streamed_or_not = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 
 
 class FakeStream:
@@ -153,38 +156,16 @@ class FakeEngine:
         return [stream.num_aborts for stream in self.streams]
 
 
-class Watched:
-    """An ASGI app that counts the requests to another, and keeps what that one raises."""
+def tasks_of(app: Watched) -> list[str]:
+    """What the app's own code still does on the event loop."""
+    if app.loop is None:
+        return []
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.num_begun = self.num_ended = 0
-        self.errors: list[BaseException] = []
-        self.loop: asyncio.AbstractEventLoop | None = None
+    async def list_tasks() -> list[str]:
+        return [repr(task) for task in asyncio.all_tasks()]
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        self.num_begun += 1
-        self.loop = asyncio.get_running_loop()
-        try:
-            await self.app(scope, receive, send)
-        except BaseException as error:
-            self.errors.append(error)
-            raise
-        finally:
-            self.num_ended += 1
-
-    def tasks(self) -> list[str]:
-        """What the app's own code still does on the event loop."""
-        if self.loop is None:
-            return []
-
-        async def list_tasks() -> list[str]:
-            return [repr(task) for task in asyncio.all_tasks()]
-
-        tasks = asyncio.run_coroutine_threadsafe(list_tasks(), self.loop).result(DEADLINE_S)
-        return [task for task in tasks if "common/openai_app" in task]
+    tasks = asyncio.run_coroutine_threadsafe(list_tasks(), app.loop).result(DEADLINE_S)
+    return [task for task in tasks if "common/openai_app" in task]
 
 
 @dataclass
@@ -217,10 +198,7 @@ class Server:
         return self.send_raw(request_bytes(path, json.dumps({**GOOD[path], **fields}).encode()))
 
     def send_raw(self, data: bytes) -> socket.socket:
-        host, port = self.url.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
-        connection.sendall(data)
-        return connection
+        return send_raw(self.url, data)
 
     def until_streams(self, number: int) -> list[FakeStream]:
         until(lambda: len(self.engine.streams) >= number, f"{number} streams at the engine")
@@ -230,35 +208,11 @@ class Server:
         until(lambda: self.app.num_ended == self.app.num_begun, "the server to be done with all requests")
 
 
-def request_bytes(path: str, content: bytes, length: int | None = None) -> bytes:
-    length = len(content) if length is None else length
-    return f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n\r\n".encode() + content
-
-
 def parse_events(text: str) -> list[dict[str, Any]]:
     *events, done, rest = text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", ""), f"a stream ends with data: [DONE], got {text[-200:]!r}"
     assert all(event.startswith("data: {") for event in events), f"expected one data line per event, got {text!r}"
     return [json.loads(event.removeprefix("data: ")) for event in events]
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what}. Nothing happened for {DEADLINE_S} s."
-        time.sleep(0.002)
-
-
-def read_until(connection: socket.socket, words: bytes, times: int = 1) -> bytes:
-    data = b""
-    while data.count(words) < times:
-        try:
-            chunk = connection.recv(65536)
-        except TimeoutError:
-            pytest.fail(f"expected {words!r} {times} times within {DEADLINE_S} s, got {data!r}")
-        assert chunk, f"the connection ended before {words!r} came {times} times: {data!r}"
-        data += chunk
-    return data
 
 
 @contextlib.contextmanager
@@ -272,7 +226,7 @@ def serving(
         try:
             yield server
             server.until_answered()
-            until(lambda: not app.tasks(), f"all tasks of the requests to have ended: {app.tasks()}")
+            until(lambda: not tasks_of(app), f"all tasks of the requests to have ended: {tasks_of(app)}")
         finally:
             leaked = [number for number, stream in enumerate(engine.streams) if not (stream.ended or stream.num_aborts)]
             for number in leaked:

@@ -9,21 +9,8 @@ import pytest
 
 from common.outputs import CompletionOutput, Logprob
 from common.sampling_params import SamplingParams
-from tests.common.openai_fakes import (
-    CHAT,
-    COMPLETIONS,
-    CONTEXT,
-    GOOD,
-    USER,
-    FakeEngine,
-    Server,
-    both_endpoints,
-    check_error,
-    delta,
-    parse_events,
-    serving,
-    streamed_or_not,
-)
+from tests.common.openai_fakes import CONTEXT, GOOD, FakeEngine, Server, check_error, delta, parse_events, serving
+from tests.http_checks import CHAT, COMPLETIONS, USER, both_endpoints, streamed_or_not
 
 
 def text_of(choice: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from common.load_client import LoadConfig, run_load
 from common.openai_app import AppOptions
 from common.serving import GenerationError
 from common.workloads import WorkloadRequest
-from tests.common.openai_fakes import USER, FakeEngine, Server, delta, serving, until
+from tests.common.openai_fakes import FakeEngine, Server, delta, serving
+from tests.http_checks import USER, until
 
 CHAT_CALL: dict[str, Any] = {"model": "tiny", "messages": [USER], "max_tokens": 3, "temperature": 0}
 COMPLETION_CALL: dict[str, Any] = {"model": "tiny", "prompt": "Hi", "max_tokens": 3, "temperature": 0}

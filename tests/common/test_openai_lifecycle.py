@@ -23,21 +23,23 @@ from common.openai_app.streaming import EventStream, collect, unless_disconnecte
 from common.serve import running_app
 from common.serving import GenerationError, QueueFullError
 from tests.common.openai_fakes import (
-    CHAT,
-    COMPLETIONS,
-    DEADLINE_S,
     GOOD,
     FakeEngine,
     Server,
-    Watched,
-    both_endpoints,
     check_error,
     check_error_body,
     delta,
     parse_events,
+    serving,
+)
+from tests.http_checks import (
+    CHAT,
+    COMPLETIONS,
+    DEADLINE_S,
+    Watched,
+    both_endpoints,
     read_until,
     request_bytes,
-    serving,
     streamed_or_not,
     until,
 )

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from common.openai_app.logprobs import TokenTexts
 from common.outputs import CompletionOutput, Logprob
-from tests.common.openai_fakes import CHAT, COMPLETIONS, GOOD, FakeEngine, Server, check_error, delta, serving
+from tests.common.openai_fakes import GOOD, FakeEngine, Server, check_error, delta, serving
+from tests.http_checks import CHAT, COMPLETIONS
 
 
 def entry(letter: str, logprob: float) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import random
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -14,12 +13,12 @@ import pytest
 from common.outputs import CompletionOutput
 from common.sampling_params import SamplingParams
 from part02_streaming.async_engine import AsyncLLM, GenerationError, QueueFullError, RequestStream
+from tests.async_checks import DEADLINE_S, read_error, shut_down_at_the_end, until, within_deadline
 
 LOOK_QUEUE = 'Look at async_engine.py::AsyncLLM.generate; README "Off the event loop".'
 LOOK_ABORT = 'Look at async_engine.py::AsyncLLM.abort; README "When the client goes away".'
 LOOK_RUN = 'Look at async_engine.py::AsyncLLM._run; README "Off the event loop".'
 LOOK_SHUTDOWN = 'Look at async_engine.py::AsyncLLM.shutdown; README "Off the event loop".'
-DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 NUM_TOKENS = 4  # of an answer
 
 
@@ -73,43 +72,13 @@ def on_an_event_loop(max_queued_requests: int = 64) -> Callable:
         def run() -> None:
             llm = FakeLLM()
             engine = AsyncLLM(llm, max_queued_requests)  # type: ignore[arg-type]
-            errors: list[Exception] = []
-
-            def shut_down() -> None:
-                try:
-                    engine.shutdown()
-                except Exception as error:
-                    errors.append(error)
-
-            try:
+            with shut_down_at_the_end(engine, llm.open, LOOK_SHUTDOWN):
                 asyncio.run(asyncio.wait_for(test(llm, engine), 2 * DEADLINE_S))
-            finally:
-                llm.open()
-                end = threading.Thread(target=shut_down, daemon=True)
-                end.start()
-                end.join(DEADLINE_S)
-                if errors:  # what abort raises, say: not a matter of the thread that it was called on
-                    raise errors[0]
-                assert not end.is_alive() and not engine.is_alive, f"shutdown did not end the thread. {LOOK_SHUTDOWN}"
 
         del run.__wrapped__  # pytest would take the arguments for fixtures
         return run
 
     return decorate
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s."
-        await asyncio.sleep(0.001)
-
-
-async def within_deadline(awaitable: Awaitable, what: str) -> object:
-    try:
-        return await asyncio.wait_for(awaitable, DEADLINE_S)
-    except asyncio.TimeoutError:
-        pytest.fail(f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s.")
 
 
 def generate(engine: AsyncLLM, name: int, max_tokens: int = NUM_TOKENS) -> RequestStream:
@@ -122,20 +91,13 @@ async def read_all(request: RequestStream) -> list[str]:
 
 async def read(request: RequestStream, what: str) -> list[str]:
     """All texts of a request that ends by itself."""
-    return await within_deadline(read_all(request), f"{what} to end. {LOOK_RUN}")  # type: ignore[return-value]
+    return await within_deadline(read_all(request), f"{what} to end. {LOOK_RUN}")
 
 
-async def read_error(request: RequestStream, what: str) -> tuple[list[str], str]:
+async def texts_and_error(request: RequestStream, what: str) -> tuple[list[str], str]:
     """The texts and the error of a request that fails."""
-    texts: list[str] = []
-
-    async def collect() -> None:
-        async for output in request:
-            texts.append(output.text)
-
-    with pytest.raises(GenerationError) as caught:
-        await within_deadline(collect(), f"{what} to end with a GenerationError")
-    return texts, str(caught.value)
+    outputs, error = await read_error(request, GenerationError, what, LOOK_RUN)
+    return [output.text for output in outputs], error
 
 
 def answer(name: int, num_tokens: int = NUM_TOKENS) -> list[str]:
@@ -155,7 +117,7 @@ async def test_each_output_comes_before_the_next_is_computed(llm: FakeLLM, engin
     for number in range(NUM_TOKENS):
         llm.allow(1)
         output = await within_deadline(outputs.__anext__(), f"output {number} once its token is there. {LOOK_RUN}")
-        assert output.text == f"7.{number} ", f"expected output {number}, got {output!r}. {LOOK_RUN}"  # type: ignore[attr-defined]
+        assert output.text == f"7.{number} ", f"expected output {number}, got {output!r}. {LOOK_RUN}"
     with pytest.raises(StopAsyncIteration):
         await within_deadline(outputs.__anext__(), "the stream to end after the output with a finish_reason")
 
@@ -327,7 +289,7 @@ async def test_abort_after_the_end(llm: FakeLLM, engine: AsyncLLM) -> None:
     llm.fails_at = {2: 1}
     first, failing = generate(engine, 1), generate(engine, 2)
     assert await read(first, "the first request") == answer(1)
-    await read_error(failing, "the failing request")
+    await texts_and_error(failing, "the failing request")
     for request in (first, failing):
         engine.abort(request)
     assert engine.num_aborted == 0, f"both had ended: expected num_aborted 0, got {engine.num_aborted}. {LOOK_ABORT}"
@@ -395,7 +357,7 @@ def test_a_failing_request_ends_with_the_cause_and_the_next_succeeds(num_before:
         llm.open()
         for request, name in zip(requests, (1, 2, 3, 4), strict=True):
             if name in llm.fails_at:
-                texts, message = await read_error(request, f"request {name}, which fails")
+                texts, message = await texts_and_error(request, f"request {name}, which fails")
                 assert texts == answer(name)[:num_before], (
                     f"expected {num_before} outputs first, got {texts}. {LOOK_RUN}"
                 )
@@ -438,7 +400,7 @@ async def test_shutdown_ends_what_runs_and_waits(llm: FakeLLM, engine: AsyncLLM)
     requests = [generate(engine, name, max_tokens=1000) for name in range(4)]
     llm.allow(1)
     await until(lambda: llm.num_tokens == 1, f"the first request's token. {LOOK_RUN}")
-    readers = [asyncio.ensure_future(read_error(request, "every request at shutdown")) for request in requests]
+    readers = [asyncio.ensure_future(texts_and_error(request, "every request at shutdown")) for request in requests]
     end = asyncio.ensure_future(asyncio.to_thread(engine.shutdown))
     await until(lambda: not engine.waiting, f"shutdown to empty the queue. {LOOK_SHUTDOWN}")
     llm.open()  # the model finishes the token that it is at

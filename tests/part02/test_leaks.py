@@ -25,6 +25,7 @@ from common.serve import running_app
 from part02_streaming.async_engine import AsyncLLM, RequestStream
 from part02_streaming.engine import LLM
 from part02_streaming.server import create_app
+from tests.http_checks import Watched
 
 LOOK = 'Look at server.py::EventStream, server.py::collect and async_engine.py; README "When the client goes away".'
 DEADLINE_S = 30  # for what takes milliseconds; only a leak makes the test wait this long
@@ -33,18 +34,6 @@ NUM_TOKENS = 5
 ENDLESS = 1900  # tokens: some ten seconds of work, so that whoever is cut off is so in the middle
 PROMPTS = ["Once upon a time", "The fox", "1 2 3", "What is a KV cache?", "Nora and", "a b c", "naïve 🦊"]
 FDS = Path("/proc/self/fd")
-
-
-class App:
-    """An ASGI app that remembers the event loop that it runs on."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.loop = asyncio.get_running_loop()
-        await self.app(scope, receive, send)
 
 
 @dataclass
@@ -81,7 +70,7 @@ def until(condition: Callable[[], object], what: Callable[[], str]) -> None:
 @contextlib.contextmanager
 def nothing_left_behind(llm: LLM) -> Iterator[tuple[str, AsyncLLM]]:
     """A server's URL and engine. At the end, what its requests needed must be gone, then what the server needed."""
-    threads_before, app = set(threading.enumerate()), App(create_app(llm))
+    threads_before, app = set(threading.enumerate()), Watched(create_app(llm))
     with running_app(app) as url:
         engine: AsyncLLM = app.app.state.engine
         asyncio.run(talk(url, engine, [Ask(PROMPTS[0], stream) for stream in (True, False)], 2))  # what is made once

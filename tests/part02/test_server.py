@@ -12,15 +12,14 @@ import json
 import re
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +29,21 @@ from common.serve import running_app
 from part02_streaming.async_engine import AsyncLLM
 from part02_streaming.engine import LLM, SAMPLING_FIELDS
 from part02_streaming.server import MAX_BODY_BYTES, create_app
+from tests.bad_requests import BODIES, BUDGET, INF, JSON_VALUES, NAN, STREAM_OPTIONS, any_bytes
+from tests.bad_requests import WRONG_VALUES as ALWAYS_WRONG
+from tests.http_checks import (
+    CHAT,
+    COMPLETIONS,
+    DEADLINE_S,
+    USER,
+    Watched,
+    both_endpoints,
+    read_until,
+    request_bytes,
+    send_raw,
+    streamed_or_not,
+    until,
+)
 
 LOOK = 'Look at openai_api.py::parse_request; README "Bad input".'
 LOOK_ANSWER = 'Look at openai_api.py::full_response and server.py::create_app; README "Server-sent events".'
@@ -37,17 +51,12 @@ LOOK_GONE = 'Look at server.py::EventStream and server.py::collect; README "When
 LOOK_LOOP = 'Look at async_engine.py::AsyncLLM; README "Off the event loop".'
 LOOK_QUEUE = 'Look at async_engine.py::AsyncLLM.generate and server.py::add_error_handlers; README "Bad input".'
 LOOK_DRAIN = 'Look at server.py::create_app and common/serve.py; README "When the client goes away".'
-DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 CONTEXT = 32
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-USER = {"role": "user", "content": "Hi"}
 GOOD: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Hi", "max_tokens": 2, "temperature": 0},
     CHAT: {"messages": [USER], "max_tokens": 2, "temperature": 0},
 }
 LONG = {"prompt": "Hi", "max_tokens": 1000, "temperature": 0}
-both_endpoints = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-streamed_or_not = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 
 
 class SteppedLLM(LLM):
@@ -81,27 +90,6 @@ class SteppedLLM(LLM):
         self.permits.release()
 
 
-class Watched:
-    """An ASGI app that counts the requests to another, and keeps what that one raises: it would be a traceback."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.num_begun = self.num_ended = 0
-        self.errors: list[BaseException] = []
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        self.num_begun += 1
-        try:
-            await self.app(scope, receive, send)
-        except BaseException as error:
-            self.errors.append(error)
-            raise
-        finally:
-            self.num_ended += 1
-
-
 @dataclass
 class Server:
     url: str
@@ -130,21 +118,13 @@ class Server:
         return self.send_raw(request_bytes(path, json.dumps(body).encode()))
 
     def send_raw(self, data: bytes) -> socket.socket:
-        host, port = self.url.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
-        connection.sendall(data)
-        return connection
+        return send_raw(self.url, data)
 
     def until_idle(self, look: str) -> None:
         until(lambda: self.engine.running is None and not self.engine.waiting, f"the engine to become idle. {look}")
 
     def until_answered(self, look: str) -> None:
         until(lambda: self.app.num_ended == self.app.num_begun, f"the server to be done with all requests. {look}")
-
-
-def request_bytes(path: str, content: bytes, length: int | None = None) -> bytes:
-    length = len(content) if length is None else length
-    return f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n\r\n".encode() + content
 
 
 @contextlib.contextmanager
@@ -158,25 +138,6 @@ def serving(llm: LLM, max_queued_requests: int = 64) -> Iterator[Server]:
             if isinstance(llm, SteppedLLM):
                 llm.open()  # so that whatever still runs ends
     assert not app.errors, f"no request may raise in the server: {app.errors!r}. Look at server.py::add_error_handlers."
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s."
-        time.sleep(0.002)
-
-
-def read_until(connection: socket.socket, words: bytes, times: int = 1) -> bytes:
-    data = b""
-    while data.count(words) < times:
-        try:
-            chunk = connection.recv(65536)
-        except TimeoutError:
-            pytest.fail(f"expected {words!r} {times} times within {DEADLINE_S} s, got {data!r}")
-        assert chunk, f"the connection ended before {words!r} came {times} times: {data!r}"
-        data += chunk
-    return data
 
 
 @pytest.fixture(scope="module")
@@ -580,23 +541,12 @@ def test_a_request_that_takes_too_long_is_aborted_at_the_end(
 
 # Bad requests
 
-NO_TEXT: list[object] = [5, 1.5, True, False, 0, [], {}, ["a"]]
-NO_BOOL: list[object] = ["true", "", 0, 1, 1.5, [], {}]
 WRONG_VALUES: dict[str, list[object]] = {
-    "max_tokens": ["5", 1.5, True, [], {}, 0, -1, -(10**30), "", 1.0],
-    "min_tokens": ["5", 1.5, False, True, [], {}, -1, 3, 10**30, "", 20.5],
-    "temperature": ["1", True, [], {}, -0.1, 100.1, -1, 10**400, float("nan"), float("inf"), -float("inf"), ""],
-    "top_k": ["5", 1.5, True, [], {}, -1],
-    "top_p": ["1", True, [], {}, -0.1, 0, 1.1, 10**400, float("nan"), float("inf")],
-    "seed": ["5", 1.5, True, [], {}, -1, 2**63],
-    "stop_token_ids": ["5", 5, {}, True, [1.5], ["5"], [True], [None], [[1]], [-1], [4096], [10**30], [1] * 129],
-    "stop": [5, True, {}, {"a": 1}, [5], [None], [["a"]], [""], "", ["a", ""], list("abcde"), "x" * 1001, ["a", 1]],
-    "ignore_eos": NO_BOOL,
-    "stream": NO_BOOL,
-    "user": NO_TEXT,
-    "n": [2, 0, -1, 1.5, True, "1", [], {}, 10**30, float("nan")],
+    **ALWAYS_WRONG,
+    "stop_token_ids": [*ALWAYS_WRONG["stop_token_ids"], [4096]],
+    "n": [2, 0, -1, 1.5, True, "1", [], {}, 10**30, NAN],
     "logprobs": [True, 0, 1, 5, "yes", []],
-    "presence_penalty": [0.5, -2, "0", False, [], float("nan")],
+    "presence_penalty": [0.5, -2, "0", False, [], NAN],
     "frequency_penalty": [0.5, 3, "0", False],
     "logit_bias": [{"5": 1}, [], 5, ""],
     "tools": [[{}], {}, "x"],
@@ -613,7 +563,7 @@ def test_a_wrong_value_is_refused(server: Server, path: str, field: str) -> None
         refuse(server, path, {**GOOD[path], field: value}, field, "expected")
 
 
-@pytest.mark.parametrize("value", ["5", 1.5, 20.5, True, False, [], {}, -1, float("nan"), float("inf"), ""])
+@pytest.mark.parametrize("value", ["5", 1.5, 20.5, True, False, [], {}, -1, NAN, INF, ""])
 @both_endpoints
 def test_a_wrong_min_tokens_where_max_tokens_has_its_default(server: Server, path: str, value: object) -> None:
     body = {name: v for name, v in GOOD[path].items() if name != "max_tokens"}
@@ -639,22 +589,6 @@ def test_two_limits_that_contradict_each_other(server: Server) -> None:
     refuse(server, CHAT, body, "max_completion_tokens", "contradicts", "max_tokens")
     assert choice_of(server, CHAT, max_completion_tokens=2)["finish_reason"] == "length", f"both say 2. {LOOK}"
     refuse(server, COMPLETIONS, {**GOOD[COMPLETIONS], "max_completion_tokens": 2}, "max_completion_tokens", "unknown")
-
-
-STREAM_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
-    "stream is false": ({"stream": False, "stream_options": {}}, "stream_options"),
-    "a list": ({"stream": True, "stream_options": []}, "stream_options"),
-    "true": ({"stream": True, "stream_options": True}, "stream_options"),
-    "text": ({"stream": True, "stream_options": "include_usage"}, "stream_options"),
-    "unknown option": ({"stream": True, "stream_options": {"usage": True}}, "stream_options"),
-    **{
-        f"include_usage is {value!r}": (
-            {"stream": True, "stream_options": {"include_usage": value}}, "stream_options.include_usage"
-        )
-        for value in NO_BOOL
-    },
-}  # fmt: skip
 
 
 @both_endpoints
@@ -690,7 +624,7 @@ PROMPT_CASES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     "token id true": (COMPLETIONS, {"prompt": [True]}, "prompt[0]", "token id"),
     "token id 1.0": (COMPLETIONS, {"prompt": [1.0]}, "prompt[0]", "token id"),
     "token id null": (COMPLETIONS, {"prompt": [None]}, "prompt[0]", "token id"),
-    "token id NaN": (COMPLETIONS, {"prompt": [float("nan")]}, "prompt[0]", "token id"),
+    "token id NaN": (COMPLETIONS, {"prompt": [NAN]}, "prompt[0]", "token id"),
     "half a surrogate pair": (COMPLETIONS, {"prompt": "a\ud800b"}, "prompt", "surrogate"),
     "messages to completions": (COMPLETIONS, {"messages": [USER]}, "messages", "unknown field"),
     "prompt to chat": (CHAT, {"prompt": "Hi"}, "prompt", "unknown field"),
@@ -773,27 +707,6 @@ def test_a_model_without_a_chat_template(llm: LLM) -> None:
         refuse(server, CHAT, GOOD[CHAT], "messages", "chat template")
 
 
-BODIES: dict[str, bytes] = {
-    "nothing": b"",
-    "no JSON": b"prompt=Hi",
-    "cut short": b'{"prompt": "Hi"',
-    "two values": b"{} {}",
-    "trailing comma": b'{"prompt": "Hi",}',
-    "text": b'"Hi"',
-    "null": b"null",
-    "a number": b"5",
-    "a list": b'[{"prompt": "Hi"}]',
-    "NaN": b"NaN",
-    "deeply nested lists": b"[" * 100_000,
-    "deeply nested objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "a number of 5,000 digits": b'{"prompt": "Hi", "seed": ' + b"1" * 5000 + b"}",
-    "invalid UTF-8": b'{"prompt": "\xff\xfe\x80"}',
-    "UTF-8 cut in a character": '{"prompt": "ä'.encode()[:-1],
-    "random bytes": bytes(range(256)),
-    "UTF-16 without an end": b"\x00{\x00",
-}
-
-
 @both_endpoints
 @pytest.mark.parametrize("case", BODIES)
 def test_a_body_that_is_no_json_object(server: Server, path: str, case: str) -> None:
@@ -871,11 +784,6 @@ def test_a_wrong_method_or_path(server: Server, method: str, path: str, status: 
 
 # Arbitrary requests
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=8,
-)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["system", "user", "assistant"]) | JSON_VALUES},
@@ -903,7 +811,6 @@ FIELD_VALUES: dict[str, st.SearchStrategy] = {
 }
 PROMPT_OF = {COMPLETIONS: "prompt", CHAT: "messages"}
 OTHERS = sorted(FIELD_VALUES.keys() - {"prompt", "messages"})
-BUDGET = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 @st.composite
@@ -959,9 +866,8 @@ def test_any_bytes_are_refused(server: Server, path: str) -> None:
     good = json.dumps(GOOD[path]).encode()
 
     @settings(max_examples=60, **BUDGET)
-    @given(raw=st.binary(max_size=50) | st.tuples(st.integers(0, len(good)), st.binary(max_size=3)))
-    def check(raw: bytes | tuple[int, bytes]) -> None:
-        body = raw if isinstance(raw, bytes) else good[: raw[0]] + raw[1] + good[raw[0] :]
+    @given(body=any_bytes(good))
+    def check(body: bytes) -> None:
         response = server.post(path, body)
         if response.status_code != 200:
             check_error(response, 404 if response.status_code == 404 else 400, None)

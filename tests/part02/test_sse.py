@@ -25,14 +25,12 @@ from common.testing import assert_same_greedy, reference_greedy
 from common.workloads import WorkloadRequest
 from part02_streaming.engine import LLM
 from part02_streaming.server import create_app
+from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints
 
 LOOK = 'Look at openai_api.py::stream_events; README "Server-sent events".'
 LOOK_TEXT = 'Look at detokenizer.py and openai_api.py::stream_events; README "Stop strings".'
 LOOK_ERROR = 'Look at openai_api.py::stream_events and async_engine.py; README "Server-sent events".'
 LOOK_CLIENT = 'Look at openai_api.py and server.py::add_error_handlers; README "Bad input".'
-DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-both_endpoints = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 
 PROMPTS = ["Once upon a time", "What is a KV cache?", "The fox, 1 2 3", "naïve café 日本 🦊"]
 NUM_TOKENS = 16

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from common.serving import GenerationError, QueueFullError
 from part03_paged_attention.async_engine import AsyncLLM, RequestStream
 from part03_paged_attention.config import EngineConfig
 from part03_paged_attention.engine import LLM, LLMEngine
+from tests.async_checks import DEADLINE_S, read_error, shut_down_at_the_end, until, within_deadline
 
 LOOK_QUEUE = 'Look at async_engine.py::AsyncLLM.generate; README of part 2, "Off the event loop".'
 LOOK_ABORT = 'Look at async_engine.py::AsyncLLM.abort and _take_inbox; README of part 2, "When the client goes away".'
@@ -30,7 +30,6 @@ LOOK_RUN = 'Look at async_engine.py::AsyncLLM._run; README of part 2, "Off the e
 LOOK_FAIL = 'Look at async_engine.py::AsyncLLM._run and _fail; README of part 2, "Off the event loop".'
 LOOK_SHUTDOWN = 'Look at async_engine.py::AsyncLLM.shutdown; README of part 2, "Off the event loop".'
 LOOK_STATS = "Look at async_engine.py::AsyncLLM.stats."
-DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 NUM_TOKENS = 4  # of an answer
 MAX_NUM_SEQS = 2
 
@@ -130,33 +129,13 @@ def on_an_event_loop(max_queued_requests: int = 64) -> Callable:
             fake = FakeEngine()
             llm = AsyncLLM(fake, max_queued_requests)  # type: ignore[arg-type]
             llm.start()
-            try:
+            with shut_down_at_the_end(llm, fake.open, LOOK_SHUTDOWN):
                 asyncio.run(asyncio.wait_for(test(fake, llm), 2 * DEADLINE_S))
-            finally:
-                fake.open()
-                end = threading.Thread(target=llm.shutdown, daemon=True)
-                end.start()
-                end.join(DEADLINE_S)
-                assert not end.is_alive() and not llm.is_alive, f"shutdown did not end the thread. {LOOK_SHUTDOWN}"
 
         del run.__wrapped__  # pytest would take the arguments for fixtures
         return run
 
     return decorate
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what}, but nothing happened for {DEADLINE_S} s."
-        await asyncio.sleep(0.001)
-
-
-async def within_deadline(awaitable: Awaitable, what: str) -> Any:
-    try:
-        return await asyncio.wait_for(awaitable, DEADLINE_S)
-    except asyncio.TimeoutError:
-        pytest.fail(f"expected {what}, but nothing happened for {DEADLINE_S} s.")
 
 
 async def until_idle(fake: FakeEngine) -> None:
@@ -181,17 +160,10 @@ async def read(stream: RequestStream, what: str) -> list[str]:
     return await within_deadline(read_all(stream), f"{what} to end. {LOOK_RUN}")
 
 
-async def read_error(stream: RequestStream, what: str) -> tuple[list[str], str]:
+async def texts_and_error(stream: RequestStream, what: str) -> tuple[list[str], str]:
     """The texts and the error of a request that fails."""
-    texts: list[str] = []
-
-    async def collect() -> None:
-        async for output in stream:
-            texts.append(output.text)
-
-    with pytest.raises(GenerationError) as caught:
-        await within_deadline(collect(), f"{what} to end with a GenerationError. {LOOK_FAIL}")
-    return texts, str(caught.value)
+    outputs, error = await read_error(stream, GenerationError, what, LOOK_FAIL)
+    return [output.text for output in outputs], error
 
 
 def answer(name: int, num_tokens: int = NUM_TOKENS) -> list[str]:
@@ -380,7 +352,7 @@ async def test_abort_after_the_end_and_twice(fake: FakeEngine, llm: AsyncLLM) ->
     first = generate(llm, 1)
     assert await read(first, "the first request") == answer(1)
     failing = generate(llm, 2)
-    await read_error(failing, "the failing request")
+    await texts_and_error(failing, "the failing request")
     for stream in (first, first, failing):
         llm.abort(stream)
     again = generate(llm, 3)
@@ -407,7 +379,7 @@ def test_a_failing_step_fails_only_its_batch(num_before: int) -> None:
         fake.open()
         assert await read(first, "the first request") == answer(0)
         for name in (1, 2):
-            texts, message = await read_error(streams[name], f"request {name}, in the batch that fails")
+            texts, message = await texts_and_error(streams[name], f"request {name}, in the batch that fails")
             assert texts == answer(name, num_before), f"expected {num_before} outputs first, got {texts}. {LOOK_FAIL}"
             for word in ("ValueError", "the cat sat on 2"):
                 assert word in message, f"the error names its cause: expected {word!r} in {message!r}. {LOOK_FAIL}"
@@ -430,7 +402,7 @@ async def test_a_request_that_ended_in_a_failing_step_is_told_too(fake: FakeEngi
     fake.open()
     await read(first, "the first request")
     for stream, name in ((ends, 1), (fails, 2)):
-        texts, message = await read_error(stream, f"request {name}, whose step failed")
+        texts, message = await texts_and_error(stream, f"request {name}, whose step failed")
         assert (texts, "the cat sat on 2" in message) == ([], True), (
             f"request {name}: {texts}, {message!r}. {LOOK_FAIL}"
         )
@@ -445,7 +417,7 @@ async def test_a_request_that_cannot_start_does_not_hold_up_the_others(fake: Fak
     bad, good = generate(llm, 1), generate(llm, 2)
     fake.open()
     assert await read(first, "the first request") == answer(0)
-    texts, message = await read_error(bad, "the request that cannot start")
+    texts, message = await texts_and_error(bad, "the request that cannot start")
     assert (texts, "the dog sat on 1" in message) == ([], True), f"expected the cause, got {message!r}. {LOOK_FAIL}"
     assert await read(good, "the request behind it") == answer(2)
     assert llm.is_alive, f"a step's error ended the engine's thread. {LOOK_FAIL}"
@@ -482,7 +454,7 @@ async def test_shutdown_ends_what_runs_what_waits_and_what_just_came(fake: FakeE
     fake.allow(1)
     await until(lambda: len(fake.waiting) == 2 and fake.num_begun == 2, f"two requests to wait. {LOOK_RUN}")
     streams.append(generate(llm, 3))  # in the inbox, since the engine is in its second step
-    readers = [asyncio.ensure_future(read_error(stream, "every request at shutdown")) for stream in streams]
+    readers = [asyncio.ensure_future(texts_and_error(stream, "every request at shutdown")) for stream in streams]
     end = asyncio.ensure_future(asyncio.to_thread(llm.shutdown))
     await until(lambda: llm._stopping, f"shutdown to begin. {LOOK_SHUTDOWN}")
     fake.open()  # the engine finishes the step that it is at

@@ -10,8 +10,7 @@ import json
 import re
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +25,12 @@ from common.serve import running_app
 from part03_paged_attention.config import EngineConfig
 from part03_paged_attention.engine import LLM, LLMEngine
 from part03_paged_attention.server import create_app
+from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints, until
 
 LOOK = 'Look at server.py::create_app and async_engine.py::AsyncLLM; README "What changed".'
 LOOK_GONE = 'Look at async_engine.py::AsyncLLM.abort; README of part 2, "When the client goes away".'
-DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 FLAGS: dict[str, Any] = dict(model="tiny", device="cpu", num_kv_blocks=64, max_num_seqs=4)
 TEXTS = ["Once upon a time there was", "What is a KV cache?", "Hi", "a b a b a"]
-both_endpoints = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 
 
 class SteppedEngine(LLMEngine):
@@ -108,13 +105,6 @@ def stepped() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(EngineConfig(**FLAGS))
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s."
-        time.sleep(0.002)
 
 
 def steps(server: Server) -> SteppedEngine:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import random
 import threading
-import time
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -23,6 +22,7 @@ from part04_continuous_batching.async_engine import AsyncLLM, RequestStream
 from part04_continuous_batching.block_manager import BlockManager
 from part04_continuous_batching.engine import LLMEngine, join_outputs
 from part04_continuous_batching.request import Request
+from tests.async_checks import DEADLINE_S, read_error, shut_down_at_the_end, until, within_deadline
 
 LOOK_QUEUE = 'Look at async_engine.py::AsyncLLM.generate; README "Between two threads".'
 LOOK_ABORT = 'Look at async_engine.py::AsyncLLM.abort and _take_inbox; README "Between two threads".'
@@ -30,7 +30,6 @@ LOOK_STREAM = 'Look at async_engine.py::RequestStream; README "Between two threa
 LOOK_RUN = 'Look at async_engine.py::AsyncLLM._run and _deliver; README "Between two threads".'
 LOOK_FAIL = 'Look at async_engine.py::AsyncLLM._run and _fail; README "Between two threads".'
 LOOK_SHUTDOWN = 'Look at async_engine.py::AsyncLLM.shutdown; README "Between two threads".'
-DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 NUM_TOKENS = 6  # of an answer, and of a prompt
 MakeEngine = Callable[..., LLMEngine]
 
@@ -100,33 +99,13 @@ def on_an_event_loop(max_queued_requests: int = 64, **flags: Any) -> Callable:
                 engine.start()
                 await test(gate, engine)
 
-            try:
+            with shut_down_at_the_end(engine, gate.open, LOOK_SHUTDOWN):
                 asyncio.run(asyncio.wait_for(start_and_test(), 3 * DEADLINE_S))
-            finally:
-                gate.open()
-                end = threading.Thread(target=engine.shutdown, daemon=True)
-                end.start()
-                end.join(DEADLINE_S)
-                assert not end.is_alive() and not engine.is_alive, f"shutdown did not end the thread. {LOOK_SHUTDOWN}"
 
         del run.__wrapped__  # pytest would take the coroutine's arguments for fixtures
         return run
 
     return decorate
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s."
-        await asyncio.sleep(0.001)
-
-
-async def within_deadline(awaitable: Awaitable, what: str) -> Any:
-    try:
-        return await asyncio.wait_for(awaitable, DEADLINE_S)
-    except asyncio.TimeoutError:
-        pytest.fail(f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s.")
 
 
 def generate(engine: AsyncLLM, name: int, max_tokens: int = NUM_TOKENS, **fields: Any) -> RequestStream:
@@ -148,17 +127,10 @@ async def read(stream: RequestStream, what: str) -> tuple[str, list[int]]:
     return joined.text, joined.token_ids
 
 
-async def read_error(stream: RequestStream, what: str) -> tuple[list[int], str]:
+async def tokens_and_error(stream: RequestStream, what: str) -> tuple[list[int], str]:
     """The tokens and the error of a request that fails."""
-    token_ids: list[int] = []
-
-    async def collect() -> None:
-        async for output in stream:
-            token_ids.extend(output.token_ids)
-
-    with pytest.raises(GenerationError) as caught:
-        await within_deadline(collect(), f"{what} to end with a GenerationError. {LOOK_FAIL}")
-    return token_ids, str(caught.value)
+    outputs, error = await read_error(stream, GenerationError, what, LOOK_FAIL)
+    return [token_id for output in outputs for token_id in output.token_ids], error
 
 
 async def until_idle(engine: AsyncLLM) -> None:
@@ -420,7 +392,7 @@ def test_a_failed_step_fails_those_in_it(make_engine: MakeEngine, where: str) ->
             if where == "scheduler.schedule" and name == 0:  # by then it has ended
                 assert await read(streams[0], "request 0") == gate.answer(0, 3)
                 continue
-            token_ids, message = await read_error(streams[name], f"request {name}, which was in the step")
+            token_ids, message = await tokens_and_error(streams[name], f"request {name}, which was in the step")
             expected = gate.answer(name, 9)[1][: 3 if where == "scheduler.schedule" else 2]
             assert token_ids == expected, f"{where}, request {name}: before, {expected}; got {token_ids}. {LOOK_FAIL}"
             for word in ("ZeroDivisionError", "the cat sat on it"):
@@ -456,7 +428,7 @@ async def test_a_preempted_request_outlives_a_failed_step(gate: Gate, engine: As
     assert gate.begun[-1] == [first.request_id], f"request 1 must have been preempted: {gate.begun}"
     gate.error = ValueError("the dog ate it")
     gate.open()
-    _, message = await read_error(first, "request 0, which was in the step")
+    _, message = await tokens_and_error(first, "request 0, which was in the step")
     assert "the dog ate it" in message, f"got {message!r}. {LOOK_FAIL}"
     got, expected = await read(second, "request 1, which waited"), gate.answer(1, 10)
     assert got == expected, f"request 1 had waited, preempted: expected {expected}, got {got}. {LOOK_FAIL}"
@@ -503,7 +475,7 @@ async def test_shutdown_ends_what_runs_and_waits(gate: Gate, engine: AsyncLLM) -
     gate.allow(1)
     await until(lambda: len(gate.begun) == 2, f"the second step to begin. {LOOK_RUN}")
     streams.append(generate(engine, 4))  # in the inbox
-    readers = [asyncio.ensure_future(read_error(stream, "every request at shutdown")) for stream in streams]
+    readers = [asyncio.ensure_future(tokens_and_error(stream, "every request at shutdown")) for stream in streams]
     end = asyncio.ensure_future(asyncio.to_thread(engine.shutdown))
     await until(lambda: engine._stopping, f"shutdown to begin. {LOOK_SHUTDOWN}")
     gate.open()  # the model finishes the step that it is at

@@ -228,6 +228,18 @@ def test_who_comes_joins_the_next_step_and_who_ends_leaves_at_once(
     )
 
 
+def test_an_idle_engine_has_nothing_to_do(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
+    engine = make_engine()
+    for when in ("before any request", "after the last one"):
+        outputs = engine.step()
+        assert outputs == [], f"a step {when}: expected no outputs, got {outputs}. {LOOK_STEP}"
+        num_steps = engine.num_steps
+        engine.add_request(when, prompt_of(5), greedy(1))
+        engine.step()
+        assert engine.num_steps == num_steps + 1, f"{when}: expected one step, took {engine.num_steps - num_steps}"
+    assert engine.num_steps == 2, f"idle steps are none: expected 2 in all, got {engine.num_steps}. {LOOK_STEP}"
+
+
 def test_the_pieces_of_an_answer(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
     """One token a step; only the last piece says why it ended; the pieces' text is the tokens' text."""
     engine = make_engine()

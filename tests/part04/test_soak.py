@@ -25,6 +25,7 @@ from part04_continuous_batching.async_engine import AsyncLLM, RequestStream
 from part04_continuous_batching.config import EngineConfig
 from part04_continuous_batching.engine import LLM, LLMEngine
 from part04_continuous_batching.request import Request
+from tests.http_checks import Watched
 
 LOOK = 'Look at async_engine.py and scheduler.py::Scheduler.abort; README "Between two threads".'
 DEADLINE_S = 120  # for what takes milliseconds; only a leak makes the test wait this long
@@ -64,19 +65,7 @@ class Answer:
     num_logprobs: int = 0
 
 
-class App:
-    """An ASGI app that remembers the event loop that it runs on."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.loop = asyncio.get_running_loop()
-        await self.app(scope, receive, send)
-
-
-def census(app: App) -> tuple[Counter[str], Counter[str]]:
+def census(app: Watched) -> tuple[Counter[str], Counter[str]]:
     """Threads and tasks by name. Threads of asyncio's pool are left out: it keeps up to a fixed number of them."""
     assert app.loop is not None
     threads = (thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_"))
@@ -172,7 +161,7 @@ def test_nothing_is_left_of_many_requests(
     opened: list[AsyncLLM] = []
     monkeypatch.setattr(server, "AsyncLLM", lambda *args: opened.append(AsyncLLM(*args)) or opened[-1])
     threads_before, alive_before = set(threading.enumerate()), num_alive()
-    app = App(server.create_app(inner, EngineConfig(model="tiny", device="cpu", max_queued_requests=300)))
+    app = Watched(server.create_app(inner, EngineConfig(model="tiny", device="cpu", max_queued_requests=300)))
     [engine] = opened
 
     def is_idle() -> bool:

@@ -144,6 +144,17 @@ def test_two_saves_in_one_second_are_two_versions(runner: Runner, part: Part, so
     assert not (part.copy / "__pycache__").exists(), "no bytecode is written beside the learner's files"
 
 
+def test_what_a_run_imports_is_there_for_the_next(runner: Runner, solve: Solve) -> None:
+    for body in (
+        "assert 'wave' not in sys.modules, 'nobody has'",
+        "import wave",
+        "assert 'wave' in sys.modules, 'gone'",
+    ):
+        solve(add=f"import sys\n{body}\nreturn a + b")
+        result = run(runner, "add")
+        assert result.passes, f"{body}: got {result.failures}. See warm.py::main"
+
+
 def test_without_fork_each_run_gets_a_process_started_beforehand(
     part: Part, solve: Solve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

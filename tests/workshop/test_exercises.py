@@ -16,20 +16,17 @@ from workshop.wrong import read_wrong_solutions, write_wrong_copy
 
 ROOT = Path(__file__).resolve().parents[2]
 MIN_WRONG = 2
+PARTS = read_parts(ROOT)
 CASES = [
-    pytest.param(part, exercise, id=f"{part.name[:6]}-{exercise.name}")
-    for part in read_parts(ROOT)
-    for exercise in part.exercises
+    pytest.param(part, exercise, id=f"{part.name[:6]}-{exercise.name}") for part in PARTS for exercise in part.exercises
 ]
 
 
 @pytest.fixture(scope="module")
-def runners() -> Iterator[dict[str, Runner]]:
-    """One warm process for each part."""
-    runners: dict[str, Runner] = {}
-    yield runners
-    for runner in runners.values():
-        runner.close()
+def runner() -> Iterator[Runner]:
+    """One warm process for all parts: what it has imported for one, it has for all."""
+    with Runner(PARTS[0]) as runner:
+        yield runner
 
 
 def first_failure(runner: Runner, exercise: Exercise, folder: Path, tests: list[str], what: str) -> Failure:
@@ -49,12 +46,8 @@ def fill_one(part: Part, exercise: Exercise) -> None:
 
 
 @pytest.mark.parametrize(("part", "exercise"), CASES)
-def test_an_exercise_tells_right_from_wrong(
-    part: Part, exercise: Exercise, runners: dict[str, Runner], tmp_path: Path
-) -> None:
-    if part.name not in runners:
-        runners[part.name] = Runner(part)
-    runner = runners[part.name]
+def test_an_exercise_tells_right_from_wrong(part: Part, exercise: Exercise, runner: Runner, tmp_path: Path) -> None:
+    runner.part = part
     wrongs = read_wrong_solutions(part, exercise)
     assert len(wrongs) >= MIN_WRONG, (
         f"{exercise.name}: expected {MIN_WRONG} plausible wrong solutions in tests/{part.name[:6]}/wrong/"

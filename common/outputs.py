@@ -24,6 +24,8 @@ class CompletionOutput:
     token and for length. A stop string and what follows it is not in text either.
     logprobs, if asked for: one dict for each of token_ids, first the sampled token's Logprob, then those of the
     likeliest tokens (the sampled one may be among them; it stands in the dict once).
+    num_cached_tokens: how many of the prompt's tokens were found in a cache instead of computed; None if there is no
+    cache, or if an earlier output of the same answer has told.
     """
 
     index: int
@@ -32,6 +34,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     logprobs: list[dict[int, Logprob]] | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1_000  # four is OpenAI's limit
 MAX_N = 16  # answers to one prompt
 MAX_LOGIT_BIAS = 300  # entries
 MAX_LOGPROBS = 20  # OpenAI's limit
+MAX_SALT_CHARS = 1_000
 TOKEN_ID_KEY = re.compile(r"0|[1-9][0-9]{0,17}")  # how JSON writes a token id as the key of an object
 MIN_TEMPERATURE = 1e-5  # below it is greedy, as in vLLM: float32 logits divided by less overflow
 MIN_TOP_P = 1e-9  # float32 would round a smaller one to 0; either way only the likeliest token stays
@@ -31,6 +32,7 @@ class SamplingParams:
     logit_bias: what is added to the logits of some tokens; given as a mapping of token id (or its decimal string, as in
     JSON) to a number, stored as (token id, bias) pairs in the order of the ids, so that the params can be hashed.
     logprobs: how many of the likeliest tokens to report beside each sampled one; None reports nothing.
+    cache_salt: only requests with the same one may find each other's cached prompts; it changes no token.
     """
 
     max_tokens: int = 128
@@ -48,6 +50,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, low=1)
@@ -84,6 +87,11 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+        if self.cache_salt is not None:
+            if not (isinstance(self.cache_salt, str) and 1 <= len(self.cache_salt) <= MAX_SALT_CHARS):
+                wanted = f"expected a text of 1 to {MAX_SALT_CHARS} characters"
+                raise FieldError("cache_salt", f"{wanted}, got {show(self.cache_salt)}")
+            _check_unicode("cache_salt", self.cache_salt)
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> SamplingParams:
@@ -135,7 +143,14 @@ def _check_stop_strings(stop: object) -> tuple[str, ...]:
     for text in strings:
         if not 1 <= len(text) <= MAX_STOP_CHARS:
             raise FieldError("stop", f"expected 1 to {MAX_STOP_CHARS} characters, got {len(text)}")
+        _check_unicode("stop", text)
     return tuple(strings)
+
+
+def _check_unicode(field: str, text: str) -> None:
+    """What JSON can write and UTF-8 cannot."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise FieldError(field, "not valid Unicode: half a surrogate pair")
 
 
 def _check_logit_bias(bias: object) -> tuple[tuple[int, float], ...]:

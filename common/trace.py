@@ -35,7 +35,8 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     """One request in one step.
 
     num_computed: tokens whose KV existed before the step. num_scheduled: tokens computed in it. num_cached: tokens
-    taken from a cache instead of computed. num_sampled: tokens emitted, 0 for a partial prefill.
+    taken from a cache instead of computed. num_sampled: tokens emitted, 0 for a partial prefill. num_drafts: how many
+    of num_scheduled were guesses.
     """
 
     id: str
@@ -44,6 +45,7 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     num_cached: int = 0
     num_blocks: int
     num_sampled: int = 1
+    num_drafts: int = 0
 
 
 class StepTrace(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ Writes results/part04.json, results/part04.png and results/part04_slots.png. Eve
 from __future__ import annotations
 
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -50,7 +51,7 @@ class BenchConfig:
 
 
 def heaviest(num_requests: int) -> list[WorkloadRequest]:
-    """Most answers are very short, a few are as long as they may get: half of them end within 12 tokens, one in fifty at 512."""
+    """Most answers are very short, a few reach the limit: half end within 12 tokens, one in fifty at 512."""
     return heavy_tailed(num_requests, median_output_tokens=12, sigma=2.0)
 
 
@@ -118,9 +119,9 @@ def measure_transformers(config: BenchConfig) -> dict[str, float]:
     num_tokens = sum(request.max_tokens for request in requests)
     ways: dict[str, Callable[[], None]] = {
         "part 4": lambda: _serve_all(engine, requests),
-        "one by one": lambda: [_generate(model, [request]) for request in requests] and None,
-        "padded batch": lambda: _generate(model, requests),
-        "its continuous batching": lambda: _generate_continuously(model, requests),
+        "one by one": lambda: [generate_padded(model, [request]) for request in requests] and None,
+        "padded batch": lambda: generate_padded(model, requests),
+        "its continuous batching": lambda: generate_continuously(model, requests),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(config.repeats):
@@ -136,7 +137,7 @@ def _serve_all(engine: LLMEngine, requests: list[WorkloadRequest]) -> None:
 
 
 @torch.inference_mode()
-def _generate(model: Any, requests: list[WorkloadRequest]) -> None:
+def generate_padded(model: Any, requests: list[WorkloadRequest]) -> None:
     """transformers.generate on a batch padded on the left, run until its longest answer ends."""
     prompts = [request.prompt_token_ids or [] for request in requests]
     width, longest = max(map(len, prompts)), max(request.max_tokens for request in requests)
@@ -149,7 +150,7 @@ def _generate(model: Any, requests: list[WorkloadRequest]) -> None:
     model.generate(ids, attention_mask=mask, generation_config=generation)
 
 
-def _generate_continuously(model: Any, requests: list[WorkloadRequest]) -> None:
+def generate_continuously(model: Any, requests: list[WorkloadRequest]) -> None:
     """transformers' own continuous batching, with a cache of the size that was quickest here (64 pages of 256)."""
     generation = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=model.config.vocab_size - 1)
     settings = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=2_048)
@@ -229,7 +230,7 @@ def plot(m: dict[str, Any], path: Path) -> None:
     colors = [plotting.BASELINE_COLOR] * 3 + [plotting.COLORS[0]]
     bars = right.bar(range(4), [m["transformers"][name] for name in names], 0.6, color=colors)
     plotting.label_bars(right, bars)
-    right.set_xticks(range(4), [name.replace(" ", "\n") for name in names])
+    right.set_xticks(range(4), [textwrap.fill(name, 11) for name in names])
     right.margins(y=0.15)
     plotting.save(fig, path)
 

@@ -182,7 +182,7 @@ def check_command_lines(part_dir: Path, config: type, cases: dict[str, tuple[lis
     assert (status, errors) == (0, ""), f"--help: expected status 0, got {status}, stderr {errors!r}. {look}"
     for field in dataclasses.fields(config):
         flag = "--" + field.name.replace("_", "-")
-        assert f"  {flag} " in output, f"--help does not explain {flag}: {output}. {look}"
+        assert re.search(rf"^  {flag}[ ,]", output, re.MULTILINE), f"--help does not explain {flag}: {output}. {look}"
     for (name, (argv, words)), (status, output, errors) in zip(cases.items(), results, strict=True):
         got = f"{name}, {' '.join(argv)}: got status {status}, stdout {output!r}, stderr {errors!r}. {look}"
         assert status == 2, f"expected exit status 2. {got}"

@@ -58,6 +58,8 @@ class LendingLoader(SourceFileLoader):
         nodes: list[Any] = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
         for node in nodes:
             node.lineno, node.end_lineno = numbers[node.lineno - 1], numbers[node.end_lineno - 1]
+            if node.lineno == node.end_lineno:  # a lent statement of several lines: they have all become one
+                node.end_col_offset = max(node.end_col_offset, node.col_offset)
         return compile(tree, path, "exec", dont_inherit=True)
 
 

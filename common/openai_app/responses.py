@@ -21,6 +21,7 @@ class ResponseWriter:
     def __init__(self, request: ApiRequest, texts: TokenTexts) -> None:
         self.request = request
         self._num_tokens = 0
+        self._num_cached: dict[int, int] = {}  # by choice, for those whose engine has told
         self._logprobs: list[LogprobsWriter] = []
         if request.params.logprobs is not None:
             self._logprobs = [LogprobsWriter(request, texts) for _ in range(request.num_choices)]
@@ -72,6 +73,8 @@ class ResponseWriter:
 
     def _add(self, output: CompletionOutput) -> None:
         self._num_tokens += len(output.token_ids)
+        if output.num_cached_tokens is not None:
+            self._num_cached[output.index] = output.num_cached_tokens
         if self._logprobs:
             self._logprobs[output.index].add(output)
 
@@ -97,9 +100,14 @@ class ResponseWriter:
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
         return {**chunk, "usage": None} if self.request.include_usage else chunk
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
+        """Each prompt counts once, as OpenAI counts it, and so do its cached tokens: those of its first answer."""
         num_prompt_tokens = sum(map(len, self.request.prompts))
+        first_choices = range(0, self.request.num_choices, self.request.params.n)
+        num_cached = [self._num_cached[index] for index in first_choices if index in self._num_cached]
+        details = {"prompt_tokens_details": {"cached_tokens": sum(num_cached)}} if num_cached else {}
         return {
+            **details,
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self._num_tokens,
             "total_tokens": num_prompt_tokens + self._num_tokens,

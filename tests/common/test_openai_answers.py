@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from common.outputs import CompletionOutput, Logprob
 from common.sampling_params import SamplingParams
 from tests.common.openai_fakes import CONTEXT, GOOD, FakeEngine, Server, check_error, delta, parse_events, serving
-from tests.http_checks import CHAT, COMPLETIONS, USER, both_endpoints, streamed_or_not
+from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, USER, both_endpoints, streamed_or_not
 
 
 def text_of(choice: dict[str, Any]) -> str:
@@ -134,7 +136,7 @@ def test_every_sampling_field_reaches_the_engine(server: Server, path: str) -> N
     fields: dict[str, Any] = {
         "max_tokens": 9, "min_tokens": 2, "temperature": 0.5, "top_k": 7, "top_p": 0.25, "seed": 11,
         "stop": ["x", "yz"], "stop_token_ids": [5, 6], "ignore_eos": True, "presence_penalty": -1,
-        "frequency_penalty": 0.5, "repetition_penalty": 1.5,
+        "frequency_penalty": 0.5, "repetition_penalty": 1.5, "cache_salt": "x",
     }  # fmt: skip
     server.whole(path, **fields, logit_bias={"7": -100, "4099": 1.5}, user="Bo")
     expected = SamplingParams(**fields, logit_bias={7: -100.0, 4099: 1.5})  # type: ignore[arg-type]
@@ -299,3 +301,81 @@ def test_an_output_that_is_the_first_and_the_last(engine: FakeEngine, stream: bo
     assert "".join(choice["text"] for choice in choices) == "ab"
     assert {choice["index"] for choice in choices} == {0}, "the index is the choice's, whatever the engine says"
     assert all(choice["logprobs"] is None for choice in choices), "nobody asked for logprobs"
+
+
+# What the engine's cache has spared
+
+
+def usage_of(server: Server, path: str, stream: bool, **fields: Any) -> dict[str, Any]:
+    if stream:
+        return server.events(path, **fields, stream_options={"include_usage": True})[-1]["usage"]
+    return server.whole(path, **fields)["usage"]
+
+
+@both_endpoints
+@streamed_or_not
+@pytest.mark.parametrize("num_cached", [0, 16])
+def test_cached_tokens_are_told(engine: FakeEngine, path: str, stream: bool, num_cached: int) -> None:
+    """The engine tells with its first output, whether or not that has a text."""
+    for first in ("a", ""):
+        engine.script = [
+            dataclasses.replace(delta(first, [1]), num_cached_tokens=num_cached),
+            delta("b", [2]), delta("c", [3], "stop"),
+        ]  # fmt: skip
+        with serving(engine) as server:
+            usage = usage_of(server, path, stream)
+            num_prompt_tokens = len(engine.streams[-1].prompt)
+        assert usage == {
+            "prompt_tokens": num_prompt_tokens, "completion_tokens": 3, "total_tokens": num_prompt_tokens + 3,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }, f"got {usage}"  # fmt: skip
+
+
+def test_cached_tokens_are_told_once_in_a_stream(engine: FakeEngine) -> None:
+    engine.script = [dataclasses.replace(delta("a", [1]), num_cached_tokens=16), delta("b", [2], "stop")]
+    with serving(engine) as server:
+        without = server.events(COMPLETIONS)
+        events = server.events(COMPLETIONS, stream_options={"include_usage": True})
+    assert not any("usage" in event for event in without), f"nobody asked for it: {without}"
+    told = [event for event in events if "cached_tokens" in str(event)]
+    assert told == events[-1:], f"in the usage, and nowhere else: {events}"
+
+
+@both_endpoints
+@streamed_or_not
+def test_an_engine_that_tells_nothing_of_a_cache(server: Server, path: str, stream: bool) -> None:
+    usage = usage_of(server, path, stream)
+    assert set(usage) == {"prompt_tokens", "completion_tokens", "total_tokens"}, f"got {usage}"
+
+
+@both_endpoints
+@streamed_or_not
+def test_the_cached_tokens_of_a_prompt_count_once(engine: FakeEngine, path: str, stream: bool) -> None:
+    """n answers: the first computes the prompt, the others find it; only the first counts, whoever is heard first."""
+    engine.manual = True
+    with serving(engine) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(usage_of, server, path, stream, n=3)
+        streams = server.until_streams(3)
+        for number in (2, 0, 1):
+            output = dataclasses.replace(delta("a", [1]), num_cached_tokens=[2, 7, 8][number])
+            streams[number].put(output, delta("b", [2], "stop"))
+        usage = asked.result(DEADLINE_S)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}, f"2 by the first answer, 7 and 8 by others: {usage}"
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(streams[0].prompt), 6), f"got {usage}"
+
+
+@streamed_or_not
+def test_the_cached_tokens_of_several_prompts_add_up(engine: FakeEngine, stream: bool) -> None:
+    """Sample j of prompt i is choice i · n + j; of each prompt, the first one counts. One engine may keep silent."""
+    for told, expected in (([1, 20, 2, 40, 4, 80], 7), ([0, 20, 0, 40, 0, 80], 0), ([None, 9, 2, None, None, 9], 2)):
+        engine.manual = True
+        first = len(engine.streams)
+        with serving(engine) as server, ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(usage_of, server, COMPLETIONS, stream, prompt=["a", "b c", "d e f"], n=2)
+            for stream_, num_cached in zip(server.until_streams(first + 6)[first:], told, strict=True):
+                stream_.put(dataclasses.replace(delta("a", [1]), num_cached_tokens=num_cached), delta("b", [2], "stop"))
+            usage = asked.result(DEADLINE_S)
+        assert usage["prompt_tokens_details"] == {"cached_tokens": expected}, (
+            f"{told}: expected {expected}, got {usage}"
+        )
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (6, 12), f"got {usage}"

@@ -38,6 +38,7 @@ WRONG_VALUES: dict[str, list[object]] = {
     "best_of": [2, 0, True, 1.5, "1", [], NAN],
     "presence_penalty": [2.1, -2.1, "0", False, [], NAN],
     "frequency_penalty": [2.1, -3, "0", False],
+    "cache_salt": ["", 5, True, ["a"], {}, "x" * 1001, "\ud83e"],
     "repetition_penalty": [0, -1, 2.1, "1", True, NAN],
     "logit_bias": [
         {"a": 1},

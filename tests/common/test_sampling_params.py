@@ -74,8 +74,13 @@ def test_a_refusal_names_field_value_and_limit(field: str, value: object, messag
     assert len(str(caught.value)) < 200, f"the message echoes all of a long value: {caught.value}"
 
 
+def test_what_utf_8_cannot_write_is_refused() -> None:
+    with pytest.raises(FieldError, match="^stop: not valid Unicode: half a surrogate pair$"):
+        SamplingParams(stop=("a", "b\ud800"))
+
+
 def test_every_field_has_a_refusal_above() -> None:
-    later = {"n", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs"}
+    later = {"n", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "cache_salt"}
     fields = {field.name for field in dataclasses.fields(SamplingParams)} - later  # see test_sampling_params_more.py
     assert {field for field, _, _ in REFUSED} == fields, "a new field needs its bad values in this file"
 

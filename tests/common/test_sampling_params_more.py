@@ -52,6 +52,12 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("logprobs", 21, "an integer from 0 to 20, got 21"),
     ("logprobs", True, "an integer from 0 to 20, got True"),
     ("logprobs", False, "an integer from 0 to 20, got False"),
+    ("cache_salt", "", "a text of 1 to 1000 characters, got ''"),
+    ("cache_salt", "x" * 1001, "a text of 1 to 1000 characters, got 'xxx"),
+    ("cache_salt", 5, "a text of 1 to 1000 characters, got 5"),
+    ("cache_salt", True, "a text of 1 to 1000 characters, got True"),
+    ("cache_salt", ["a"], "a text of 1 to 1000 characters, got ['a']"),
+    ("cache_salt", b"a", "a text of 1 to 1000 characters, got b'a'"),
 ]
 
 
@@ -76,12 +82,23 @@ def test_a_refusal_names_field_value_and_limit(field: str, value: object, messag
         {"logprobs": 0},
         {"logprobs": 20},
         {"logprobs": None},
+        {"cache_salt": None},
+        {"cache_salt": "x"},
+        {"cache_salt": "x" * 1000},
+        {"cache_salt": " 日本 🦊\n"},
     ],
     ids=str,
 )
 def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
     params = SamplingParams(**fields)
     assert {name: getattr(params, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("salt", ["\ud83e", "a\udc00b"], ids=ascii)
+def test_a_salt_that_is_no_text_is_refused(salt: str) -> None:
+    """It could not be written in UTF-8, as whoever hashes it does."""
+    with pytest.raises(FieldError, match="^cache_salt: not valid Unicode"):
+        SamplingParams(cache_salt=salt)
 
 
 def test_a_logit_bias_is_stored_as_pairs() -> None:
@@ -113,11 +130,15 @@ def test_from_body() -> None:
         SamplingParams.from_body({"logprobs": True})
     with pytest.raises(FieldError, match="^n: expected"):
         SamplingParams.from_body({"n": False})
+    assert SamplingParams.from_body({"cache_salt": "x"}).cache_salt == "x"
+    assert SamplingParams.from_body({"cache_salt": None}).cache_salt is None
+    with pytest.raises(FieldError, match="^cache_salt: expected a text of 1 to 1000 characters, got ''"):
+        SamplingParams.from_body({"cache_salt": ""})
 
 
 ASKED: dict[str, Any] = {
     "n": 2, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "logit_bias": {5: 1.0},
-    "logprobs": 0,
+    "logprobs": 0, "cache_salt": "x",
 }  # fmt: skip
 
 

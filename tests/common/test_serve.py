@@ -248,11 +248,11 @@ print("after", flush=True)
 
 
 @contextlib.contextmanager
-def process() -> Iterator[tuple[subprocess.Popen[str], int]]:
+def process(script: str = SCRIPT) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that serves, and its port."""
     env = {**os.environ, "PYTHONPATH": str(Path(common.__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", script], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     alarm = threading.Timer(PROCESS_TIMEOUT_S, process.kill)
     alarm.start()
@@ -287,6 +287,48 @@ def test_a_signal_finishes_what_is_open_and_ends_the_server(number: signal.Signa
         assert text == "begun done", f"{number.name}: the open request got {text!r}. {LOOK}"
         check_end(server)
         assert refuses(port), f"the port is still open. {LOOK}"
+
+
+# An engine that dies
+
+DYING = (
+    SCRIPT.replace(
+        'f"serving on {listener.getsockname()[1]}")', 'f"serving on {listener.getsockname()[1]}", lambda: cause)'
+    )
+    .replace(
+        'await send({"type": "http.response.start", "status": 200, "headers": []})',
+        """global cause
+    if scope["path"] == "/die":
+        cause = "the engine sat on the cat"
+    await send({"type": "http.response.start", "status": 200, "headers": []})""",
+    )
+    .replace("def server_is_closed", "cause = None\n\ndef server_is_closed")
+)
+
+
+def test_a_server_whose_engine_has_died_ends_and_says_why() -> None:
+    with process(DYING) as (server, port):
+        url = f"http://127.0.0.1:{port}"
+        assert get(f"{url}/") == "begun done", "the engine is alive"
+        with httpx.stream("GET", f"{url}/slow", timeout=PROCESS_TIMEOUT_S, trust_env=False) as response:
+            chunks = response.iter_text()
+            text = next(chunks)
+            assert get(f"{url}/die") == "begun done", "the answer that says so is given"
+            assert get(f"{url}/") == "begun done", f"it answers for a moment: /health has to say it. {LOOK}"
+            text += "".join(chunks)
+        assert text == "begun done", f"an open request comes to its end, got {text!r}. {LOOK}"
+        output, errors = server.communicate(timeout=PROCESS_TIMEOUT_S)
+        assert server.returncode == 1, f"expected status 1, got {server.returncode}: {errors}. {LOOK}"
+        expected = ("shutdown\n", "error: the engine sat on the cat\n")
+        assert (output, errors) == expected, f"expected {expected}, got {output!r}, {errors!r}. {LOOK}"
+        assert refuses(port), f"the port is still open. {LOOK}"
+
+
+def test_a_server_whose_engine_lives_ends_as_any_other() -> None:
+    with process(DYING) as (server, port):
+        assert get(f"http://127.0.0.1:{port}/") == "begun done"
+        server.send_signal(signal.SIGTERM)
+        check_end(server)
 
 
 # server_process

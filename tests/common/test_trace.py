@@ -303,6 +303,46 @@ def test_exported_slices_never_overlap_on_a_track(tmp_path: Path, step_s: float)
             assert start <= end <= next_start, f"{track}: {name} ends at {end}, the next slice begins at {next_start}"
 
 
+OVERLAPPING = [  # as an engine writes them that schedules ahead: step 1 is launched while step 0 runs
+    step(0, request("a", 0, 5), execute_s=0.014, forward_start_s=0.002, forward_s=0.012),
+    step(1, request("a", 5, 1), execute_s=0.020, forward_start_s=0.0145, forward_s=0.010, discarded=["a"]),
+    step(2, request("b", 0, 1)),
+]
+
+
+def test_what_the_model_took_is_read_back(tmp_path: Path) -> None:
+    read = read_trace(write(tmp_path / "trace.jsonl", OVERLAPPING)).steps
+    assert read == OVERLAPPING
+    got = [(each.forward_start_s, each.forward_s, each.discarded) for each in read]
+    assert got == [(0.002, 0.012, []), (0.0145, 0.010, ["a"]), (None, None, [])], f"got {got}"
+
+
+def test_steps_of_an_older_trace_do_not_say_what_the_model_took(path: Path) -> None:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[1:]:
+        for name in ("forward_start_s", "forward_s", "discarded"):
+            del line[name]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_trace(path).steps == STEPS
+
+
+def test_export_has_the_model_on_a_track_of_its_own(tmp_path: Path) -> None:
+    events = exported(tmp_path, OVERLAPPING)
+    expected = [("forward", 2_000, 14_000), ("forward", 14_500, 24_500)]
+    got = slices(events, "model")
+    assert got == expected, f"the two steps that say when the model was at them: expected {expected}, got {got}"
+    steps = [event["args"]["step"] for event in events if event["name"] == "forward"]
+    assert steps == [0, 1], f"each slice names its step, got {steps}"
+    assert {event["pid"] for event in events if event["name"] == "forward"} == {1}, "the model's track is the engine's"
+    for (name, start, end), (_, next_start, _) in pairwise(slices(events, "steps")):
+        assert start <= end <= next_start, f"steps: {name} ends at {end}, the next slice begins at {next_start}"
+
+
+def test_an_export_without_the_model_s_times_has_no_track_for_it(tmp_path: Path) -> None:
+    names = [event["args"]["name"] for event in exported(tmp_path, STEPS) if event["name"] == "thread_name"]
+    assert names == ["steps", "request a", "request b", "request c"], f"got {names}"
+
+
 def test_tracks_have_numbers_of_their_own(tmp_path: Path) -> None:
     names = [event for event in exported(tmp_path, STEPS) if event["ph"] == "M"]
     groups = {event["pid"] for event in names if event["name"] == "process_name"}

@@ -1,0 +1,312 @@
+"""python -m part05_async_scheduling.bench: the same loop with and without running ahead.
+
+Writes results/part05.json, results/part05.png and results/part05_timeline.png. Every comparison is made in one run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common import plotting
+from common.cli import exit_on_error, option, parse_config
+from common.errors import FieldError
+from common.load_client import LoadConfig, run_load
+from common.results import median, write_result
+from common.sampling_params import SamplingParams
+from common.serve import server_process
+from common.trace import StepTrace
+from common.workloads import WorkloadRequest, heavy_tailed
+
+from .block_manager import BlockManager
+from .config import EngineConfig
+from .engine import LLMEngine
+from .sampler import SamplerOutput
+from .scheduler import SchedulerOutput
+from .stream import StepHandle, ThreadStream
+from .timeline import forward, host, summary, traced
+
+PROG = "part05_async_scheduling"
+NUM_SEQS = 32
+MODES = {"sync": False, "async": True}
+COLORS = {"sync": plotting.BASELINE_COLOR, "async": plotting.COLORS[0]}
+FORWARD_S, HOST_S, NUM_SCRIPTED_STEPS = 0.010, 0.004, 100
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    small_model: str = option("tiny", "a model whose step is short")
+    large_model: str = option("random:llama-110m", "a model whose step is long")
+    num_steps: int = option(60, "decode steps of each measurement")
+    repeats: int = option(3, "runs of each, in turns; medians are reported")
+    results_dir: str = option("results", "where the JSON and the plots go")
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.num_steps < 10:
+            raise FieldError("num_steps", "expected at least 10 steps and 1 repeat")
+
+
+class ScriptedRunner:
+    """A model that takes FORWARD_S of the device and HOST_S of the engine, whatever it is asked."""
+
+    def __init__(self) -> None:
+        self.stream = ThreadStream()
+
+    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:
+        ready_at = time.perf_counter() + HOST_S
+        while time.perf_counter() < ready_at:  # work, not sleep
+            pass
+        num_requests = len(scheduled.requests)
+        return self.stream.launch(lambda: self._run(num_requests))
+
+    @staticmethod
+    def _run(num_requests: int) -> SamplerOutput:
+        time.sleep(FORWARD_S)  # as a GPU does it: without the processor
+        return SamplerOutput(torch.full((num_requests,), 7), None)
+
+
+def run_scripted(engine: LLMEngine) -> None:
+    """100 steps of 10 ms on the device and 4 ms of the engine."""
+    engine.runner = ScriptedRunner()  # type: ignore[assignment]
+    params = SamplingParams(temperature=0, max_tokens=NUM_SCRIPTED_STEPS, ignore_eos=True)
+    engine.add_request("0", [5], params)
+    while engine.has_unfinished_requests:
+        engine.step()
+
+
+def measure_scripted(config: BenchConfig) -> tuple[dict[str, float], dict[str, list[StepTrace]]]:
+    """Seconds from the first step to the last; and the steps of the last run."""
+    seconds: dict[str, list[float]] = {name: [] for name in MODES}
+    last: dict[str, list[StepTrace]] = {}
+    for _ in range(config.repeats):
+        for name, is_async in MODES.items():
+            steps = last[name] = traced(EngineConfig(model="tiny", async_scheduling=is_async), run_scripted)
+            seconds[name].append(steps[-1].end_s - steps[0].start_s)
+    return {name: round(median(times), 3) for name, times in seconds.items()}, last
+
+
+def add_decodes(engine: LLMEngine, num_tokens: int) -> None:
+    for request in heavy_tailed(NUM_SEQS):
+        assert request.prompt_token_ids is not None
+        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        engine.add_request(request.request_id, request.prompt_token_ids[:32], params)
+
+
+def decode_steps(model: str, is_async: bool, num_steps: int) -> list[StepTrace]:
+    """Steps of NUM_SEQS decodes each, without those in which the batch comes together or falls apart."""
+
+    def run(engine: LLMEngine) -> None:
+        add_decodes(engine, num_steps + 4)
+        while engine.has_unfinished_requests:
+            engine.step()
+
+    config = EngineConfig(model=model, async_scheduling=is_async, max_num_seqs=NUM_SEQS, max_model_len=1_024)
+    return traced(config, run)[3:-1]
+
+
+def medians(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {key: round(median([run[key] for run in found]), 4) for key in found[0]} for name, found in runs.items()
+    }
+
+
+def measure_decode(model: str, config: BenchConfig) -> dict[str, Any]:
+    """The gap between two steps and the tokens per second."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
+    for _ in range(config.repeats):
+        for name, is_async in MODES.items():
+            steps = decode_steps(model, is_async, config.num_steps)
+            seconds = forward(steps[-1])[1] - forward(steps[0])[0]
+            runs[name].append(summary(steps) | {"tokens_per_s": NUM_SEQS * len(steps) / seconds})
+    return medians(runs)
+
+
+def measure_outside(model: str, is_async: bool, num_steps: int) -> dict[str, float]:
+    """A step of NUM_SEQS decodes, and how much of it the model takes: the measurement that part 4 makes."""
+    engine = LLMEngine(EngineConfig(model=model, async_scheduling=is_async, max_num_seqs=NUM_SEQS, max_model_len=1_024))
+    add_decodes(engine, num_steps + 8)
+    inside: list[float] = []
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args)
+            inside.append(time.perf_counter() - started)
+            return result
+
+        return run
+
+    model_ = engine.runner.model
+    model_.forward, model_.compute_logits = timed(model_.forward), timed(model_.compute_logits)
+    for _ in range(4):
+        engine.step()
+    inside.clear()
+    total = []
+    for _ in range(num_steps):
+        started = time.perf_counter()
+        engine.step()
+        total.append(time.perf_counter() - started)
+    forwards = [a + b for a, b in zip(inside[::2], inside[1::2], strict=False)]
+    step_ms, model_ms = 1e3 * median(total), 1e3 * median(forwards)
+    return {"step_ms": round(step_ms, 2), "model_ms": round(model_ms, 2), "outside_ms": round(step_ms - model_ms, 2)}
+
+
+def measure_waste(config: BenchConfig) -> dict[str, float]:
+    """Answers whose end nobody foresees: steps, and positions computed in vain."""
+    lengths = [request.max_tokens for request in heavy_tailed(64)]
+    found: dict[str, float] = {}
+    for name, is_async in MODES.items():
+        engine = LLMEngine(EngineConfig(model=config.small_model, async_scheduling=is_async, max_num_seqs=NUM_SEQS))
+        scripted = EndsByItself(lengths)
+        engine.runner = scripted  # type: ignore[assignment]
+        for number in range(len(lengths)):
+            params = SamplingParams(temperature=0, max_tokens=1_000, stop_token_ids=[EndsByItself.END])
+            engine.add_request(str(number), [number + 100], params)
+        while engine.has_unfinished_requests:
+            engine.step()
+        found[f"{name}_steps"], found[f"{name}_computed"] = engine.num_steps, scripted.num_tokens_computed
+    found["num_requests"], found["num_tokens"] = len(lengths), sum(lengths)
+    return found
+
+
+class EndsByItself(ScriptedRunner):
+    """A model that ends request i after lengths[i] tokens, with a token that nobody foresees."""
+
+    END = 9
+
+    def __init__(self, lengths: list[int]) -> None:
+        super().__init__()
+        self.lengths, self.num_tokens_computed = lengths, 0
+
+    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:
+        self.num_tokens_computed += scheduled.total_num_scheduled_tokens
+        ends = [request.num_computed_tokens >= self.lengths[int(request.request_id)] for request in scheduled.requests]
+        tokens = torch.tensor([self.END if ends_now else 7 for ends_now in ends])
+        return self.stream.launch(lambda: SamplerOutput(tokens, None))
+
+
+def measure_http(config: BenchConfig) -> dict[str, dict[str, float]]:
+    """Streams over HTTP, the API and the core in a process each: output tokens/s, and the time per token."""
+    requests: list[WorkloadRequest] = heavy_tailed(64, sigma=0.0, median_output_tokens=64)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
+    for _ in range(config.repeats):
+        for name, is_async in MODES.items():
+            flag = "--async-scheduling" if is_async else "--no-async-scheduling"
+            with server_process(PROG, "--model", config.small_model, flag) as url:
+                load = LoadConfig(url, model=config.small_model, max_concurrency=NUM_SEQS)
+                asyncio.run(run_load(load, requests[:NUM_SEQS]))  # warm-up
+                report = asyncio.run(run_load(load, requests))
+            assert not report.num_failed and report.tpot_s is not None, f"{report.num_failed} requests failed"
+            runs[name].append({"tokens_per_s": report.output_tokens_per_s, "tpot_ms": 1e3 * report.tpot_s.p50})
+    return medians(runs)
+
+
+def plot_timeline(steps: dict[str, list[StepTrace]], path: Path, num_shown: int = 6) -> None:
+    """What the device and the engine did, below each other, for some scripted steps out of the middle."""
+    labels = [(title, "milliseconds", "") for title in ("In step", "One step ahead")]
+    fig, panels = plotting.panels(labels, height_px=260)
+    for axes, (name, found) in zip(panels, steps.items(), strict=True):
+        shown = found[len(found) // 2 :][:num_shown]
+        zero_s = forward(shown[0])[0]
+        for level, color, intervals in (
+            (1, COLORS[name], [forward(step) for step in shown]),
+            (0, plotting.COLORS[1], [interval for step in shown for interval in host(step)]),
+        ):
+            bars = [(1e3 * (start - zero_s), 1e3 * (end - start)) for start, end in intervals]
+            axes.broken_barh(bars, (level - 0.35, 0.7), color=color, edgecolor="white", linewidth=0.6)
+        axes.set_yticks([0, 1], ["engine", "model"])
+        axes.set_xlim(0, 1e3 * (forward(shown[-1])[1] - zero_s))
+        axes.grid(axis="y", visible=False)
+    plotting.save(fig, path)
+
+
+def plot(m: dict[str, Any], path: Path) -> None:
+    fig, (left, right) = plotting.panels(
+        [("10 ms model, 4 ms engine", "", "seconds for 100 steps"), ("Real models", "", "async : sync")]
+    )
+    bars = left.bar(range(2), [m["scripted"][name] for name in MODES], 0.6, color=list(COLORS.values()))
+    plotting.label_bars(left, bars, "{:.2f}")
+    left.set_xticks(range(2), list(MODES))
+    left.margins(y=0.15)
+    pairs = {**{f"{model}\nengine": found for model, found in m["decode"].items()}, "tiny\nover HTTP": m["http"]}
+    ratios = [found["async"]["tokens_per_s"] / found["sync"]["tokens_per_s"] for found in pairs.values()]
+    bars = right.bar(range(len(ratios)), ratios, 0.6, color=COLORS["async"])
+    plotting.label_bars(right, bars, "{:.2f}×")
+    right.axhline(1, color=plotting.BASELINE_COLOR, linewidth=1.2)
+    right.set_xticks(range(len(ratios)), [name.replace("random:", "") for name in pairs])
+    right.margins(y=0.15)
+    plotting.save(fig, path)
+
+
+def report(console: Console, m: dict[str, Any]) -> None:
+    scripted = m["scripted"]
+    console.print(
+        f"{NUM_SCRIPTED_STEPS} scripted steps: sync {scripted['sync']:.2f} s, async {scripted['async']:.2f} s",
+        highlight=False,
+    )
+    table = Table("model", "loop", "model, ms", "gap, ms", "gap's share", "engine's work, ms", "tokens/s")
+    for model, found in m["decode"].items():
+        for name, run in found.items():
+            table.add_row(
+                model, name, f"{run['forward_ms']:.2f}", f"{run['gap_ms']:.3f}", f"{100 * run['gap_share']:.2f}%",
+                f"{run['host_ms']:.2f}", f"{run['tokens_per_s']:,.0f}",
+            )  # fmt: skip
+    console.print(table)
+    for name, run in m["http"].items():
+        console.print(
+            f"over HTTP, {name}: {run['tokens_per_s']:,.0f} tokens/s, {run['tpot_ms']:.1f} ms a token", highlight=False
+        )
+    waste, outside = m["waste"], m["outside"]
+    console.print(
+        f"{waste['num_requests']} answers that end by themselves: {waste['sync_computed']} positions computed in step, "
+        f"{waste['async_computed']} one step ahead ({waste['sync_steps']} and {waste['async_steps']} steps)",
+        highlight=False,
+    )
+    for model, run in outside.items():
+        console.print(
+            f"{model}, {NUM_SEQS} decodes in step: {run['step_ms']:.1f} ms, {run['outside_ms']:.2f} ms of it outside "
+            f"the model",
+            highlight=False,
+        )
+
+
+def run(config: BenchConfig) -> None:
+    results, models = Path(config.results_dir), (config.small_model, config.large_model)
+    scripted, steps = measure_scripted(config)
+    measurements: dict[str, Any] = {
+        "scripted": scripted,
+        "decode": {model: measure_decode(model, config) for model in models},
+        "outside": {model: measure_outside(model, False, config.num_steps) for model in models},
+        "waste": measure_waste(config),
+        "http": measure_http(config),
+    }
+    report(Console(), measurements)
+    settings = {key: value for key, value in asdict(config).items() if key != "results_dir"}
+    write_result(
+        results / "part05.json",
+        benchmark="part05",
+        config=settings | {"max_num_seqs": NUM_SEQS},
+        seed=0,
+        repeats=config.repeats,
+        measurements=measurements,
+    )
+    plot(measurements, results / "part05.png")
+    plot_timeline(steps, results / "part05_timeline.png")
+
+
+def main() -> None:
+    prog = f"{PROG}.bench"
+    config = parse_config(BenchConfig, "The same loop with and without running ahead.", prog)
+    exit_on_error(prog, lambda: run(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Part 7: prefix caching. What was computed once is found again."""

@@ -1,0 +1,226 @@
+"""The decoder of Llama, Qwen2 and Qwen3 in plain torch, over the tokens of many sequences in one flat row.
+
+A token attends to the tokens before it, which live in the KV cache. The model knows neither cache nor sequences: it
+hands each layer's queries, keys and values to `attend`, and goes on with what comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import FieldError
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+class Attend(Protocol):
+    """Attention as the caller does it: keep keys and values in the cache, let every query see its own past."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim], not contiguous.
+
+        Returns [num_tokens, num_heads, head_dim]. The scale is head_dim ** -0.5; query head h reads key/value head
+        h // (num_heads // num_kv_heads).
+        """
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension, in float32 inside (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: […, size]; returns the same shape and dtype."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of every position, looked up by position (RoPE: Su et al., 2021).
+
+    They are computed in float32 on the CPU, whatever the model's dtype and device: the table is the same everywhere.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        table = torch.empty(config.max_position_embeddings, head_dim(config))
+        self.register_buffer("table", table, persistent=False)  # [max_position_embeddings, cosines then sines]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the table, also after the module got new memory from to_empty()."""
+        positions = torch.arange(len(self.table), dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, inverse_frequencies(self.config))
+        self.table.copy_(torch.cat((angles.cos(), angles.sin()), dim=-1))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [num_tokens], int64. Returns cos and sin: [num_tokens, 1, head_dim / 2], for all heads."""
+        cos, sin = self.table.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+        return cos, sin
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each head by its position's angles.
+
+    heads: [num_tokens, num_heads, head_dim]; cos, sin: [num_tokens, 1, head_dim / 2]. Returns the shape of heads.
+    Dimension i pairs with i + head_dim / 2, as Hugging Face's weights expect; the paper pairs neighbours.
+    """
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def inverse_frequencies(config: Any) -> Tensor:
+    """The angle, in radians, by which each pair of dimensions turns from one position to the next.
+
+    Returns [head_dim / 2], float32, on the CPU. rope_type "llama3" slows the pairs whose wavelength is longer than the
+    context they were trained on (Llama 3.1). Raises FieldError for any other type.
+    """
+    settings = getattr(config, "rope_parameters", None)
+    if settings is None:  # as transformers 4 laid it out
+        settings = {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
+    rope_type = settings.get("rope_type") or settings.get("type") or "default"
+    if rope_type not in ("default", "llama3"):
+        raise FieldError("model", f"rope_type {rope_type!r} is not supported: expected 'default' or 'llama3'")
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        raise FieldError("model", f"partial_rotary_factor {settings['partial_rotary_factor']}: expected 1.0")
+    size = head_dim(config)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+    frequencies = 1.0 / settings["rope_theta"] ** exponents
+    if rope_type == "default":
+        return frequencies
+    low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+    num_turns = settings["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # over the trained context
+    keep = ((num_turns - low) / (high - low)).clamp(0, 1)  # 1: turns often, stays as it is; 0: slowed by factor
+    return (1 - keep) * frequencies / settings["factor"] + keep * frequencies
+
+
+class MergedLinear(nn.Linear):
+    """Several projections of one input as one matrix product: outputs name → rows, in the order of the rows."""
+
+    def __init__(self, in_features: int, outputs: dict[str, int], bias: bool) -> None:
+        super().__init__(in_features, sum(outputs.values()), bias)
+        self.outputs = outputs
+
+
+class Attention(nn.Module):
+    """Grouped-query attention around `attend`: project, normalise, rotate before it, project after it.
+
+    Qwen2 adds a bias to queries, keys and values; Qwen3 normalises each query's and each key's head.
+    """
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, head_dim(config)
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv_bias = output_bias = getattr(config, "attention_bias", False)
+        if config.model_type == "qwen2":
+            qkv_bias, output_bias = True, False
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        qkv_sizes = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = MergedLinear(config.hidden_size, qkv_sizes, qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, output_bias)
+        has_norm = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """hidden: [num_tokens, hidden_size]; cos, sin: [num_tokens, 1, head_dim / 2]. Returns the shape of hidden."""
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query = rotate(self.q_norm(query), cos, sin)
+        key = rotate(self.k_norm(key), cos, sin)
+        return self.o_proj(attend(self.layer, query, key, value).flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)), the gated feed-forward network (SwiGLU: Shazeer, 2020)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        size, bias = config.intermediate_size, getattr(config, "mlp_bias", False)
+        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size}, bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: [num_tokens, hidden_size]; returns the same shape."""
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then the feed-forward network: each reads a normalised copy and adds to the row it came from."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """hidden: [num_tokens, hidden_size]; cos, sin: [num_tokens, 1, head_dim / 2]. Returns the shape of hidden."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class DecoderModel(nn.Module):
+    """A decoder of one of FAMILIES, from a Hugging Face config; weights.py fills it.
+
+    Raises FieldError for an architecture, or a feature of one, that it does not compute.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        check_architecture(config)
+        self.config = config
+        self.num_layers, self.head_dim = config.num_hidden_layers, head_dim(config)
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_embedding = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(self.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        is_tied = config.tie_word_embeddings
+        self.lm_head = None if is_tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Run tokens of any number of sequences, laid end to end.
+
+        input_ids, positions: [num_tokens], int64; a token's position counts within its own sequence. attend is called
+        once a layer, in order. Returns the last layer's output, normalised: [num_tokens, hidden_size].
+        """
+        hidden = self.embed_tokens(input_ids)
+        cos, sin = self.rotary_embedding(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, cos, sin, attend)
+        return self.norm(hidden)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, hidden_size], only the rows to sample from. Returns [n, vocab_size], float32."""
+        output_embedding = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, output_embedding.weight).float()
+
+
+def head_dim(config: Any) -> int:
+    """The size of one attention head: given, or hidden_size / num_attention_heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_architecture(config: Any) -> None:
+    """Raises FieldError naming what the model is or has that DecoderModel does not compute."""
+    if config.model_type not in FAMILIES:
+        expected = ", ".join(FAMILIES)
+        raise FieldError("model", f"architecture {config.model_type!r} is not supported: expected one of {expected}")
+    if config.hidden_act != "silu":
+        raise FieldError("model", f"hidden_act {config.hidden_act!r} is not supported: expected 'silu'")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise FieldError("model", "sliding-window attention is not supported: expected use_sliding_window false")

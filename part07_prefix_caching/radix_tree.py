@@ -1,0 +1,126 @@
+"""The other way to find a common beginning: SGLang's radix tree (RadixAttention, 2023). For comparison only.
+
+A block's hash says at once whether a block with this content and these predecessors exists. A tree of texts is walked
+from its root instead; where two texts part, an edge is split.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Page = tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """The pages between this node's parent and itself: their tokens, and the KV blocks in which they are.
+
+    num_locks: how many running requests use it, or a node below it.
+    """
+
+    pages: list[Page] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    parent: Node | None = None
+    children: dict[Page, Node] = field(default_factory=dict)  # by their first page
+    num_locks: int = 0
+    last_used: int = 0
+
+
+class RadixTree:
+    """Texts that share their beginnings, in pages of page_size tokens. The leaf that was used longest ago goes first.
+
+    A node that is locked, and so everything above it, is never evicted.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size, self.root = page_size, Node(num_locks=1)
+        self._clock = itertools.count(1)
+
+    def match_prefix(self, token_ids: Sequence[int]) -> tuple[list[int], Node]:
+        """The blocks of the longest beginning that is there, in whole pages, and the node at which it ends."""
+        node, blocks, pages = self.root, list[int](), self._pages(token_ids)
+        while pages and (child := node.children.get(pages[0])) is not None:
+            num_common = _num_common(child.pages, pages)
+            if num_common < len(child.pages):
+                child = self._split(child, num_common)
+            child.last_used = next(self._clock)
+            node, pages = child, pages[num_common:]
+            blocks += child.blocks
+        return blocks, node
+
+    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> int:
+        """Put a text there, with a block for each whole page. Returns how many of its first blocks were there already:
+        the tree keeps its own, and these are the caller's to free."""
+        pages = self._pages(token_ids)
+        assert len(blocks) == len(pages), f"{len(pages)} pages, but {len(blocks)} blocks"
+        known, node = self.match_prefix(token_ids)
+        if len(known) < len(pages):
+            leaf = Node(pages[len(known) :], list(blocks[len(known) :]), node, last_used=next(self._clock))
+            node.children[leaf.pages[0]] = leaf
+        return len(known)
+
+    def lock(self, node: Node) -> None:
+        """A request uses all that leads to this node."""
+        self._add_locks(node, 1)
+
+    def unlock(self, node: Node) -> None:
+        self._add_locks(node, -1)
+
+    def evict(self, num_blocks: int) -> list[int]:
+        """Give up at least so many blocks, if that many are not locked. A parent whose children are gone is a leaf."""
+        leaves = [(node.last_used, id(node), node) for node in self._nodes() if _is_evictable(node)]
+        heapq.heapify(leaves)
+        evicted: list[int] = []
+        while leaves and len(evicted) < num_blocks:
+            _, _, leaf = heapq.heappop(leaves)
+            evicted += leaf.blocks
+            parent = leaf.parent
+            assert parent is not None, "the root is locked"
+            del parent.children[leaf.pages[0]]
+            if _is_evictable(parent):
+                heapq.heappush(leaves, (parent.last_used, id(parent), parent))
+        return evicted
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(node.blocks) for node in self._nodes())
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Cut a node in two. Returns the upper one, which takes the node's place below its parent."""
+        upper = Node(node.pages[:num_pages], node.blocks[:num_pages], node.parent)
+        upper.num_locks, upper.last_used = node.num_locks, node.last_used
+        assert node.parent is not None, "the root has no pages to cut"
+        node.parent.children[upper.pages[0]] = upper
+        node.pages, node.blocks, node.parent = node.pages[num_pages:], node.blocks[num_pages:], upper
+        upper.children[node.pages[0]] = node
+        return upper
+
+    def _add_locks(self, node: Node | None, number: int) -> None:
+        while node is not None:
+            node.num_locks += number
+            node = node.parent
+
+    def _nodes(self) -> list[Node]:
+        found, todo = [], [self.root]
+        while todo:
+            node = todo.pop()
+            found.append(node)
+            todo += node.children.values()
+        return found
+
+    def _pages(self, token_ids: Sequence[int]) -> list[Page]:
+        starts = range(0, len(token_ids) - self.page_size + 1, self.page_size)
+        return [tuple(token_ids[start : start + self.page_size]) for start in starts]
+
+
+def _num_common(first: Sequence[Page], second: Sequence[Page]) -> int:
+    """How many pages two rows begin with in common."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _is_evictable(node: Node) -> bool:
+    return not node.children and not node.num_locks and node.parent is not None

@@ -1,0 +1,1 @@
+"""Part 8: speculative decoding. Several tokens in one step, where they were guessed right."""

@@ -1,0 +1,70 @@
+"""The free KV blocks, in the order in which they are used again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class KVBlock:
+    """A block of the pool. ref_count: how many block tables it is in. block_hash: None if it cannot be found.
+
+    previous, next: its neighbours in the free queue, None while it is not there.
+    """
+
+    block_id: int
+    ref_count: int = 0
+    block_hash: bytes | None = None
+    previous: KVBlock | None = None
+    next: KVBlock | None = None
+
+
+class FreeBlockQueue:
+    """A doubly linked list whose links are in the blocks themselves (vLLM's FreeKVCacheBlockQueue).
+
+    A cached block is taken out of the middle when somebody finds it, which a deque could only do by looking at all.
+    The front is used again next.
+    """
+
+    def __init__(self, blocks: Iterable[KVBlock]) -> None:
+        self._head, self._tail = KVBlock(-1), KVBlock(-1)  # so that every block has two neighbours
+        self._head.next, self._tail.previous = self._tail, self._head
+        self._num_blocks = 0
+        for block in blocks:
+            self.append(block)
+
+    def __len__(self) -> int:
+        return self._num_blocks
+
+    def __iter__(self) -> Iterator[KVBlock]:
+        block = self._head.next
+        while block is not None and block is not self._tail:
+            yield block
+            block = block.next
+
+    def append(self, block: KVBlock) -> None:
+        assert self._tail.previous is not None
+        self._link(self._tail.previous, block, self._tail)
+
+    def appendleft(self, block: KVBlock) -> None:
+        assert self._head.next is not None
+        self._link(self._head, block, self._head.next)
+
+    def popleft(self) -> KVBlock:
+        block = self._head.next
+        assert block is not None and block is not self._tail, "no block is free"
+        self.remove(block)
+        return block
+
+    def remove(self, block: KVBlock) -> None:
+        """Take a block out, wherever it is, in constant time."""
+        assert block.previous is not None and block.next is not None, f"block {block.block_id} is not free"
+        block.previous.next, block.next.previous = block.next, block.previous
+        block.previous = block.next = None
+        self._num_blocks -= 1
+
+    def _link(self, before: KVBlock, block: KVBlock, after: KVBlock) -> None:
+        assert block.previous is None and block.next is None, f"block {block.block_id} is free already"
+        before.next, block.previous, block.next, after.previous = block, before, after, block
+        self._num_blocks += 1

@@ -1,0 +1,1 @@
+"""Speculative decoding: who guesses the next tokens, and how guesses are judged."""

@@ -1,0 +1,200 @@
+"""engine_core.py: the core's loop, with a scripted engine and sockets that are lists."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import pytest
+import zmq
+
+from common.sampling_params import SamplingParams
+from part05_async_scheduling import engine_core
+from part05_async_scheduling.engine import LLMEngine
+from part05_async_scheduling.engine_core import EngineCore
+from part05_async_scheduling.messages import (
+    AbortRequests,
+    AddRequest,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FromCore,
+    Ready,
+    StartFailed,
+    ToCore,
+    decode_from_core,
+    encode,
+)
+from tests.part05.scripted import answer_alone, check_engine, params_for, runner_of, scripted_engine
+
+LOOK = 'Look at engine_core.py::EngineCore.run and receive; README "Two processes".'
+LOOK_FAIL = 'Look at engine_core.py::EngineCore.step; README "A token too late".'
+LOOK_SERVE = 'Look at engine_core.py::_serve; README "When one of them dies".'
+
+
+class Idle(Exception):
+    """The core waits for a message, and none will come."""
+
+
+class Requests:
+    """The socket that the core reads: messages by the step before which they come."""
+
+    def __init__(self, messages: dict[int, list[ToCore]], engine: LLMEngine) -> None:
+        self.messages, self.engine = messages, engine
+        self.queue: deque[bytes] = deque()
+        self.waits = 0
+
+    def recv(self, flags: int = 0) -> bytes:
+        for number in sorted(self.messages):
+            if number <= self.engine.num_steps or (not flags and not self.queue):
+                self.queue.extend(map(encode, self.messages.pop(number)))
+        if self.queue:
+            return self.queue.popleft()
+        if flags & zmq.NOBLOCK:
+            raise zmq.Again
+        assert not self.engine.has_unfinished_requests, f"the core waits for a message, and has work to do. {LOOK}"
+        self.waits += 1
+        raise Idle
+
+
+class Outputs:
+    def __init__(self) -> None:
+        self.messages: list[FromCore] = []
+
+    def send(self, data: bytes) -> None:
+        self.messages.append(decode_from_core(data))
+
+
+def add(name: str, max_tokens: int = 3, **fields: Any) -> AddRequest:
+    return AddRequest(name, [100 + int(name)] * 5, params_for(max_tokens, ignore_eos=True, **fields))
+
+
+def run(messages: dict[int, list[ToCore]], **flags: Any) -> tuple[LLMEngine, list[EngineCoreOutputs]]:
+    """Until the core has nothing to do and nothing to hear."""
+    engine, outputs = scripted_engine(**flags), Outputs()
+    core = EngineCore(engine, Requests(messages, engine), outputs)  # type: ignore[arg-type]
+    with pytest.raises(Idle):
+        core.run()
+    check_engine(engine, "the core is idle")
+    assert not engine.has_unfinished_requests
+    return engine, outputs.messages  # type: ignore[return-value]
+
+
+def tokens_of(messages: list[EngineCoreOutputs], name: str) -> list[int]:
+    outputs = [output for message in messages for output in message.outputs if output.request_id == name]
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+def errors_of(messages: list[EngineCoreOutputs]) -> dict[str, str]:
+    outputs = [output for message in messages for output in message.outputs]
+    return {output.request_id: output.error for output in outputs if output.error is not None}
+
+
+def test_requests_go_in_and_tokens_come_out() -> None:
+    engine, messages = run({0: [add("1"), add("2", 5)], 2: [add("3")], 40: [add("4")]})
+    for name, count in (("1", 3), ("2", 5), ("3", 3), ("4", 3)):
+        expected = answer_alone([100 + int(name)] * 5, count, ignore_eos=True)
+        assert tokens_of(messages, name) == expected, f"request {name}: expected {expected}, got {messages}. {LOOK}"
+    log = runner_of(engine).log
+    assert log[:3] == ["launch 1", "launch 2", "result 1"], f"one step ahead, got {log}. {LOOK}"
+
+
+def test_what_is_new_is_heard_before_the_next_step() -> None:
+    """Two requests come together; a third, and an abort, come while the first two are computed."""
+    engine, _ = run({0: [add("1", 6), add("2", 6)], 2: [add("3", 2), AbortRequests(["2"])]})
+    steps = [[work.request_id for work in step.work] for step in runner_of(engine).launched]
+    assert steps[:3] == [["1", "2"], ["1", "2"], ["1", "3"]], (
+        f"after two steps 3 comes and 2 goes: expected it in the third step, got {steps}. {LOOK}"
+    )
+
+
+def test_each_step_is_told_at_once_and_nothing_is_told_of_nothing() -> None:
+    _, messages = run({0: [add("1", 4)]})
+    counts = [len(message.outputs) for message in messages]
+    assert counts == [1, 1, 1, 1], f"four tokens, a message for each as it comes: got {counts}. {LOOK}"
+
+
+def test_when_it_becomes_idle_the_gauges_are_told() -> None:
+    """Also when the last thing was an abort, which brings nobody anything."""
+    idle = {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0, "num_preemptions": 0}
+    _, messages = run({0: [add("1", 9)], 3: [AbortRequests(["1"])]})
+    assert messages[-1].stats == idle, f"idle: expected {idle}, got {messages[-1]}. {LOOK}"
+    _, messages = run({0: [AbortRequests(["nobody"])]})
+    assert [message.stats for message in messages] == [idle], f"got {messages}. {LOOK}"
+
+
+def test_gauges() -> None:
+    _, messages = run({0: [add(str(number), 3) for number in range(5)]}, max_num_seqs=2, num_kv_blocks=1 + 10)
+    expected = {"num_requests_running": 2, "num_requests_waiting": 3, "kv_cache_usage_perc": 0.2, "num_preemptions": 0}
+    assert messages[0].stats == expected, (
+        f"two of five run, a block of ten each: expected {expected}, got {messages[0].stats}. "
+        "Look at engine_core.py::EngineCore.stats."
+    )
+
+
+def test_a_request_that_cannot_be_taken_is_told_why() -> None:
+    _, messages = run({0: [add("1"), AddRequest("2", [], SamplingParams()), add("3")]})
+    errors = errors_of(messages)
+    assert list(errors) == ["2"] and "prompt: " in errors["2"], f"2 has no prompt: got {errors}. {LOOK}"
+    assert len(tokens_of(messages, "1")) == len(tokens_of(messages, "3")) == 3, f"the others go on: {messages}. {LOOK}"
+
+
+@pytest.mark.parametrize("where", ["launch_error", "result_error"])
+def test_a_failed_step(where: str) -> None:
+    """Those in it are told the cause; those who wait go on, and so does the core."""
+    engine = scripted_engine(max_num_seqs=2)
+    outputs, messages = Outputs(), {0: [add(str(number), 4) for number in range(4)]}
+    setattr(runner_of(engine), where, ZeroDivisionError("the cat sat on it"))
+    core = EngineCore(engine, Requests(messages, engine), outputs)  # type: ignore[arg-type]
+    with pytest.raises(Idle):
+        core.run()
+    errors = errors_of(outputs.messages)  # type: ignore[arg-type]
+    assert sorted(errors) == ["0", "1"], f"{where}: 0 and 1 were in the step, errors have {sorted(errors)}. {LOOK_FAIL}"
+    for word in ("ZeroDivisionError", "the cat sat on it"):
+        assert word in errors["0"], f"{where}: expected {word!r} in {errors['0']!r}. {LOOK_FAIL}"
+    for name in "23":
+        expected = answer_alone([100 + int(name)] * 5, 4, ignore_eos=True)
+        got = tokens_of(outputs.messages, name)  # type: ignore[arg-type]
+        assert got == expected, f"{where}: request {name}: expected {expected}, got {got}. {LOOK_FAIL}"
+    assert engine.blocks.num_used_blocks == 0, f"{where}: blocks are held. {LOOK_FAIL}"
+
+
+@pytest.mark.parametrize("error", [OSError("no such file"), None])
+def test_a_core_that_cannot_start_says_so(error: OSError | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other end makes the same error of it."""
+    outputs = Outputs()
+
+    def fail(config: Any) -> LLMEngine:
+        if error is None:
+            return scripted_engine(100, max_num_batched_tokens=10)
+        raise error
+
+    monkeypatch.setattr(engine_core, "LLMEngine", fail)
+    engine_core._serve(None, None, outputs)  # type: ignore[arg-type]
+    [message] = outputs.messages
+    assert isinstance(message, StartFailed), f"got {message}. {LOOK_SERVE}"
+    expected = (None, "no such file") if error else ("max_num_batched_tokens", "max_num_batched_tokens: expected")
+    assert message.field == expected[0] and message.message.startswith(expected[1]), f"got {message}. {LOOK_SERVE}"
+
+
+def test_a_core_says_when_it_is_ready_and_closes_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, outputs, closed = scripted_engine(num_kv_blocks=1 + 7, block_size=4), Outputs(), []
+    monkeypatch.setattr(engine_core, "LLMEngine", lambda _: engine)
+    monkeypatch.setattr(engine.tracer, "close", lambda: closed.append(1))
+    with pytest.raises(Idle):
+        engine_core._serve(None, Requests({}, engine), outputs)  # type: ignore[arg-type]
+    [message] = outputs.messages
+    expected = Ready(engine.limits, 8)
+    assert message == expected, f"expected {expected}, got {message}. {LOOK_SERVE}"
+    assert closed, f"the trace is not complete when the core ends. {LOOK_SERVE}"
+
+
+def test_an_error_that_is_no_step_s_ends_the_core() -> None:
+    """It may have left anything behind: better an end that the other process notices than wrong answers."""
+    engine, outputs = scripted_engine(), Outputs()
+    engine.scheduler.schedule = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(ZeroDivisionError):
+        EngineCore(engine, Requests({0: [add("1")]}, engine), outputs).run()  # type: ignore[arg-type]
+
+
+def test_outputs_name_their_fields() -> None:
+    assert EngineCoreOutput("1", [2]) == EngineCoreOutput("1", [2], None, None, None, None)

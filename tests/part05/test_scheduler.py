@@ -1,0 +1,478 @@
+"""scheduler.py: what may be decided about a step while the one before it still runs. No model: tokens are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from part05_async_scheduling.block_manager import BlockManager
+from part05_async_scheduling.request import Request, RequestStatus
+from part05_async_scheduling.scheduler import Scheduler, SchedulerOutput
+from tests.part05.scripted import END, ids, params_for
+
+LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
+LOOK_LENGTH = 'Look at scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
+LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README "Tokens that nobody has seen yet".'
+LOOK_PREEMPT = 'Look at scheduler.py::Scheduler.preempt; README "What the future may assume".'
+LOOK_FINISH = 'Look at scheduler.py::Scheduler.finish; README "A token too late".'
+LOOK_LEFT = 'Look at scheduler.py::Scheduler.schedule and _release; README "A token too late".'
+LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README of part 4, "Who may join".'
+WORD = 9  # any token but END
+
+
+def make_scheduler(
+    num_usable: int = 1_000, block_size: int = 16, max_num_seqs: int = 64, max_num_batched_tokens: int = 4_096
+) -> Scheduler:
+    """num_usable: blocks to hand out, without the null block."""
+    return Scheduler(BlockManager(num_usable + 1, block_size), max_num_seqs, max_num_batched_tokens, watermark=0.0)
+
+
+def make_request(name: str, num_prompt_tokens: int, max_tokens: int = 100, max_num_tokens: int = 10_000) -> Request:
+    most = min(num_prompt_tokens + max_tokens, max_num_tokens)
+    return Request(name, [7] * num_prompt_tokens, params_for(max_tokens), most)
+
+
+def add(scheduler: Scheduler, lengths: Sequence[int], max_tokens: int = 100) -> list[Request]:
+    """Queue requests "0", "1", … with prompts of these lengths."""
+    requests = [make_request(str(number), length, max_tokens) for number, length in enumerate(lengths)]
+    for request in requests:
+        scheduler.add_request(request)
+    return requests
+
+
+def land(scheduler: Scheduler, output: SchedulerOutput, token_ids: Sequence[int] | None = None) -> None:
+    """What the engine does when a step's tokens are there."""
+    for request, token_id in zip(output.requests, token_ids or [WORD] * len(output.requests), strict=True):
+        request.num_output_placeholders -= 1
+        if request.status.is_finished:
+            continue
+        request.output_token_ids.append(token_id)
+        if token_id == END or request.num_tokens >= request.max_num_tokens:
+            request.finish("stop" if token_id == END else "length", None)
+            scheduler.finish(request)
+
+
+def take_step(scheduler: Scheduler) -> SchedulerOutput:
+    """One that nobody is ahead of."""
+    output = scheduler.schedule()
+    land(scheduler, output)
+    return output
+
+
+def counts(request: Request) -> dict[str, int]:
+    return {
+        "num_tokens": request.num_tokens,
+        "num_computed_tokens": request.num_computed_tokens,
+        "num_output_placeholders": request.num_output_placeholders,
+        "num_expected_tokens": request.num_expected_tokens,
+    }
+
+
+def check_counts(request: Request, expected: tuple[int, int, int], case: str, look: str) -> None:
+    """expected: num_tokens, num_computed_tokens, num_output_placeholders."""
+    num_tokens, num_computed, num_placeholders = expected
+    want = dict(zip(counts(request), (*expected, num_tokens + num_placeholders), strict=True))
+    assert counts(request) == want, (
+        f"{case}: request {request.request_id}: expected {want}, got {counts(request)}. {look}"
+    )
+
+
+def check_output(output: SchedulerOutput, expected: dict[str, tuple[int, int]], case: str, look: str) -> None:
+    """expected: who is scheduled, in order: (computed before, computed now)."""
+    got = list(
+        zip(
+            ids(output.requests), zip(output.num_computed_tokens, output.num_scheduled_tokens, strict=True), strict=True
+        )
+    )
+    assert got == list(expected.items()), (
+        f"{case}: expected request → (num_computed_tokens, num_scheduled_tokens) {list(expected.items())}, got {got} "
+        f"(preempted: {ids(output.preempted) or 'nobody'}). {look}"
+    )
+    total = sum(now for _, now in expected.values())
+    assert output.total_num_scheduled_tokens == total, (
+        f"{case}: {output.total_num_scheduled_tokens} tokens, not {total}"
+    )
+
+
+def check_queues(scheduler: Scheduler, running: str, waiting: str, case: str, look: str) -> None:
+    got = ("".join(ids(scheduler.running)), "".join(ids(list(scheduler.waiting))))
+    assert got == (running, waiting), f"{case}: expected (running, waiting) {(running, waiting)}, got {got}. {look}"
+
+
+def check_blocks(scheduler: Scheduler, expected: dict[str, int], case: str, look: str) -> None:
+    """expected: who holds how many blocks."""
+    blocks = scheduler.blocks
+    got = {request_id: len(table) for request_id, table in blocks.block_tables.items() if table}
+    assert got == expected, f"{case}: expected request → blocks {expected}, got {got}. {look}"
+    owned = [*blocks.free_blocks, *(block for table in blocks.block_tables.values() for block in table)]
+    assert sorted(owned) == list(range(1, blocks.num_blocks)), (
+        f"{case}: every block is free or has one owner, got {sorted(owned)}: one was freed twice, or lost. {look}"
+    )
+
+
+# Tokens that nobody has seen yet
+
+
+def test_a_step_counts_on_what_it_will_bring() -> None:
+    scheduler = make_scheduler()
+    [request] = add(scheduler, [5])
+    first = scheduler.schedule()
+    check_output(first, {"0": (0, 5)}, "a prompt of 5, first step", LOOK_ADD)
+    check_counts(request, (5, 5, 1), "a prompt of 5, after the first schedule()", LOOK_ADD)
+    second = scheduler.schedule()
+    check_output(second, {"0": (5, 1)}, "the first step is in flight, its token is the input of the second", LOOK_ADD)
+    check_counts(request, (5, 6, 2), "two steps in flight", LOOK_ADD)
+    third = scheduler.schedule()
+    check_output(third, {"0": (6, 1)}, "two steps are in flight", LOOK_ADD)
+    check_counts(request, (5, 7, 3), "three steps in flight", LOOK_ADD)
+    land(scheduler, first)
+    check_counts(request, (6, 7, 2), "the first step's token has come", LOOK_ADD)
+    land(scheduler, second)
+    land(scheduler, third)
+    check_counts(request, (8, 7, 0), "all tokens have come", LOOK_ADD)
+    check_output(scheduler.schedule(), {"0": (7, 1)}, "nothing is in flight", LOOK_ADD)
+
+
+def test_what_was_scheduled_is_not_changed_by_the_next_step() -> None:
+    """A step in flight is looked at again when it is over: its own numbers must still be there."""
+    scheduler = make_scheduler()
+    add(scheduler, [5, 3])
+    first = scheduler.schedule()
+    scheduler.add_request(make_request("2", 4))
+    second = scheduler.schedule()
+    check_output(first, {"0": (0, 5), "1": (0, 3)}, "the first step, after the second was scheduled", LOOK_ADD)
+    check_output(second, {"0": (5, 1), "1": (3, 1), "2": (0, 4)}, "one joins while a step is in flight", LOOK_ADD)
+
+
+def test_one_step_at_a_time() -> None:
+    """The same rules, when every step is over before the next is scheduled."""
+    scheduler = make_scheduler()
+    [request] = add(scheduler, [5], max_tokens=3)
+    for number, expected in enumerate([(0, 5), (5, 1), (6, 1)]):
+        check_output(take_step(scheduler), {"0": expected}, f"step {number} of three", LOOK_ADD)
+    assert not scheduler.has_unfinished_requests, f"three tokens are out, and it has not ended. {LOOK_FINISH}"
+    check_counts(request, (8, 7, 0), "three tokens are out", LOOK_ADD)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(3, [1, 1, 2, 2]), (4, [1, 2, 2, 2]), (5, [2, 2, 2, 2])])
+def test_blocks_are_there_for_tokens_that_nobody_has_seen(length: int, expected: list[int]) -> None:
+    """The key of a token in flight has to go somewhere: it may be the first of a new block (block_size=4)."""
+    scheduler = make_scheduler(block_size=4)
+    add(scheduler, [length])
+    for number, num_blocks in enumerate(expected):
+        scheduler.schedule()
+        case = f"prompt of {length}, block_size=4, {number} steps in flight before this one"
+        check_blocks(scheduler, {"0": num_blocks}, case, LOOK_RUNNING)
+
+
+def test_a_step_that_brings_nothing_to_anybody_is_empty() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, [5], max_tokens=1)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    check_output(second, {}, "the only token of the only request is in flight", LOOK_LENGTH)
+    assert scheduler.has_unfinished_requests, f"its token has not come yet. {LOOK_LENGTH}"
+    land(scheduler, first)
+    assert not scheduler.has_unfinished_requests, f"its token has come. {LOOK_FINISH}"
+
+
+# What the future may assume
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "max_num_tokens", "expected"),
+    [(5, 1, 64, 1), (5, 2, 64, 2), (5, 3, 64, 3), (5, 9, 64, 9), (5, 9, 8, 3), (7, 9, 8, 1), (1, 100, 8, 7)],
+)
+def test_an_end_by_length_is_foreseen(
+    length: int, max_tokens: int, max_num_tokens: int, expected: int, depth: int
+) -> None:
+    """max_tokens, and the end of the context. Nothing is computed in vain, however many steps are in flight."""
+    scheduler, in_flight, num_scheduled = make_scheduler(), list[SchedulerOutput](), 0
+    request = make_request("0", length, max_tokens, max_num_tokens)
+    other = make_request("1", 4, max_tokens=20)
+    for each in (request, other):
+        scheduler.add_request(each)
+    for step in range(60):
+        if not scheduler.has_unfinished_requests:
+            break
+        output = scheduler.schedule()
+        if output.requests:
+            in_flight.append(output)
+        num_scheduled += request in output.requests
+        assert other in output.requests or step >= 20, (
+            f"step {step}: request 0 waits for its last token, and request 1 is not scheduled either. {LOOK_LENGTH}"
+        )
+        if len(in_flight) == depth or not output.requests:
+            land(scheduler, in_flight.pop(0))
+    case = f"prompt of {length}, max_tokens={max_tokens}, a context of {max_num_tokens}, {depth} steps at a time"
+    assert num_scheduled == expected, (
+        f"{case}: expected to be in {expected} steps, one for each token, got {num_scheduled}. {LOOK_LENGTH}"
+    )
+    assert len(request.output_token_ids) == expected, f"{case}: got {request.output_token_ids}. {LOOK_LENGTH}"
+    check_counts(request, (length + expected, length + expected - 1, 0), case, LOOK_LENGTH)
+    check_blocks(scheduler, {}, f"{case}, all have ended", LOOK_FINISH)
+
+
+def test_who_has_all_tokens_in_flight_keeps_its_place_and_its_blocks() -> None:
+    """It still runs: its blocks are being written."""
+    scheduler = make_scheduler(max_num_seqs=2)
+    scheduler.add_request(make_request("0", 20, max_tokens=1))
+    scheduler.add_request(make_request("1", 20))
+    scheduler.add_request(make_request("2", 20))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    check_output(second, {"1": (20, 1)}, "0 has its only token in flight", LOOK_LENGTH)
+    check_queues(scheduler, "01", "2", "0 has its only token in flight", LOOK_LENGTH)
+    check_blocks(scheduler, {"0": 2, "1": 2}, "0 has its only token in flight", LOOK_LENGTH)
+    land(scheduler, first)
+    check_queues(scheduler, "1", "2", "0 has its only token", LOOK_FINISH)
+    check_output(scheduler.schedule(), {"1": (21, 1), "2": (0, 20)}, "0 has ended", LOOK_FINISH)
+
+
+def test_who_has_all_tokens_in_flight_needs_no_block_and_can_be_preempted() -> None:
+    """Blocks of 4, two of them; 0 is at the edge of its block, and 1 has its last token in flight."""
+    scheduler = make_scheduler(num_usable=2, block_size=4)
+    scheduler.add_request(make_request("0", 4))
+    scheduler.add_request(make_request("1", 4, max_tokens=1))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert ids(second.preempted) == ["1"], f"expected 1 to leave, got {ids(second.preempted)}. {LOOK_RUNNING}"
+    check_output(second, {"0": (4, 1)}, "1 was preempted with its last token in flight", LOOK_RUNNING)
+    land(scheduler, first)
+    check_queues(scheduler, "0", "", "1 has ended, by the token that was in flight", LOOK_FINISH)
+    check_blocks(scheduler, {"0": 2}, "1 has ended while it waited", LOOK_FINISH)
+    check_output(scheduler.schedule(), {"0": (5, 1)}, "1 has ended while it waited", LOOK_FINISH)
+
+
+def test_an_end_of_sequence_costs_one_step_too_many() -> None:
+    """The third of up to ten tokens ends it; by then it is in the fourth step, which nobody can take back."""
+    scheduler = make_scheduler()
+    [request, _] = add(scheduler, [5, 5], max_tokens=10)
+    outputs = [scheduler.schedule()]
+    for number in range(4):
+        outputs.append(scheduler.schedule())
+        is_end = number == 2
+        tokens = [END if is_end and each is request else WORD for each in outputs[number].requests]
+        land(scheduler, outputs[number], tokens)
+    in_steps = [number for number, output in enumerate(outputs) if request in output.requests]
+    assert in_steps == [0, 1, 2, 3], (
+        f"its third token ends it: expected to be in steps [0, 1, 2, 3], one too many, got {in_steps}. {LOOK_FINISH}"
+    )
+    assert request.output_token_ids == [WORD, WORD, END], f"got {request.output_token_ids}. {LOOK_FINISH}"
+    assert request.num_output_placeholders == 0, f"got {request.num_output_placeholders} placeholders. {LOOK_ADD}"
+    check_blocks(scheduler, {"1": 1}, "request 0 has ended", LOOK_FINISH)
+
+
+# Preempted with a token in flight
+
+
+def test_preempted_between_launch_and_result() -> None:
+    """Two prompts of 8 fill four blocks of 4. At the ninth token both want one more, and the later has to leave."""
+    scheduler = make_scheduler(num_usable=4, block_size=4)
+    first, second = add(scheduler, [8, 8])
+    before = scheduler.schedule()
+    after = scheduler.schedule()
+    assert ids(after.preempted) == ["1"], f"expected 1 to leave, got {ids(after.preempted)}. {LOOK_RUNNING}"
+    check_output(after, {"0": (8, 1)}, "1 has left", LOOK_RUNNING)
+    check_counts(second, (8, 0, 1), "preempted, its first token is in flight", LOOK_PREEMPT)
+    check_queues(scheduler, "0", "1", "1 has left", LOOK_PREEMPT)
+    land(scheduler, before, [WORD, 5])
+    check_counts(second, (9, 0, 0), "preempted, its token has come", LOOK_PREEMPT)
+    assert second.output_token_ids == [5], f"expected its token, got {second.output_token_ids}. {LOOK_PREEMPT}"
+    land(scheduler, after)
+    scheduler.abort(["0"])
+    check_output(scheduler.schedule(), {"1": (0, 9)}, "it comes back with the token that was in flight", LOOK_ADD)
+    check_counts(second, (9, 9, 1), "it comes back", LOOK_ADD)
+
+
+def test_who_was_preempted_waits_for_its_token() -> None:
+    """Until then nobody knows what it has to compute; and who came later does not get past it."""
+    scheduler = make_scheduler(max_num_seqs=2)
+    requests = add(scheduler, [8, 8, 8])
+    before = scheduler.schedule()
+    scheduler.preempt(requests[1])
+    check_output(scheduler.schedule(), {"0": (8, 1)}, "1 was preempted, and its first token is in flight", LOOK_WAITING)
+    check_queues(scheduler, "0", "12", "1 was preempted, and its first token is in flight", LOOK_WAITING)
+    land(scheduler, before)
+    check_output(scheduler.schedule(), {"0": (9, 1), "1": (0, 9)}, "1 was preempted, its token has come", LOOK_WAITING)
+
+
+def test_the_latest_is_preempted_and_nobody_twice() -> None:
+    """Three at the edge of their blocks, none free: the third leaves, then the second asks, and gets its block."""
+    scheduler = make_scheduler(num_usable=3, block_size=4)
+    add(scheduler, [4, 4, 4])
+    first, second = scheduler.schedule(), scheduler.schedule()
+    check_output(second, {"0": (4, 1)}, "0 takes 2's block, 1 has to leave itself", LOOK_RUNNING)
+    assert ids(second.preempted) == ["2", "1"], f"expected 2, then 1, to leave, got {ids(second.preempted)}"
+    check_queues(scheduler, "0", "12", "who came first waits first", LOOK_PREEMPT)
+    assert scheduler.num_preemptions == 2, f"expected 2 preemptions, got {scheduler.num_preemptions}. {LOOK_PREEMPT}"
+    land(scheduler, first)
+    for request in scheduler.waiting:
+        check_counts(request, (5, 0, 0), "preempted, its token has come", LOOK_PREEMPT)
+
+
+@pytest.mark.parametrize("is_end", [False, True], ids=["length", "end of sequence"])
+def test_a_preempted_request_ends_by_the_token_in_flight(is_end: bool) -> None:
+    """It waits, and must not be found there any more: else it would be computed again, for nothing."""
+    scheduler = make_scheduler(num_usable=4, block_size=4)
+    scheduler.add_request(make_request("0", 8, max_tokens=4))
+    scheduler.add_request(make_request("1", 8, max_tokens=10 if is_end else 1))
+    before = scheduler.schedule()
+    scheduler.preempt(scheduler.running[1])
+    check_queues(scheduler, "0", "1", "1 was preempted", LOOK_PREEMPT)
+    land(scheduler, before, [WORD, END if is_end else WORD])
+    check_queues(scheduler, "0", "", "1 has ended by the token that was in flight", LOOK_FINISH)
+    check_blocks(scheduler, {"0": 2}, "1 has ended by the token that was in flight", LOOK_FINISH)
+    check_output(scheduler.schedule(), {"0": (8, 1)}, "1 has ended", LOOK_FINISH)
+
+
+# The end of a request
+
+
+def test_slot_and_blocks_are_free_while_a_step_still_writes_there() -> None:
+    """The next owner's step comes after that one. One slot; 0 ends by its first token and is in the second step."""
+    scheduler = make_scheduler(num_usable=2, block_size=4, max_num_seqs=1)
+    first, second = add(scheduler, [4, 8], max_tokens=5)
+    one, two = scheduler.schedule(), scheduler.schedule()
+    held = list(scheduler.blocks.block_tables["0"])
+    land(scheduler, one, [END])
+    check_queues(scheduler, "", "1", "0 has ended", LOOK_FINISH)
+    check_blocks(scheduler, {}, "0 has ended, and is in a step in flight", LOOK_FINISH)
+    three = scheduler.schedule()
+    check_output(three, {"1": (0, 8)}, "a step of 0 is in flight, its blocks are 1's", LOOK_FINISH)
+    assert set(held) <= set(scheduler.blocks.block_tables["1"]), f"1 has no other blocks to take. {LOOK_FINISH}"
+    land(scheduler, two)
+    check_blocks(scheduler, {"1": 2}, "the step of 0 is over: it gives nothing back a second time", LOOK_FINISH)
+    assert first.output_token_ids == [END], f"0 has ended, and got {first.output_token_ids}"
+    assert second.output_token_ids == []
+
+
+@pytest.mark.parametrize(
+    "state", ["waiting", "running", "in flight", "preempted", "preempted, in flight", "last token"]
+)
+def test_abort_wherever_it_is(state: str) -> None:
+    scheduler = make_scheduler(max_num_seqs=3)
+    requests = add(scheduler, [5, 20, 5, 5])
+    requests[1].max_num_tokens = 21 if state == "last token" else 1_000
+    name = "3" if state == "waiting" else "1"
+    before = scheduler.schedule()
+    if "in flight" not in state and state != "last token":
+        land(scheduler, before)
+    if state.startswith("preempted"):
+        for request in (requests[2], requests[1]):
+            scheduler.preempt(request)
+    found = scheduler.abort(iter([name, "nobody"]))
+    case, look = f"request {name} is aborted, {state}", "Look at scheduler.py::Scheduler.abort."
+    assert found == [requests[int(name)]], f"{case}: expected it back, got {ids(found)}. {look}"
+    assert found[0].status is RequestStatus.FINISHED_ABORTED, f"{case}: its status is {found[0].status}. {look}"
+    left = ids([*scheduler.running, *scheduler.waiting])
+    assert "".join(left) == "0123".replace(name, ""), f"{case}: {left} are left. {look}"
+    held = {request.request_id: -(-len(request.prompt_token_ids) // 16) for request in scheduler.running}
+    check_blocks(scheduler, held, case, look)
+    assert scheduler.abort([name]) == [], f"{case}, a second time: it is no longer there. {look}"
+    num_known = len(found[0].output_token_ids)
+    if "in flight" in state or state == "last token":
+        land(scheduler, before)
+    assert len(found[0].output_token_ids) == num_known, f"{case}: it got a token afterwards. {look}"
+    output = take_step(scheduler)
+    assert name not in ids(output.requests), f"{case}: it is in the next step. {look}"
+
+
+# Who has left
+
+
+def test_who_has_left_is_told_once() -> None:
+    """By an end, an abort and a preemption: what the runner keeps for them can go, with the next step."""
+    scheduler = make_scheduler(num_usable=12, block_size=4, max_num_seqs=3)
+    requests = add(scheduler, [4, 4, 4, 4])
+    first = scheduler.schedule()
+    assert first.left == [], f"nobody has left yet, got {first.left}. {LOOK_LEFT}"
+    land(scheduler, first, [END, WORD, WORD])
+    scheduler.abort(["1"])
+    second = scheduler.schedule()
+    assert sorted(second.left) == ["0", "1"], f"0 has ended, 1 was aborted; got {second.left}. {LOOK_LEFT}"
+    third = scheduler.schedule()
+    assert third.left == [], f"nobody has left since, got {third.left}. {LOOK_LEFT}"
+    for output in (second, third):
+        land(scheduler, output)
+    scheduler.preempt(requests[3])
+    fourth = scheduler.schedule()
+    assert fourth.left == ["3"], f"3 was preempted and comes back in this step, got {fourth.left}. {LOOK_LEFT}"
+    assert "3" in ids(fourth.requests), f"expected 3 to come back, got {ids(fourth.requests)}"
+
+
+def test_who_leaves_in_this_very_step_is_told_with_it() -> None:
+    scheduler = make_scheduler(num_usable=2, block_size=4)
+    add(scheduler, [4, 4])
+    scheduler.schedule()
+    second = scheduler.schedule()
+    assert (ids(second.preempted), second.left) == (["1"], ["1"]), (
+        f"1 is preempted in this step: expected it in preempted and in left, got {second.preempted}, {second.left}. "
+        f"{LOOK_LEFT}"
+    )
+
+
+def test_who_has_left_is_not_lost_with_an_empty_step() -> None:
+    """No step is launched, so nobody is told; the next one that is launched tells it."""
+    scheduler = make_scheduler()
+    add(scheduler, [5], max_tokens=1)
+    land(scheduler, scheduler.schedule())
+    for _ in range(2):
+        assert not scheduler.schedule().requests, "nobody is there"
+    scheduler.add_request(make_request("1", 5))
+    scheduler.add_request(make_request("2", 5))
+    scheduler.abort(["2"])
+    output = scheduler.schedule()
+    assert "0" in output.left, f"0 has ended before the empty steps, got {output.left}. {LOOK_LEFT}"
+    assert scheduler.schedule().left == [], f"they were told, and are told again. {LOOK_LEFT}"
+
+
+def test_a_list_of_who_has_left_stays_as_it_was() -> None:
+    """The runner may look at it later."""
+    scheduler = make_scheduler()
+    add(scheduler, [5, 5])
+    scheduler.schedule()
+    scheduler.abort(["0"])
+    output = scheduler.schedule()
+    scheduler.abort(["1"])
+    assert output.left == ["0"], f"expected ['0'], got {output.left}. {LOOK_LEFT}"
+
+
+# Who may join: as in part 4
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths", "expected"),
+    [
+        (dict(max_num_batched_tokens=1_024, max_num_seqs=3), [800, 800, 10, 10], "0"),
+        (dict(max_num_batched_tokens=1_024), [800, 224, 1], "01"),
+        (dict(max_num_batched_tokens=1_024), [800, 225, 1], "0"),
+        (dict(max_num_seqs=2), [5, 5, 5], "01"),
+        (dict(num_usable=10), [64, 64, 33, 16], "01"),
+        (dict(num_usable=10), [160], "0"),
+    ],
+    ids=str,
+)
+def test_who_joins(limits: dict[str, int], lengths: list[int], expected: str) -> None:
+    scheduler = make_scheduler(**limits)
+    add(scheduler, lengths)
+    case = f"{limits}, prompts of {lengths} tokens, first step"
+    check_output(scheduler.schedule(), {name: (0, lengths[int(name)]) for name in expected}, case, LOOK_WAITING)
+
+
+def test_running_requests_count_against_the_budget_with_what_nobody_has_seen() -> None:
+    """Budget 10: two decodes in flight leave 8 tokens for whoever joins."""
+    scheduler = make_scheduler(max_num_batched_tokens=10)
+    add(scheduler, [5, 5, 9, 1])
+    scheduler.schedule()
+    check_output(scheduler.schedule(), {"0": (5, 1), "1": (5, 1)}, "2 needs 9 of 8 tokens", LOOK_WAITING)
+    scheduler.waiting[0].prompt_token_ids.pop()
+    check_output(scheduler.schedule(), {"0": (6, 1), "1": (6, 1), "2": (0, 8)}, "2 needs 8 of 8", LOOK_WAITING)
+
+
+def test_nobody_joins_in_a_step_with_a_preemption() -> None:
+    scheduler = make_scheduler(num_usable=6, block_size=4, max_num_seqs=3)
+    add(scheduler, [8, 8, 8, 1])
+    scheduler.schedule()
+    output = scheduler.schedule()
+    assert ids(output.preempted) == ["2"], f"expected 2 to leave, got {ids(output.preempted)}. {LOOK_RUNNING}"
+    check_output(output, {"0": (8, 1), "1": (8, 1)}, "2 was preempted, and its blocks are not 3's", LOOK_WAITING)

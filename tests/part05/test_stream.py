@@ -1,0 +1,282 @@
+"""stream.py: steps run in the order of their launch, one at a time, while whoever launched them goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.checkpoint import MODELS_DIR
+from common.sampling_params import SamplingParams
+from common.testing import small_model
+from part05_async_scheduling import model_runner
+from part05_async_scheduling import stream as stream_module
+from part05_async_scheduling.config import EngineConfig
+from part05_async_scheduling.engine import LLMEngine
+from part05_async_scheduling.sampler import LogprobsTensors, SamplerOutput
+from part05_async_scheduling.stream import CudaStream, StepResult, ThreadStream, make_stream
+from tests.part05.scripted import run_dry
+
+LOOK = 'Look at stream.py::ThreadStream; README "One step ahead".'
+LOOK_CUDA = 'Look at stream.py::CudaStream and model_runner.py::ModelRunner.launch; README "One step ahead".'
+DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and events")
+
+
+def sampled(token_id: int) -> SamplerOutput:
+    return SamplerOutput(torch.tensor([token_id]), None)
+
+
+def within_deadline(wait: Callable[[], Any], what: str) -> Any:
+    """What wait() returns; it must not take long."""
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(wait()), daemon=True)
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert got, f"expected {what}; nothing happened for {DEADLINE_S} s. {LOOK}"
+    return got[0]
+
+
+def test_a_launch_returns_before_the_work_is_done() -> None:
+    stream, gate, begun = ThreadStream(), threading.Event(), threading.Event()
+
+    def work() -> SamplerOutput:
+        begun.set()
+        assert gate.wait(DEADLINE_S), f"launch() waits for the work. {LOOK}"
+        return sampled(7)
+
+    handle = stream.launch(work)
+    assert begun.wait(DEADLINE_S), f"the work begins without anybody asking for its result. {LOOK}"
+    gate.set()
+    result = handle.result()
+    assert result.sampled.token_ids.tolist() == [7], f"got {result}. {LOOK}"
+    assert result.start_s <= result.end_s <= time.perf_counter(), f"times {result.start_s}, {result.end_s}. {LOOK}"
+
+
+def test_work_is_done_in_order_and_one_at_a_time_whoever_asks_first() -> None:
+    stream, order, gate = ThreadStream(), list[int](), threading.Event()
+    gates = [gate, *(threading.Event() for _ in range(3))]
+
+    def work_of(number: int) -> Callable[[], SamplerOutput]:
+        def work() -> SamplerOutput:
+            order.append(number)
+            assert gates[number].wait(DEADLINE_S)
+            order.append(number)
+            return sampled(number)
+
+        return work
+
+    handles = [stream.launch(work_of(number)) for number in range(4)]
+    for each in reversed(gates[1:]):  # the later ones are free to end long before the first is
+        each.set()
+    gate.set()
+    got = [handle.result().sampled.token_ids.tolist() for handle in reversed(handles)]
+    assert got == [[3], [2], [1], [0]], f"each handle has its own work's result, got {got}. {LOOK}"
+    assert order == [0, 0, 1, 1, 2, 2, 3, 3], f"begun and ended: expected one after the other, got {order}. {LOOK}"
+
+
+def test_an_error_comes_out_where_the_result_is_asked_for() -> None:
+    stream = ThreadStream()
+
+    def fail() -> SamplerOutput:
+        raise ZeroDivisionError("the cat sat on it")
+
+    failed, after = stream.launch(fail), stream.launch(lambda: sampled(1))
+    assert after.result().sampled.token_ids.tolist() == [1], f"the next step goes on. {LOOK}"
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="the cat sat on it"):
+            failed.result()
+
+
+def test_the_thread_has_a_name_and_ends_with_its_stream() -> None:
+    stream, threads = ThreadStream(), list[threading.Thread]()
+
+    def work() -> SamplerOutput:
+        threads.append(threading.current_thread())
+        return sampled(1)
+
+    for _ in range(3):
+        stream.launch(work).result()
+    assert len(set(threads)) == 1 and threads[0].name.startswith("model"), f"got {threads}. {LOOK}"
+    assert threads[0] is not threading.current_thread()
+    del stream
+    threads[0].join(DEADLINE_S)
+    assert not threads[0].is_alive(), f"nobody can launch any more, and the thread waits on. {LOOK}"
+
+
+def test_which_stream() -> None:
+    assert isinstance(make_stream("cpu"), ThreadStream), "Look at stream.py::make_stream."
+
+
+# A GPU's stream, with stand-ins for CUDA
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.log = FakeCuda.log
+        assert enable_timing, "elapsed_time needs events with timing"
+
+    def record(self, stream: Any) -> None:
+        self.log.append("record")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 250.0
+
+
+DEFAULT = "default stream"
+
+
+class FakeStream:
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+
+class FakeCuda:
+    """torch.cuda, as far as CudaStream uses it. current: the streams that work is put on, innermost last."""
+
+    log: list[str] = []
+    current: list[Any] = []
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeCuda]:
+    @contextlib.contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        FakeCuda.current.append(stream)
+        yield
+        FakeCuda.current.pop()
+
+    FakeCuda.log, FakeCuda.current = [], []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: FakeCuda.log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda *_: FakeCuda.current[-1] if FakeCuda.current else "default"
+    )
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    return FakeCuda
+
+
+def test_a_launch_on_a_gpu_waits_for_nobody(cuda: type[FakeCuda]) -> None:
+    stream = CudaStream("cuda")
+    cuda.log.clear()
+
+    def work() -> SamplerOutput:
+        cuda.log.append("work")
+        return sampled(7)
+
+    handle = stream.launch(work)
+    assert cuda.log == ["record", "work", "record"], (
+        f"events before and after, and nobody waits: expected record, work, record, got {cuda.log}. {LOOK_CUDA}"
+    )
+    result = handle.result()
+    assert cuda.log[3:] == ["wait"], f"the result waits for its event, got {cuda.log[3:]}. {LOOK_CUDA}"
+    assert isinstance(result, StepResult) and result.sampled.token_ids.tolist() == [7], f"got {result}"
+    assert result.start_s <= result.end_s, f"times {result.start_s}, {result.end_s}. {LOOK_CUDA}"
+
+
+def test_a_step_on_a_gpu_is_prepared_on_the_stream_that_runs_it(
+    cuda: type[FakeCuda], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Copies of a step's numbers on another stream are not ordered with it: it could read them before they are there,
+    and their memory could be given to the next step while this one still reads it."""
+    model = small_model("llama", seed=2)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to(MODELS_DIR / "tiny" / "tokenizer.json")
+    engine = LLMEngine(EngineConfig(model=str(tmp_path), device="cpu", num_kv_blocks=20, block_size=4))
+    engine.runner.stream = CudaStream("cuda")
+    uploads, runs = list[Any](), list[Any]()
+    upload, forward = model_runner.upload, engine.runner.model.forward
+
+    def note_upload(*args: Any) -> torch.Tensor:
+        uploads.append(torch.cuda.current_stream())
+        return upload(*args)
+
+    def note_forward(*args: Any) -> torch.Tensor:
+        runs.append(torch.cuda.current_stream())
+        return forward(*args)
+
+    monkeypatch.setattr(model_runner, "upload", note_upload)
+    monkeypatch.setattr(engine.runner.model, "forward", note_forward)
+    engine.add_request("0", [5, 6, 7], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    run_dry(engine)
+    assert runs and uploads
+    assert set(map(id, uploads)) == set(map(id, runs)), (
+        f"a step's tensors are uploaded on {set(uploads)} and read on {set(runs)}: expected one stream. {LOOK_CUDA}"
+    )
+
+
+@needs_gpu
+def test_a_gpu_runs_steps_in_order_and_copies_to_pinned_memory() -> None:
+    stream = CudaStream("cuda")
+    total = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def work() -> SamplerOutput:
+        torch.cuda._sleep(1_000_000)
+        total.add_(1)
+        values = torch.zeros(1, 2, device="cuda")
+        return SamplerOutput(total.clone(), LogprobsTensors(total.expand(1, 2), values, total.clone()))
+
+    with torch.cuda.stream(stream._stream):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            handles = [stream.launch(work) for _ in range(5)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    results = [handle.result() for handle in handles]
+    assert [result.sampled.token_ids.tolist() for result in results] == [[1], [2], [3], [4], [5]], f"got {results}"
+    for result in results:
+        assert result.sampled.token_ids.is_pinned(), f"a copy to pageable memory waits. {LOOK_CUDA}"
+        assert result.sampled.logprobs is not None and result.sampled.logprobs.logprobs.is_pinned()
+    times = [time for result in results for time in (result.start_s, result.end_s)]
+    assert times == sorted(times), f"steps overlap: {times}. {LOOK_CUDA}"
+
+
+@needs_gpu
+def test_a_launch_on_a_gpu_reads_nothing_back() -> None:
+    """Every kind of request in one engine: a read would make the launch wait for the step before."""
+    flags = {"num_kv_blocks": 200, "device": "cuda", "dtype": "float32"}
+    engine, waiting = LLMEngine(EngineConfig(model="tiny", **flags)), LLMEngine(EngineConfig(model="tiny", **flags))
+    waiting.max_steps_in_flight = 1
+    launch = engine.runner.launch
+
+    def launch_without_waiting(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 3},
+        {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {100: 3.0}},
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "seed": 4, "logprobs": 2},
+        {"temperature": 0, "min_tokens": 3, "stop_token_ids": [7], "logprobs": 0},
+    ]
+    answers = []
+    for each in (waiting, engine):
+        for number, fields in enumerate(kinds * 2):
+            params = SamplingParams(**{"max_tokens": 20, "ignore_eos": True, **fields})
+            each.add_request(str(number), [100 + number] * (3 + number), params)
+        if each is engine:
+            for _ in range(2):  # kernels are compiled, libraries loaded
+                each.step()
+            each.runner.launch = launch_without_waiting  # type: ignore[method-assign]
+        answers.append({name: output.token_ids for name, output in run_dry(each).items()})
+    for name, tokens in answers[1].items():
+        assert answers[0][name][-len(tokens) :] == tokens, f"request {name}: {tokens} against {answers[0][name]}"
+
+
+@needs_gpu
+def test_make_stream_on_a_gpu() -> None:
+    assert isinstance(make_stream("cuda:0"), stream_module.CudaStream), "Look at stream.py::make_stream."

@@ -1,0 +1,119 @@
+"""Part 6 as a user starts it: a long prompt and streams at once, through a budget of 8 tokens a step."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common.sampling_params import SamplingParams
+from common.trace import read_trace
+from part06_chunked_prefill import config
+from part06_chunked_prefill.engine import LLM
+from tests.http_checks import COMPLETIONS, request_bytes, send_raw
+from tests.process_checks import ServerProcess, course_environment, serve
+
+PART_DIR = Path(config.__file__).parent
+LOOK = 'Look at engine.py::LLMEngine.__init__ and scheduler.py; README "Decodes first".'
+LOOK_CHUNK = 'Look at engine.py::LLMEngine._update; README "A chunk is not an answer".'
+LOOK_ABORT = 'Look at scheduler.py::Scheduler.abort; README "A chunk is not an answer".'
+DEADLINE_S = 60  # for what takes a second at most
+BUDGET, BLOCK_SIZE, NUM_BLOCKS = 8, 16, 160
+FLAGS = {
+    "--port": "0", "--device": "cpu", "--max-num-seqs": "4", "--max-num-batched-tokens": str(BUDGET),
+    "--block-size": str(BLOCK_SIZE), "--num-kv-blocks": str(1 + NUM_BLOCKS),
+}  # fmt: skip
+READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, 2048 tokens of context, 160 KV blocks of 16 .*\)\n"
+ASK = {"temperature": 0, "ignore_eos": True}
+
+
+def params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, **ASK)
+
+
+def gauge(server: ServerProcess, name: str) -> float:
+    found = re.search(rf"\nengine:{name} (\S+)\n", server.get("/metrics").text)
+    return float(found[1]) if found else 0.0  # it comes with the core's first message
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s."
+        time.sleep(0.005)
+
+
+def read_stream(server: ServerProcess, prompt: list[int], num_tokens: int) -> tuple[str, list[int]]:
+    """The text of a streamed answer, and how many tokens came with each event, by its logprobs."""
+    body = {**ASK, "prompt": prompt, "max_tokens": num_tokens, "stream": True, "logprobs": 0}
+    text, counts = "", []
+    with server.stream(COMPLETIONS, body) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line.removeprefix("data: "))["choices"][0]
+                text += choice["text"]
+                counts.append(len((choice["logprobs"] or {}).get("tokens", [])))
+    return text, counts
+
+
+def test_a_long_prompt_among_streams(llm: LLM, prompt_of: Callable[..., list[int]], tmp_path: Path) -> None:
+    trace_path, errors_path = tmp_path / "trace.jsonl", tmp_path / "stderr"
+    command = ["-m", PART_DIR.name, "--trace", str(trace_path), *(word for flag in FLAGS.items() for word in flag)]
+    long, shorts = prompt_of(200, 3), [prompt_of(5 + number, number) for number in range(3)]
+    expected = [result.outputs[0].text for result in llm.generate([*shorts, long], [*[params(60)] * 3, params(8)])]
+    with serve(command, READY, errors_path, PART_DIR.parent, course_environment(PART_DIR), LOOK) as server:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            streams = [pool.submit(read_stream, server, prompt, 60) for prompt in shorts]
+            until(lambda: gauge(server, "num_requests_running") >= 1, f"the streams to begin. {LOOK}")
+            whole = pool.submit(server.post, COMPLETIONS, {**ASK, "prompt": long, "max_tokens": 8})
+            answers = [stream.result() for stream in streams]
+            answer = whole.result().json()["choices"][0]["text"]
+        got = [*(text for text, _ in answers), answer]
+        assert got == expected, (
+            f"three streams and a prompt of 200 at once: expected {expected}, got {got}. {LOOK_CHUNK}"
+        )
+        for _, counts in answers:
+            assert sum(counts) == 60 and all(counts[:-1]), (
+                f"60 tokens, none in an empty delta: got {counts}. {LOOK_CHUNK}"
+            )
+
+        check_abort(server, prompt_of)
+        server.process.terminate()
+        server.check_ends_after_sigterm(LOOK)
+
+    trace = read_trace(trace_path)
+    for step in trace.steps:
+        total = sum(request.num_scheduled for request in step.requests)
+        assert total <= BUDGET, f"step {step.step} has {total} tokens, the budget is {BUDGET}. {LOOK}"
+    together = [step for step in trace.steps if len({request.num_sampled for request in step.requests}) == 2]
+    assert together, f"expected steps with decodes and chunks of a prompt, got none. {LOOK}"
+    aborted = [name for step in trace.steps for name in step.aborted]
+    steps = [request for step in trace.steps for request in step.requests if request.id in aborted]
+    assert len(aborted) == 1 and steps and not any(request.num_sampled for request in steps), (
+        f"one was aborted half-way: expected chunks of it and no token, got {steps[-3:]}. {LOOK_ABORT}"
+    )
+    assert trace.steps[-1].num_blocks_free == NUM_BLOCKS, f"got {trace.steps[-1]}. {LOOK_ABORT}"
+
+
+def check_abort(server: ServerProcess, prompt_of: Callable[..., list[int]]) -> None:
+    """A client goes away while its prompt of 2,000 tokens is being computed; a stream goes on beside it."""
+    body = {**ASK, "prompt": [7] * 2_000, "max_tokens": 8, "stream": True}
+    until(lambda: gauge(server, "kv_cache_usage_perc") == 0, "the server to be idle")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(read_stream, server, prompt_of(5), 100)
+        until(lambda: gauge(server, "num_requests_running") == 1, "the stream to begin")
+        connection: socket.socket = send_raw(server.url, request_bytes(COMPLETIONS, json.dumps(body).encode()))
+        until(
+            lambda: gauge(server, "kv_cache_usage_perc") * NUM_BLOCKS > 125, f"the prompt to get its 125 blocks. {LOOK}"
+        )
+        connection.close()
+        until(
+            lambda: gauge(server, "kv_cache_usage_perc") * NUM_BLOCKS < 125,
+            f"the blocks of a prompt to be free once its client has gone. {LOOK_ABORT}",
+        )
+        stream.result()
+    until(lambda: gauge(server, "kv_cache_usage_perc") == 0, f"all blocks to be free when all have ended. {LOOK_ABORT}")

@@ -1,0 +1,206 @@
+"""AsyncLLM.reset_prefix_cache over real sockets, and what else is new in the messages."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from common.outputs import CompletionOutput
+from common.sampling_params import SamplingParams
+from common.serving import GenerationError
+from part07_prefix_caching.async_engine import AsyncLLM, RequestStream
+from part07_prefix_caching.messages import (
+    AddRequest,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    PrefixCacheReset,
+    ResetPrefixCache,
+    decode_from_core,
+    decode_to_core,
+    encode,
+)
+from part07_prefix_caching.output_processor import join_outputs
+from tests.async_checks import DEADLINE_S, shut_down_at_the_end, until, within_deadline
+from tests.part07.gated import Gate, gated_engine
+
+LESSON = 'README "What a client sees"'
+LOOK_RESET = f"Look at async_engine.py::AsyncLLM.reset_prefix_cache and _read_outputs; {LESSON}."
+LOOK_CORE = f"Look at engine_core.py::EngineCore.handle; {LESSON}."
+LOOK_DEATH = f'Look at async_engine.py::AsyncLLM._die; README of part 5, "When one of them dies", and {LESSON}.'
+LOOK_STATS = f"Look at engine_core.py::EngineCore.stats; {LESSON}."
+LOOK_MESSAGES = f"Look at messages.py; {LESSON}."
+
+
+def on_an_event_loop(test: Callable[[Gate, AsyncLLM], Awaitable[None]]) -> Callable[[], None]:
+    """The coroutine gets a Gate and a running AsyncLLM over it, which always end."""
+
+    @functools.wraps(test)
+    def run() -> None:
+        gate = Gate(block_size=4)
+        with gated_engine(gate, block_size=4) as engine:
+
+            async def start_and_test() -> None:
+                engine.start()
+                await test(gate, engine)
+                await asyncio.to_thread(engine.shutdown)
+
+            with shut_down_at_the_end(engine_that_has_ended(engine), gate.open, LOOK_DEATH):
+                asyncio.run(asyncio.wait_for(start_and_test(), 3 * DEADLINE_S))
+
+    del run.__wrapped__  # type: ignore[attr-defined]  # pytest would take the coroutine's arguments for fixtures
+    return run
+
+
+class engine_that_has_ended:
+    """Is alive as long as its core is."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self.engine = engine
+
+    @property
+    def is_alive(self) -> bool:
+        return self.engine.core.process.is_alive()
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+def generate(engine: AsyncLLM, **fields: Any) -> RequestStream:
+    """A prompt of 10 tokens, an answer of 4."""
+    return engine.generate([100] * 10, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, **fields))
+
+
+async def read(stream: RequestStream) -> list[CompletionOutput]:
+    async def outputs() -> list[CompletionOutput]:
+        return [output async for output in stream]
+
+    return await within_deadline(outputs(), f"the request to end. {LOOK_RESET}")
+
+
+async def reset(engine: AsyncLLM) -> bool:
+    return await within_deadline(engine.reset_prefix_cache(), f"an answer to the reset. {LOOK_RESET}")
+
+
+@on_an_event_loop
+async def test_a_reset_forgets(gate: Gate, engine: AsyncLLM) -> None:
+    gate.open()
+    told = []
+    for turn in range(4):
+        told.append(join_outputs(await read(generate(engine))).num_cached_tokens)
+        if turn == 1:
+            assert await reset(engine) is True, f"nothing runs. {LOOK_RESET}"
+    assert told == [0, 8, 0, 8], (
+        f"10 tokens four times, a reset after the second: found {told}, expected [0, 8, 0, 8]. {LOOK_CORE}"
+    )
+
+
+@on_an_event_loop
+async def test_a_reset_is_refused_while_a_request_runs(gate: Gate, engine: AsyncLLM) -> None:
+    stream = generate(engine)
+    await until(lambda: gate.launched, "a step")
+    question = asyncio.ensure_future(engine.reset_prefix_cache())
+    gate.allow(2)  # the core hears it between two steps
+    got = await within_deadline(question, f"an answer to the reset. {LOOK_RESET}")
+    assert got is False, f"a request runs. {LOOK_CORE}"
+    gate.open()
+    outputs = await read(stream)
+    assert sum(len(output.token_ids) for output in outputs) == 4, f"got {outputs}. {LOOK_RESET}"
+    assert await reset(engine) is True, f"it has ended. {LOOK_RESET}"
+
+
+@on_an_event_loop
+async def test_answers_come_in_the_order_of_the_questions(gate: Gate, engine: AsyncLLM) -> None:
+    """One who asked does not wait any more; the others get their own answers."""
+    gate.open()
+    await read(generate(engine))
+    questions = [asyncio.ensure_future(engine.reset_prefix_cache()) for _ in range(2)]
+    await asyncio.sleep(0)
+    stream = generate(engine)
+    gate.is_open = False
+    questions.append(asyncio.ensure_future(engine.reset_prefix_cache()))
+    await asyncio.sleep(0)
+    questions[0].cancel()
+    gate.open()
+    got = await within_deadline(asyncio.gather(*questions, return_exceptions=True), f"three answers. {LOOK_RESET}")
+    assert isinstance(got[0], asyncio.CancelledError) and got[1] is True and isinstance(got[2], bool), (
+        f"the first has gone, the second was asked while nothing ran: got {got}. {LOOK_RESET}"
+    )
+    assert not engine._resets, f"all are answered, {engine._resets} are kept. {LOOK_RESET}"
+    await read(stream)
+
+
+@on_an_event_loop
+async def test_a_reset_of_a_dead_core(gate: Gate, engine: AsyncLLM) -> None:
+    """One that is under way when the core dies, and one that comes later."""
+    generate(engine)
+    await until(lambda: gate.launched, "a step")
+    question = asyncio.ensure_future(engine.reset_prefix_cache())
+    await asyncio.sleep(0)
+    engine.core.process.kill()
+    await until(lambda: not engine.is_alive, f"the death to be noticed. {LOOK_DEATH}")
+    with pytest.raises(GenerationError, match="the engine core has died"):
+        await within_deadline(question, f"an error for the one that waits. {LOOK_DEATH}")
+    with pytest.raises(GenerationError, match="the engine core has died"):
+        await reset(engine)
+
+
+@on_an_event_loop
+async def test_a_reset_when_the_server_shuts_down(gate: Gate, engine: AsyncLLM) -> None:
+    generate(engine)
+    await until(lambda: gate.launched, "a step")
+    question = asyncio.ensure_future(engine.reset_prefix_cache())
+    await asyncio.sleep(0)
+    ended = asyncio.ensure_future(asyncio.to_thread(engine.shutdown))
+    with pytest.raises(GenerationError, match="the server is shutting down"):
+        await within_deadline(question, f"an error for the one that waits. {LOOK_DEATH}")
+    await ended
+
+
+@on_an_event_loop
+async def test_stats(gate: Gate, engine: AsyncLLM) -> None:
+    gate.open()
+    for _ in range(3):
+        await read(generate(engine))
+    names = ("prefix_cache_queries", "prefix_cache_hits")
+    await until(lambda: engine.stats().get("prefix_cache_queries") == 30, f"30 tokens queried. {LOOK_STATS}")
+    got = [engine.stats()[name] for name in names]
+    assert got == [30, 16], f"10 tokens three times, block_size=4: expected {names} [30, 16], got {got}. {LOOK_STATS}"
+
+
+@on_an_event_loop
+async def test_a_slow_reader_is_told_what_was_found(gate: Gate, engine: AsyncLLM) -> None:
+    """All that came since its last look is one output: the count is not lost."""
+    gate.open()
+    await read(generate(engine))
+    stream = generate(engine, cache_salt=None)
+    await until(lambda: not engine._streams, "the whole answer to have come")
+    [output] = await read(stream)
+    assert (output.num_cached_tokens, len(output.token_ids)) == (8, 4), (
+        f"expected 4 tokens, and 8 found, got {output}. Look at output_processor.py::join_outputs; {LESSON}."
+    )
+
+
+def test_messages() -> None:
+    params = SamplingParams(cache_salt="s", max_tokens=3)
+    for message in (ResetPrefixCache(), AddRequest("0", [1, 2], params)):
+        got = decode_to_core(encode(message))
+        assert got == message and type(got) is type(message), f"expected {message}, got {got}. {LOOK_MESSAGES}"
+    for answer in (
+        PrefixCacheReset(True), PrefixCacheReset(False),
+        EngineCoreOutputs([EngineCoreOutput("0", [5], num_cached_tokens=16), EngineCoreOutput("1", [], error="e")], {}),
+    ):  # fmt: skip
+        got_answer = decode_from_core(encode(answer))
+        assert got_answer == answer, f"expected {answer}, got {got_answer}. {LOOK_MESSAGES}"
+
+
+def test_joined_outputs_keep_the_first_count() -> None:
+    outputs = [CompletionOutput(0, "a", [1], None, None, None, 16), CompletionOutput(0, "b", [2], "length", None)]
+    got = join_outputs(outputs).num_cached_tokens
+    assert got == 16, (
+        f"told with the first of two outputs: expected 16, got {got}. Look at output_processor.py; {LESSON}."
+    )
+    assert join_outputs(outputs[1:]).num_cached_tokens is None

@@ -1,0 +1,27 @@
+"""The exercises of part 7: markers in the code, and for each a task with hints and a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from part07_prefix_caching import scheduler
+from tests.exercise_checks import check_body, check_names, check_task, read_tasks
+
+PART_DIR = Path(scheduler.__file__).parent
+NAMES = {"find_cached", "num_blocks_needed", "allocate", "register", "free", "remove"}
+
+
+def test_part_7_has_its_exercises() -> None:
+    check_names(PART_DIR, NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(read_tasks(PART_DIR)))
+def test_an_exercise_has_a_task(name: str) -> None:
+    check_task(PART_DIR, name)
+
+
+@pytest.mark.parametrize("name", sorted(read_tasks(PART_DIR)))
+def test_an_exercise_is_the_body_of_the_function_it_names(name: str) -> None:
+    check_body(PART_DIR, name)

@@ -1,0 +1,180 @@
+"""free_queue.py: a linked list whose links are in the blocks, out of the middle of which a block comes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from part07_prefix_caching.free_queue import FreeBlockQueue, KVBlock
+
+LESSON = 'README "Free, and still there"'
+LOOK_REMOVE = f"Look at free_queue.py::FreeBlockQueue.remove; {LESSON}."
+LOOK_LINK = f"Look at free_queue.py::FreeBlockQueue._link; {LESSON}."
+
+
+def blocks_and_queue(number: int) -> tuple[list[KVBlock], FreeBlockQueue]:
+    blocks = [KVBlock(block_id) for block_id in range(1, number + 1)]
+    return blocks, FreeBlockQueue(blocks)
+
+
+def check(queue: FreeBlockQueue, expected: list[int], what: str, look: str = LOOK_REMOVE) -> None:
+    """From the front to the back, and back again along the other links."""
+    got = [block.block_id for block in islice(queue, len(expected) + 5)]  # a broken list may have no end
+    assert got == expected, f"{what}: expected {expected} from the front on, got {got}. {look}"
+    assert len(queue) == len(expected), f"{what}: {len(expected)} blocks are free, len() is {len(queue)}. {look}"
+    backwards, block = list[int](), queue._tail.previous
+    while block is not None and block is not queue._head and len(backwards) <= len(expected):
+        backwards.append(block.block_id)
+        block = block.previous
+    assert backwards == expected[::-1], f"{what}: backwards, expected {expected[::-1]}, got {backwards}. {look}"
+
+
+def check_unlinked(block: KVBlock, what: str) -> None:
+    assert block.previous is None and block.next is None, (
+        f"{what}: block {block.block_id} is not in the queue, and has neighbours: its links must be None, or "
+        "nobody can "
+        f"tell. {LOOK_REMOVE}"
+    )
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_block_is_removed_from_anywhere(place: int) -> None:
+    blocks, queue = blocks_and_queue(5)
+    queue.remove(blocks[place])
+    left = [block.block_id for block in blocks if block is not blocks[place]]
+    check(queue, left, f"block {place + 1} of 5 was removed")
+    check_unlinked(blocks[place], "after remove()")
+
+
+def test_the_only_one_is_removed() -> None:
+    [block], queue = blocks_and_queue(1)
+    queue.remove(block)
+    check(queue, [], "the only block was removed")
+    queue.append(block)
+    check(queue, [1], "and came back")
+
+
+def test_a_removed_block_can_come_back_at_either_end() -> None:
+    blocks, queue = blocks_and_queue(4)
+    queue.remove(blocks[1])
+    queue.append(blocks[1])
+    check(queue, [1, 3, 4, 2], "2 was removed and appended")
+    queue.remove(blocks[2])
+    queue.appendleft(blocks[2])
+    check(queue, [3, 1, 4, 2], "3 was removed and appended on the left")
+
+
+def test_the_front_is_taken_first() -> None:
+    blocks, queue = blocks_and_queue(3)
+    for expected in (1, 2, 3):
+        block = queue.popleft()
+        assert block.block_id == expected, (
+            f"expected block {expected} from the front, got {block.block_id}. {LOOK_LINK}"
+        )
+        check_unlinked(block, "after popleft()")
+    check(queue, [], "all are taken")
+    with pytest.raises(AssertionError, match="no block is free"):
+        queue.popleft()
+    check(queue, [], "one more was asked for, and there was none")
+    assert blocks[0].next is None
+
+
+def test_what_is_not_free_cannot_be_removed() -> None:
+    blocks, queue = blocks_and_queue(3)
+    queue.remove(blocks[1])
+    for block in (blocks[1], KVBlock(9)):
+        with pytest.raises(AssertionError, match=f"block {block.block_id} is not free"):
+            queue.remove(block)
+    check(queue, [1, 3], "2 was removed twice: the second time must change nothing")
+
+
+@pytest.mark.parametrize("name", ["append", "appendleft"])
+def test_what_is_free_cannot_become_free(name: str) -> None:
+    blocks, queue = blocks_and_queue(3)
+    for block in blocks:
+        with pytest.raises(AssertionError, match=f"block {block.block_id} is free already"):
+            getattr(queue, name)(block)
+    check(queue, [1, 2, 3], f"{name}() of what is there must change nothing", LOOK_LINK)
+
+
+class Counted(KVBlock):
+    """A block that counts how often its links are looked at or changed; all of them together."""
+
+    num_accesses = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("previous", "next"):
+            Counted.num_accesses += 1
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("previous", "next"):
+            Counted.num_accesses += 1
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_nobody_searches(place: int) -> None:
+    """In a pool of 1,000 as in one of 3: a handful of links is touched, wherever the block is."""
+    look: dict[str, tuple[Callable[[FreeBlockQueue, KVBlock], object], str]] = {
+        "remove": (FreeBlockQueue.remove, LOOK_REMOVE),
+        "append": (FreeBlockQueue.append, LOOK_LINK),
+    }
+    blocks = [Counted(block_id) for block_id in range(1_000)]
+    queue = FreeBlockQueue(blocks)
+    for name, (call, where) in look.items():
+        Counted.num_accesses = 0
+        call(queue, blocks[place])
+        assert Counted.num_accesses <= 20, (
+            f"{name}() of block {place} of 1,000: {Counted.num_accesses} links were touched, expected no more than 20, "
+            f"as with any other number of blocks. {where}"
+        )
+
+
+class Queue(RuleBasedStateMachine):
+    """Any order of calls, beside a plain list."""
+
+    @initialize(number=st.integers(1, 8))
+    def start(self, number: int) -> None:
+        self.blocks, self.queue = blocks_and_queue(number)
+        self.model = [block.block_id for block in self.blocks]
+
+    def outside(self) -> list[KVBlock]:
+        return [block for block in self.blocks if block.block_id not in self.model]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        block_id = data.draw(st.sampled_from(self.model), "block")
+        self.queue.remove(self.blocks[block_id - 1])
+        self.model.remove(block_id)
+
+    @precondition(lambda self: self.model)
+    @rule()
+    def popleft(self) -> None:
+        got, expected = self.queue.popleft().block_id, self.model.pop(0)
+        assert got == expected, f"expected block {expected} from the front, got {got}. {LOOK_REMOVE}"
+
+    @precondition(lambda self: self.outside())
+    @rule(data=st.data(), is_left=st.booleans())
+    def put(self, data: st.DataObject, is_left: bool) -> None:
+        block = data.draw(st.sampled_from(self.outside()), "block")
+        (self.queue.appendleft if is_left else self.queue.append)(block)
+        self.model.insert(0 if is_left else len(self.model), block.block_id)
+
+    @invariant()
+    def is_the_list(self) -> None:
+        if hasattr(self, "queue"):
+            check(self.queue, self.model, "after some calls", f"Look at free_queue.py::FreeBlockQueue; {LESSON}.")
+            for block in self.outside():
+                check_unlinked(block, "after some calls")
+
+
+TestQueue = Queue.TestCase
+TestQueue.settings = settings(deadline=None, derandomize=True, database=None, max_examples=40, stateful_step_count=30)

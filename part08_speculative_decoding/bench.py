@@ -167,9 +167,9 @@ def plot(m: dict[str, Any], path: Path) -> None:
     left.margins(y=0.2)
     right.set_xticks(range(len(m["batches"])), list(m["batches"]))
     right.set_ylim(bottom=0)
-    for axes in (left, right):
+    for axes, corner in ((left, "upper left"), (right, "upper right")):
         axes.axhline(1, color=plotting.BASELINE_COLOR, linewidth=1.2)
-        axes.legend(loc="upper left")
+        axes.legend(loc=corner)
     plotting.save(fig, path)
 
 

@@ -93,7 +93,7 @@ class AsyncLLM:
         """End the thread; what runs or waits is aborted."""
         with self._changed:
             self._stopping = True
-            requests = [*self.waiting, *([self.running] if self.running else [])]
+            requests = [*([self.running] if self.running else []), *self.waiting]
             self._changed.notify()
         for request in requests:
             self.abort(request)

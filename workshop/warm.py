@@ -82,7 +82,7 @@ def redirect(path: str, *descriptors: int) -> None:
 
 
 def preload(paths: list[Path]) -> None:
-    """Import what these files import at their top, except parts of the course and what cannot be imported."""
+    """Import what these files import at their top, except parts of the course, their tests, and what cannot be."""
     for module in ("pytest", "hypothesis", *(entry.module for entry in entry_points(group="pytest11"))):
         try_import(module)  # pytest and its plugins
     files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
@@ -92,7 +92,7 @@ def preload(paths: list[Path]) -> None:
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules = [node.module]
             for module in modules:
-                if not module.startswith("part") and module not in sys.modules:
+                if not module.startswith(("part", "tests.part")) and module not in sys.modules:
                     try_import(module)
 
 

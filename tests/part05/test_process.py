@@ -116,7 +116,6 @@ def test_nothing_is_left_of_many_requests(server: ServerProcess, llm: Any, promp
     answers = talk_to(server.url, asks)
     until(lambda: gauge(server, "num_requests_running") == gauge(server, "num_requests_waiting") == 0, "an idle engine")
     until(lambda: gauge(server, "kv_cache_usage_perc") == 0, f"all blocks to be free. {LOOK}")
-    assert gauge(server, "num_preemptions") > 0, "this test needs preemptions"
     check_answers(asks, answers, llm)
 
 

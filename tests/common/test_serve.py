@@ -119,7 +119,8 @@ def test_a_port_is_free_again_at_once_after_a_server_with_clients() -> None:
         client = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S)
         listener.accept()[0].close()
         client.close()
-    listen("127.0.0.1", port).close()
+    with listen("127.0.0.1", port) as again:
+        assert again.getsockname()[1] == port, f"expected port {port} again, got {again.getsockname()}. {LOOK}"
 
 
 @pytest.mark.parametrize("host", ["256.256.256.256", "no such host", "a" * 70, "a..b"])

@@ -87,14 +87,18 @@ class BlockManager:
         """How many free blocks a new request takes: new ones, and those of its cached ones that nobody owns now."""
         return self.num_blocks_for(num_tokens) - sum(block.ref_count > 0 for block in cached)
 
-    def allocate(self, request_id: str, num_tokens: int, cached: Sequence[KVBlock] = ()) -> bool:
+    def allocate(
+        self, request_id: str, num_tokens: int, cached: Sequence[KVBlock] = (), num_left_free: int = 0
+    ) -> bool:
         """Give a request the blocks it lacks to hold num_tokens tokens: all of them, or none and False.
 
-        cached: for a request without blocks, what find_cached() found; its table begins with them.
+        cached: for a request without blocks, what find_cached() found; its table begins with them. num_left_free: how
+        many have to stay free if any is taken.
         """
         table = self.block_tables.get(request_id, [])
         assert not (table and cached), f"request {request_id} has blocks already"
-        if self.num_blocks_needed(num_tokens, cached) - len(table) > self.num_free_blocks:
+        num_taken = self.num_blocks_needed(num_tokens, cached) - len(table)
+        if num_taken > 0 and num_taken + num_left_free > self.num_free_blocks:
             return False
         for block in cached:  # before new ones are taken, or one of these might be among them
             if block.ref_count == 0:

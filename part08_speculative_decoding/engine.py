@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.checkpoint import load_tokenizer, resolve_checkpoint
+from common.checkpoint import Checkpoint, load_tokenizer, resolve_checkpoint
 from common.errors import FieldError
 from common.outputs import CompletionOutput, FinishReason, RequestOutput
 from common.sampling_params import SamplingParams, check_supported, check_vocabulary
@@ -65,7 +65,8 @@ class LLMEngine:
         self.device, self.eos_token_ids = config.device, checkpoint.eos_token_ids
         max_model_len = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
         max_num_batched_tokens = token_budget(config, max_model_len)
-        self.runner = ModelRunner(config, checkpoint, max_model_len, max_num_batched_tokens)
+        draft = draft_checkpoint(config, checkpoint, max_model_len)
+        self.runner = ModelRunner(config, checkpoint, max_model_len, max_num_batched_tokens, draft)
         self.blocks = BlockManager(self.runner.kv_cache.num_blocks, config.block_size, config.enable_prefix_caching)
         self.proposer = make_proposer(config, self.runner)
         num_speculative_tokens = config.num_speculative_tokens if self.proposer else 0
@@ -169,7 +170,7 @@ class LLMEngine:
                 continue
             count = self.speculation.num_tokens(request, len(self.scheduler.running))
             count = min(count, request.max_num_tokens - request.num_tokens - 1)
-            if count > 0 and self.blocks.allocate(request.request_id, request.num_tokens + count - 1):
+            if count > 0 and self.scheduler.allocate_guesses(request, count - 1):
                 chosen.append(request)
                 counts.append(count)
         if chosen:
@@ -216,16 +217,25 @@ class LLMEngine:
         # exercise: end
 
 
+def draft_checkpoint(config: EngineConfig, target: Checkpoint, max_model_len: int) -> Checkpoint | None:
+    """The draft model, if one guesses. Raises FieldError for one that does not fit the target."""
+    if config.speculative_method != "draft_model":
+        return None
+    draft = resolve_checkpoint(config.speculative_model)
+    if draft.max_model_len < max_model_len:
+        sizes = f"{draft.max_model_len} tokens, and max_model_len is {max_model_len}"
+        raise FieldError("speculative_model", f"its context has {sizes}: expected at least as many")
+    if draft.config.vocab_size != target.config.vocab_size:
+        sizes = f"{draft.config.vocab_size} tokens, the target's {target.config.vocab_size}"
+        raise FieldError("speculative_model", f"its vocabulary has {sizes}: expected the same tokenizer")
+    return draft
+
+
 def make_proposer(config: EngineConfig, runner: ModelRunner) -> Proposer | None:
-    """Raises FieldError for a draft model that does not fit the target."""
     if config.speculative_method == "ngram":
         return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
-    if config.speculative_method == "draft_model":
-        checkpoint, max_model_len = resolve_checkpoint(config.speculative_model), runner.tokens.max_model_len
-        if checkpoint.max_model_len < max_model_len:
-            sizes = f"{checkpoint.max_model_len} tokens, and max_model_len is {max_model_len}"
-            raise FieldError("speculative_model", f"its context has {sizes}: expected at least as many")
-        return DraftModelProposer(checkpoint, runner.kv_cache, runner.model_config.vocab_size, runner.device)
+    if runner.draft_model is not None:
+        return DraftModelProposer(runner.draft_model, runner.kv_cache)
     return None
 
 

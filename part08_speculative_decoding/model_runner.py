@@ -53,13 +53,19 @@ class ModelRunner:
     """Runs steps on a stream. num_tokens_computed counts the positions that went through the model."""
 
     def __init__(
-        self, config: EngineConfig, checkpoint: Checkpoint, max_model_len: int, max_num_batched_tokens: int
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        draft: Checkpoint | None = None,
     ) -> None:
         assert config.device is not None, "EngineConfig chooses the device"
         self.device, self.block_size = config.device, config.block_size
         self.dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
         self.model_config: Any = checkpoint.config
         self.model = load_decoder(checkpoint, self.dtype, config.device)
+        self.draft_model = None if draft is None else load_decoder(draft, self.dtype, config.device)
         self.num_tokens_computed = 0
         self._scale = head_dim(self.model_config) ** -0.5
         self._backend = choose_backend(config.attention_backend, config.device)
@@ -166,10 +172,15 @@ class ModelRunner:
         )
 
     def _num_blocks(self, config: EngineConfig, max_num_batched_tokens: int) -> int:
-        """The pool's size: as many blocks as were asked for, or as the budget holds."""
+        """The pool's size: as many blocks as were asked for, or as the budget holds.
+
+        A draft model's cache has as many, and its weights are loaded by now: both come out of the same budget.
+        """
         if config.num_kv_blocks is not None:
             return config.num_kv_blocks
         bytes_per_block = kv_bytes_per_block(self.model_config, self.block_size, self.dtype)
+        if self.draft_model is not None:
+            bytes_per_block += kv_bytes_per_block(self.draft_model.config, self.block_size, self.dtype)
         if config.kv_cache_memory is not None:
             return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
         if not self.device.startswith("cuda"):

@@ -128,8 +128,8 @@ class Scheduler:
                 continue
             num_room = request.max_num_tokens - request.num_tokens - 1
             num_drafts = max(0, min(len(request.draft_token_ids), num_spare, num_room))
-            if num_drafts and not self.blocks.allocate(request.request_id, request.num_tokens + num_drafts):
-                num_drafts = 0  # nobody has to leave for a guess
+            if num_drafts and not self.allocate_guesses(request, num_drafts):
+                num_drafts = 0
             while not self.blocks.allocate(request.request_id, request.num_expected_tokens):
                 victim = self.running[-1]
                 self.preempt(victim)
@@ -143,6 +143,12 @@ class Scheduler:
             num_tokens = self._chunk_size(request.num_missing_tokens, output)
             if num_tokens and request not in output.preempted:
                 self._add(request, num_tokens, output)
+
+    def allocate_guesses(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for this many tokens after the last known one. Nobody has to leave for a guess: it takes a block only
+        if one is left for everybody else's own."""
+        num_tokens += request.num_tokens
+        return self.blocks.allocate(request.request_id, num_tokens, num_left_free=len(self.running) - 1)
 
     def _schedule_waiting(self, output: SchedulerOutput) -> None:
         """First come, first served: if the head of the queue does not fit, nobody behind it is let past."""

@@ -8,17 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common.checkpoint import Checkpoint
-from common.errors import FieldError
-
 from ..attention import AttentionMetadata, PagedAttention
 from ..block_manager import NULL_BLOCK, BlockManager
 from ..device import upload
 from ..kv_cache import KVCache
-from ..model import head_dim
+from ..model import DecoderModel
 from ..request import Request
 from ..sampler import SamplingState, draw, probabilities
-from ..weights import load_decoder
 
 
 class DraftModelProposer:
@@ -28,15 +24,11 @@ class DraftModelProposer:
     how far it has computed each request, and in which blocks: what the target found in its cache may be missing here.
     """
 
-    def __init__(self, checkpoint: Checkpoint, target: KVCache, vocab_size: int, device: str) -> None:
-        if checkpoint.config.vocab_size != vocab_size:
-            sizes = f"{checkpoint.config.vocab_size} tokens, the target's {vocab_size}"
-            raise FieldError("speculative_model", f"its vocabulary has {sizes}: expected the same tokenizer")
-        self.device, dtype = device, target.data.dtype
-        self.model = load_decoder(checkpoint, dtype, device)
-        self.kv_cache = KVCache(checkpoint.config, target.num_blocks, target.block_size, dtype, device)
-        backend = "triton" if device.startswith("cuda") else "torch"
-        self.attention = PagedAttention(self.kv_cache, head_dim(checkpoint.config) ** -0.5, backend)
+    def __init__(self, model: DecoderModel, target: KVCache) -> None:
+        self.model, self.device = model, str(target.data.device)
+        self.kv_cache = KVCache(model.config, target.num_blocks, target.block_size, target.data.dtype, self.device)
+        backend = "triton" if self.device.startswith("cuda") else "torch"
+        self.attention = PagedAttention(self.kv_cache, model.head_dim**-0.5, backend)
         self.num_tokens_computed = 0
         self._num_computed: dict[str, int] = {}
 

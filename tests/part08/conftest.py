@@ -15,7 +15,6 @@ from part08_speculative_decoding import engine as engine_module
 from part08_speculative_decoding import model_runner
 from part08_speculative_decoding.config import EngineConfig
 from part08_speculative_decoding.engine import LLM, LLMEngine
-from part08_speculative_decoding.spec_decode import draft_model
 from tests.part08.scripted import take_step, watch
 
 torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
@@ -36,10 +35,9 @@ def make_llm() -> Iterator[Callable[..., LLM]]:
         return llm
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (model_runner, draft_model):
-            patch.setattr(
-                module, "load_decoder", lambda other, *rest: decoders.get(other.name) or load_decoder(other, *rest)
-            )
+        patch.setattr(
+            model_runner, "load_decoder", lambda other, *rest: decoders.get(other.name) or load_decoder(other, *rest)
+        )
         patch.setattr(engine_module, "load_tokenizer", lambda _: tokenizer)
         yield make
 

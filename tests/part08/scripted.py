@@ -147,9 +147,12 @@ class ScriptedRunner:
     which something else was than it believed. log: launches and results in their order.
     """
 
-    def __init__(self, config: EngineConfig, checkpoint: Any, max_model_len: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, config: EngineConfig, checkpoint: Any, max_model_len: int, max_num_batched_tokens: int, draft: Any = None
+    ) -> None:
         self.kv_cache = SimpleNamespace(num_blocks=config.num_kv_blocks)
         self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE)
+        self.draft_model = None
         self.tokens = TokenBuffer(config.max_num_seqs, max_model_len, "cpu")
         self.tokens.data.fill_(UNWRITTEN)
         self.cache: dict[int, tuple[int, bytes]] = {}

@@ -72,6 +72,20 @@ def engine_of(small_models: SmallModels, **flags: Any) -> tuple[LLMEngine, Compa
     return engine, compared
 
 
+def test_both_caches_come_out_of_one_budget(small_models: SmallModels) -> None:
+    """A pool sized by the target's blocks alone would take more memory than it was given."""
+    budget = 100_000
+    engine, compared = engine_of(small_models, num_kv_blocks=None, kv_cache_memory=budget)
+    caches = (engine.runner.kv_cache, compared.proposer.kv_cache)
+    sizes = [cache.data.numel() * cache.data.element_size() for cache in caches]
+    assert caches[0].num_blocks == caches[1].num_blocks, f"blocks: {[cache.num_blocks for cache in caches]}. {LOOK}"
+    per_block = sum(sizes) // caches[0].num_blocks
+    assert budget - per_block < sum(sizes) <= budget, (
+        f"a budget of {budget:,} bytes: the target's cache and the draft's take {sizes}, {sum(sizes):,} together. "
+        f"Look at model_runner.py::ModelRunner._num_blocks; {LESSON}."
+    )
+
+
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 @pytest.mark.parametrize("seed", range(2))
 def test_guesses_are_those_of_a_model_without_a_cache(small_models: SmallModels, seed: int, is_async: bool) -> None:

@@ -237,7 +237,7 @@ def test_who_comes_with_no_room_for_guesses() -> None:
 
 ROOM: dict[str, dict[str, Any]] = {
     "room": dict(num_kv_blocks=400, speculative_max_num_seqs=64),
-    "preempting": dict(num_kv_blocks=28, block_size=4, max_num_seqs=6),
+    "preempting": dict(num_kv_blocks=20, block_size=4, max_num_seqs=6),
     "small budget": dict(max_num_batched_tokens=9, max_num_seqs=5),
 }
 RUNS = [

@@ -32,6 +32,7 @@ LOOK_RUNNING = f"Look at scheduler.py::Scheduler._schedule_running; {LESSON}."
 LOOK_ADD = f"Look at scheduler.py::SchedulerOutput.add; {LESSON}."
 LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "What the step brought".'
 LOOK_PREEMPT = f"Look at scheduler.py::Scheduler.preempt; {LESSON}."
+LOOK_GUESSES = f"Look at scheduler.py::Scheduler.allocate_guesses; {LESSON}."
 LOOK_PROBE = 'Look at spec_decode/speculation.py::Speculation.num_tokens; README "How many guesses".'
 LOOK_NAME = 'Look at scheduler.py::Scheduler._add, _release; README "A cache that keeps step".'
 
@@ -216,6 +217,19 @@ def test_nobody_leaves_for_a_guess() -> None:
     assert first.draft_token_ids == [], f"guesses that are not in the step: {first.draft_token_ids}. {LOOK_ADD}"
 
 
+@pytest.mark.parametrize(("num_free", "num_given"), [(1, 1), (2, 4)])
+def test_a_guess_leaves_a_block_for_who_comes_after(num_free: int, num_given: int) -> None:
+    """Blocks of 4: 0 has 8 tokens and would guess into a third block, 1 has 9 and needs a third one for its own."""
+    scheduler = scheduler_of(num_blocks=1 + 4 + num_free, block_size=4)
+    first = running(scheduler, "0", 6)
+    running(scheduler, "1", 8)
+    bring(first, [91] * first.num_output_placeholders)  # it took part in the other's prefill
+    first.draft_token_ids = [1, 2, 3]
+    output = scheduler.schedule()
+    assert not output.preempted, f"{num_free} free: {ids(output.preempted)} had to leave for a guess. {LOOK_GUESSES}"
+    check(output, {"0": (num_given, num_given), "1": (1, 1)}, f"{num_free} free, a guess and 1's own token need one")
+
+
 def test_blocks_for_guesses_as_well() -> None:
     scheduler = scheduler_of(block_size=4)
     running(scheduler, "0", 6, [1, 2, 3])
@@ -259,10 +273,10 @@ def test_preempted_while_its_guesses_are_checked() -> None:
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 def test_preempted_again_and_again(is_async: bool) -> None:
-    """The first guesses badly and runs ahead, those behind it guess well, in a pool that is too small for them."""
+    """The first four guess badly and run ahead, those behind them guess well, in a pool too small for all."""
     engine = scripted_engine(
-        max_model_len=128, kinds=[BY_PROMPT, "right", "wrong"], num_speculative_tokens=3, num_kv_blocks=24,
-        block_size=2, max_num_seqs=3, async_scheduling=is_async, enable_prefix_caching=False,
+        max_model_len=128, kinds=[BY_PROMPT, "right", "wrong"], num_speculative_tokens=3, num_kv_blocks=30,
+        block_size=2, max_num_seqs=6, async_scheduling=is_async, enable_prefix_caching=False,
     )  # fmt: skip
     seen = list[str]()
     preempt = engine.scheduler.preempt
@@ -274,8 +288,8 @@ def test_preempted_again_and_again(is_async: bool) -> None:
 
     engine.scheduler.preempt = note  # type: ignore[method-assign]
     good, bad = ([token for token in range(100, 200) if zlib.crc32(bytes([token]), 7) % 2 == odd] for odd in (0, 1))
-    prompts = {"0": [1, bad[0]], **{str(number): [2, good[number]] for number in range(1, 12)}}
-    lengths = {name: 40 if name == "0" else 14 for name in prompts}
+    prompts = {str(number): [1, bad[number]] if number < 4 else [2, good[number]] for number in range(14)}
+    lengths = {name: 40 if int(name) < 4 else 14 for name in prompts}
     for name, prompt in prompts.items():
         engine.add_request(name, prompt, params_for(lengths[name], ignore_eos=True))
     answers = run_dry(engine)

@@ -30,7 +30,8 @@ from .engine import LLMEngine
 from .memory_map import memory_map, num_slots
 
 CONTEXT, BLOCK_SIZE = 2_048, 16
-LAYOUTS = {"contiguous": CONTEXT, "paged": BLOCK_SIZE}
+LAYOUTS = {"contiguous": CONTEXT, "paged": BLOCK_SIZE, "blocks of 8": 8}
+PICTURED = ("contiguous", "paged")
 Lengths = tuple[int, int]
 
 
@@ -134,8 +135,8 @@ def measure_capacity(config: BenchConfig) -> dict[str, dict[str, dict[str, float
 def take_pictures(config: BenchConfig, num_steps: int = 40) -> dict[str, list[int]]:
     """The pool after some steps of "chat", for each 16 slots: −1 free, 0 reserved and empty, else the owner + 1."""
     pictures = {}
-    for name, block_size in LAYOUTS.items():
-        engine = make_engine(config, block_size)
+    for name in PICTURED:
+        engine = make_engine(config, LAYOUTS[name])
         add_requests(engine, config, chat)
         for _ in range(num_steps):
             engine.step()
@@ -198,12 +199,13 @@ def plot(capacity: dict[str, Any], path: Path) -> None:
     fig, (left, right) = plotting.panels(
         [("Requests at once in the same memory", "", "requests, mean"), ("Reserved and empty", "", "share, %")]
     )
-    for axes, key, factor, fmt in ((left, "mean_requests", 1, "{:,.1f}"), (right, "waste", 100, "{:,.0f}")):
-        for i, (name, color) in enumerate((("contiguous", plotting.BASELINE_COLOR), ("paged", plotting.COLORS[0]))):
+    colors = dict(zip(LAYOUTS, (plotting.BASELINE_COLOR, *plotting.COLORS), strict=False))
+    for axes, key, factor, fmt in ((left, "mean_requests", 1, "{:,.1f}"), (right, "waste", 100, "{:,.1f}")):
+        for i, (name, color) in enumerate(colors.items()):
             values = [factor * runs[name][key] for runs in capacity.values()]
-            bars = axes.bar([x + 0.4 * i for x in range(len(values))], values, 0.36, color=color, label=name)
+            bars = axes.bar([x + 0.3 * i for x in range(len(values))], values, 0.27, color=color, label=name)
             plotting.label_bars(axes, bars, fmt)
-        axes.set_xticks([x + 0.2 for x in range(len(capacity))], list(capacity))
+        axes.set_xticks([x + 0.3 for x in range(len(capacity))], list(capacity))
         axes.margins(y=0.15)
     left.legend(loc="upper right")
     plotting.save(fig, path)
@@ -211,9 +213,9 @@ def plot(capacity: dict[str, Any], path: Path) -> None:
 
 def plot_memory(pictures: dict[str, list[int]], path: Path, columns: int = 64) -> None:
     titles = {"contiguous": "Contiguous: grey is empty", "paged": "Paged: white is free"}
-    fig, all_axes = plotting.panels([(titles[name], "", "") for name in LAYOUTS], height_px=230)
+    fig, all_axes = plotting.panels([(titles[name], "", "") for name in PICTURED], height_px=230)
     colors = ["#FFFFFF", "#D0D0D0"] + [plotting.COLORS[i % len(plotting.COLORS)] for i in range(256)]
-    for axes, name in zip(all_axes, LAYOUTS, strict=True):
+    for axes, name in zip(all_axes, PICTURED, strict=True):
         cells = torch.tensor(pictures[name]).view(-1, columns) + 1
         axes.imshow(
             cells, cmap=ListedColormap(colors), vmin=0, vmax=len(colors) - 1, aspect="auto", interpolation="nearest"

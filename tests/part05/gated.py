@@ -16,13 +16,14 @@ import zmq
 from part05_async_scheduling import async_engine, core_client, engine_core
 from part05_async_scheduling.async_engine import AsyncLLM
 from part05_async_scheduling.config import EngineConfig
+from part05_async_scheduling.core_client import CoreClient
 from part05_async_scheduling.engine import LLMEngine
 from part05_async_scheduling.engine_core import EngineCore
-from part05_async_scheduling.messages import ToCore, decode_to_core
+from part05_async_scheduling.messages import Start, ToCore, decode_to_core
 from tests.async_checks import DEADLINE_S
 from tests.part05.scripted import ScriptedStep, answer_alone, runner_of, scripted_engine
 
-RECEIVE = EngineCore.receive
+RECEIVE, SEND = EngineCore.receive, CoreClient.send
 NUM_TOKENS = 6  # of an answer, and of a prompt
 
 
@@ -40,7 +41,7 @@ class Killed(BaseException):
 class Gate:
     """Each step of the model waits for a permit. begun: who is in each step whose result was asked for.
 
-    must_hear: the core takes no step before it has heard so many messages.
+    must_hear: the core takes no step before it has heard so many messages. num_sent: how many there were so far.
     """
 
     def __init__(self, **flags: Any) -> None:
@@ -49,7 +50,7 @@ class Gate:
         self.is_open = self.is_killed = False
         self.begun: list[list[str]] = []
         self.start_error: Exception | None = None
-        self.must_hear = self.num_heard = 0
+        self.must_hear = self.num_heard = self.num_sent = 0
         runner = runner_of(self.engine)
         self._run, runner.run = runner.run, self.run  # type: ignore[method-assign]
 
@@ -64,6 +65,10 @@ class Gate:
             messages.append(decode_to_core(core.requests.recv()))
         self.num_heard += len(messages)
         return messages
+
+    def send(self, client: CoreClient, message: ToCore) -> None:
+        self.num_sent += not isinstance(message, Start)
+        SEND(client, message)
 
     def run(self, step: ScriptedStep) -> None:
         self.begun.append([work.request_id for work in step.work])
@@ -163,6 +168,7 @@ def gated_engine(gate: Gate, **flags: Any) -> Iterator[AsyncLLM]:
         stack.enter_context(mock.patch.object(core_client.multiprocessing, "get_context", lambda method: spawn))
         stack.enter_context(mock.patch.object(engine_core, "LLMEngine", gate.make_engine))
         stack.enter_context(mock.patch.object(EngineCore, "receive", lambda core: gate.receive(core)))
+        stack.enter_context(mock.patch.object(CoreClient, "send", lambda client, message: gate.send(client, message)))
         stack.enter_context(mock.patch.object(async_engine, "load_tokenizer", lambda _: Words()))
         try:
             yield AsyncLLM(config)

@@ -218,6 +218,7 @@ async def test_the_core_stops_with_a_request_that_a_stop_string_ended(gate: Gate
     stream = generate(engine, 3, max_tokens=50, stop=[f" w{token_ids[0]}"])
     gate.allow(1)
     await read_pieces(stream, "a request with a stop string")
+    gate.must_hear = gate.num_sent
     gate.allow(3)
     await until(
         lambda: not gate.engine.has_unfinished_requests, f"the core to be told that it has ended. {LOOK_DELIVER}"
@@ -325,7 +326,7 @@ def test_abort_at_every_point_of_a_request_s_life(state: str) -> None:
         engine.abort(stream)
         engine.abort(stream)
         num_launched = len(gate.launched)
-        await asyncio.sleep(0.5)  # ZeroMQ's own threads carry the message over; the core reads it before its next step
+        gate.must_hear = gate.num_sent  # the abort too: ZeroMQ's own threads carry it over
         gate.open()
         for number, other in ((0, first), (2, last)):
             got, expected = await read(other, f"request {number}, which nobody aborted"), gate.answer(number, 10)

@@ -112,6 +112,8 @@ def test_nothing_is_left_of_many_requests(server: ServerProcess, llm: Any, promp
     """A hundred of all kinds, a third cut off by their clients: see soak.py."""
     from tests.part05.soak import check_answers, make_asks, talk_to
 
+    two = server.post(COMPLETIONS, {**GREEDY, "prompt": [[5] * 40, [6] * 40], "max_tokens": 60})  # 26 blocks
+    assert two.status_code == 200 and gauge(server, "num_preemptions") > 0, f"one was to wait for the other: {two.text}"
     asks = make_asks(prompt_of)
     answers = talk_to(server.url, asks)
     until(lambda: gauge(server, "num_requests_running") == gauge(server, "num_requests_waiting") == 0, "an idle engine")

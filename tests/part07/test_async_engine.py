@@ -103,7 +103,9 @@ async def test_a_reset_is_refused_while_a_request_runs(gate: Gate, engine: Async
     stream = generate(engine)
     await until(lambda: gate.launched, "a step")
     question = asyncio.ensure_future(engine.reset_prefix_cache())
-    gate.allow(2)  # the core hears it between two steps
+    await asyncio.sleep(0)
+    gate.must_hear = gate.num_sent  # between two steps
+    gate.allow(2)
     got = await within_deadline(question, f"an answer to the reset. {LOOK_RESET}")
     assert got is False, f"a request runs. {LOOK_CORE}"
     gate.open()

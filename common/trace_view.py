@@ -132,19 +132,40 @@ def _block_usage(steps: Sequence[StepTrace]) -> str:
 def _time_shares(steps: Sequence[StepTrace], seconds: float) -> str:
     if seconds <= 0:
         return "no time passed"
-    parts = {name: sum(getattr(step, f"{name}_s") for step in steps) for name in ("schedule", "execute", "update")}
-    parts["gaps"] = sum(_gap_list(steps))
+    parts = {
+        "schedule": sum(step.schedule_s for step in steps),
+        "execute" if steps[0].forward_s is None else "model": sum(end - start for start, end in map(_busy, steps)),
+        "update": sum(step.update_s for step in steps),
+        "gaps": sum(_gap_list(steps)),
+    }
     return ", ".join(f"{name} {part_s / seconds:.1%}" for name, part_s in parts.items())
+
+
+def _busy(step: StepTrace) -> tuple[float, float]:
+    """From when to when a step kept the model busy; without its times, the whole step."""
+    if step.forward_start_s is None or step.forward_s is None:
+        return step.start_s + step.schedule_s, step.start_s + step.schedule_s + step.execute_s
+    return step.forward_start_s, step.forward_start_s + step.forward_s
 
 
 def _gaps(steps: Sequence[StepTrace]) -> str:
     gaps = _gap_list(steps)
-    return f"mean {sum(gaps) / len(gaps) * 1e3:,.3f} ms, max {max(gaps) * 1e3:,.3f} ms" if gaps else "only one step"
+    return f"mean {sum(gaps) / len(gaps) * 1e3:,.3f} ms, max {max(gaps) * 1e3:,.3f} ms" if gaps else "none"
 
 
 def _gap_list(steps: Sequence[StepTrace]) -> list[float]:
-    """Seconds from each step's end to the next one's start; an engine that schedules ahead has none."""
-    return [max(0.0, after.start_s - before.end_s) for before, after in pairwise(steps)]
+    """Seconds in which requests were there and nothing worked for them: from a step's end to the next one's start.
+
+    Where the trace has the model's own times, those in which the model waited.
+    """
+    gaps = []
+    for before, after in pairwise(steps):
+        if before.num_waiting or not {request.id for request in before.requests} <= {*before.finished, *after.aborted}:
+            end, start = (before.end_s, after.start_s)
+            if before.forward_s is not None:
+                end, start = _busy(before)[1], _busy(after)[0]
+            gaps.append(max(0.0, start - end))
+    return gaps
 
 
 def chart(steps: Sequence[StepTrace], start: int, stop: int, width: int, max_rows: int) -> Iterator[Text]:

@@ -60,13 +60,13 @@ def show_answers(console: Console, llm: LLM) -> None:
     blocks = engine.blocks
     console.print(
         f"{engine.num_steps} steps for all four. Now {blocks.num_used_blocks} blocks are used, "
-        f"{blocks.num_free_blocks} free: {blocks.num_blocks - 1} and the null block.\n",
+        f"{blocks.num_free_blocks} free; with the null block the pool has {blocks.num_blocks}.\n",
         highlight=False,
     )
 
 
 def fill_pool(model: str, block_size: int) -> LLMEngine:
-    """An engine whose pool has room for BUDGET_TOKENS tokens, run until the first request would have to leave."""
+    """An engine whose pool has room for BUDGET_TOKENS tokens, after 32 steps."""
     engine = LLMEngine(
         EngineConfig(
             model=model, max_model_len=CONTEXT, max_num_seqs=256, block_size=block_size,

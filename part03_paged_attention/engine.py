@@ -72,7 +72,7 @@ class LLMEngine:
             raise FieldError(
                 "prompt",
                 f"{len(prompt_token_ids)} tokens and an answer of up to {num_tokens - len(prompt_token_ids)} "
-                f"can never fit: the KV cache holds {capacity} tokens",
+                f"can never fit: the KV cache holds {capacity} tokens; lower max_tokens or start with more KV blocks",
             )
         if len(prompt_token_ids) > self.max_num_batched_tokens:
             raise FieldError(

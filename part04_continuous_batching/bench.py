@@ -1,6 +1,7 @@
 """python -m part04_continuous_batching.bench: static against continuous batches, and both against transformers.
 
-Writes results/part04.json, results/part04.png and results/part04_slots.png. Everything runs in one process, in turns.
+Writes results/part04.json, part04.png, part04_slots_static.png and part04_slots_continuous.png. Everything runs in one
+process, in turns.
 """
 
 from __future__ import annotations

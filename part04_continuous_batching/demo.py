@@ -25,7 +25,7 @@ QUESTIONS = (
     "What is preemption?",
     "What is static batching?",
     "What is head-of-line blocking?",
-    "What is a scheduler?",
+    "What is a token budget?",
     "What is paged attention?",
 )
 

@@ -79,7 +79,7 @@ class LLMEngine:
             raise FieldError(
                 "prompt",
                 f"{len(prompt_token_ids)} tokens and an answer of up to {num_tokens - len(prompt_token_ids)} "
-                f"can never fit: the KV cache holds {capacity} tokens",
+                f"can never fit: the KV cache holds {capacity} tokens; lower max_tokens or start with more KV blocks",
             )
 
     def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:

@@ -213,8 +213,10 @@ def plot_timeline(steps: dict[str, list[StepTrace]], path: Path, num_shown: int 
     """What the device and the engine did, below each other, for some scripted steps out of the middle."""
     labels = [(title, "milliseconds", "") for title in ("In step", "One step ahead")]
     fig, panels = plotting.panels(labels, height_px=260)
+    longest = steps["sync"][len(steps["sync"]) // 2 :][:num_shown]
+    span_ms = 1e3 * (forward(longest[-1])[1] - forward(longest[0])[0])  # on both sides, so that they can be compared
     for axes, (name, found) in zip(panels, steps.items(), strict=True):
-        shown = found[len(found) // 2 :][:num_shown]
+        shown = found[len(found) // 2 :][: 2 * num_shown]
         zero_s = forward(shown[0])[0]
         for level, color, intervals in (
             (1, COLORS[name], [forward(step) for step in shown]),
@@ -223,7 +225,7 @@ def plot_timeline(steps: dict[str, list[StepTrace]], path: Path, num_shown: int 
             bars = [(1e3 * (start - zero_s), 1e3 * (end - start)) for start, end in intervals]
             axes.broken_barh(bars, (level - 0.35, 0.7), color=color, edgecolor="white", linewidth=0.6)
         axes.set_yticks([0, 1], ["engine", "model"])
-        axes.set_xlim(0, 1e3 * (forward(shown[-1])[1] - zero_s))
+        axes.set_xlim(0, span_ms)
         axes.grid(axis="y", visible=False)
     plotting.save(fig, path)
 

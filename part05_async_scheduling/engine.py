@@ -170,7 +170,8 @@ def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, limit
         raise FieldError(
             "prompt",
             f"{num_prompt_tokens} tokens and an answer of up to {num_tokens - num_prompt_tokens} "
-            f"can never fit: the KV cache holds {limits.num_kv_tokens} tokens",
+            f"can never fit: the KV cache holds {limits.num_kv_tokens} tokens; lower max_tokens or start with more KV "
+            "blocks",
         )
 
 

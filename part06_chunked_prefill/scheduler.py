@@ -149,9 +149,8 @@ class Scheduler:
         """Allocate a waiting request's blocks, unless that would leave fewer free than the watermark.
 
         It gets blocks for all its tokens, though the step may compute only some: a prompt that is let in with its first
-        chunk alone would find the pool full half-way.
-        Without it a request is let in with the last block, and the next step throws it out again. One that would run
-        alone is let in anyway: nobody is there to be disturbed.
+        chunk alone would find the pool full half-way. Without the watermark it is let in with the last block, and the
+        next step throws it out again. One that would run alone is let in anyway: nobody is there to be disturbed.
         """
         num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_for(request.num_tokens)
         if self.running and num_free_after < self.watermark_blocks:

@@ -221,7 +221,10 @@ def draft_checkpoint(config: EngineConfig, target: Checkpoint, max_model_len: in
     """The draft model, if one guesses. Raises FieldError for one that does not fit the target."""
     if config.speculative_method != "draft_model":
         return None
-    draft = resolve_checkpoint(config.speculative_model)
+    try:
+        draft = resolve_checkpoint(config.speculative_model)
+    except FieldError as error:
+        raise FieldError("speculative_model", str(error).removeprefix(f"{error.field}: ")) from None
     if draft.max_model_len < max_model_len:
         sizes = f"{draft.max_model_len} tokens, and max_model_len is {max_model_len}"
         raise FieldError("speculative_model", f"its context has {sizes}: expected at least as many")
@@ -271,7 +274,8 @@ def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, limit
         raise FieldError(
             "prompt",
             f"{num_prompt_tokens} tokens and an answer of up to {num_tokens - num_prompt_tokens} "
-            f"can never fit: the KV cache holds {limits.num_kv_tokens} tokens",
+            f"can never fit: the KV cache holds {limits.num_kv_tokens} tokens; lower max_tokens or start with more KV "
+            "blocks",
         )
 
 

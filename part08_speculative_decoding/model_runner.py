@@ -99,7 +99,7 @@ class ModelRunner:
             row, end = self.tokens.rows[request.request_id], request.num_computed_tokens
             positions += range(start, end)
             input_places += range(self.tokens.place(row, start), self.tokens.place(row, end))
-            for position in range(end - num_sampled + 1, end + 1) if num_sampled else ():
+            for position in range(end - num_sampled + 1, end + 1):
                 last_rows.append(len(positions) - 1 - (end - position))
                 output_places.append(self.tokens.place(row, position))
                 num_prompt_tokens = len(request.prompt_token_ids)

@@ -190,9 +190,8 @@ class Scheduler:
         """Allocate a waiting request's blocks, unless that would leave fewer free than the watermark.
 
         It gets blocks for all its tokens, though the step may compute only some: a prompt that is let in with its first
-        chunk alone would find the pool full half-way.
-        Without it a request is let in with the last block, and the next step throws it out again. One that would run
-        alone is let in anyway: nobody is there to be disturbed.
+        chunk alone would find the pool full half-way. Without the watermark it is let in with the last block, and the
+        next step throws it out again. One that would run alone is let in anyway: nobody is there to be disturbed.
         """
         num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_needed(request.num_tokens, cached)
         if self.running and num_free_after < self.watermark_blocks:
@@ -221,16 +220,13 @@ class Scheduler:
         (self.running if request in self.running else self.waiting).remove(request)
         self._release(request)
 
-    def abort(self, request_ids: Iterable[str], is_written: bool = True) -> list[Request]:
-        """Forget requests wherever they are. Returns those that were there; one that has ended is no error.
-
-        is_written: what they computed is in their blocks and may be found by others.
-        """
+    def abort(self, request_ids: Iterable[str]) -> list[Request]:
+        """Forget requests wherever they are. Returns those that were there; one that has ended is no error."""
         wanted, found = set(request_ids), []
         for queue in (self.waiting, self.running):
             for request in [request for request in queue if request.request_id in wanted]:
                 queue.remove(request)
-                self._release(request, is_written)
+                self._release(request)
                 request.status = RequestStatus.FINISHED_ABORTED
                 found.append(request)
         return found
@@ -245,10 +241,10 @@ class Scheduler:
         for output in (step, *later):
             failed |= self.blocks.forget(block for block in output.registered if block.request_id in failed)
             self.blocks.forget(output.registered)
-        return self.abort(failed, is_written=False)
+        return self.abort(failed)
 
-    def _release(self, request: Request, is_written: bool = True) -> None:
-        if is_written and request.request_id in self.blocks.block_tables:
+    def _release(self, request: Request) -> None:
+        if request.request_id in self.blocks.block_tables:
             num_written = request.num_computed_tokens - request.num_output_placeholders
             self.blocks.register(request, min(num_written, request.num_tokens))
         request.num_registered_blocks = 0

@@ -151,7 +151,7 @@ class Report:
 
 def count(num_passed: int, num_tests: int, passes: bool) -> Text:
     mark, style = ("passes", "green") if passes else ("fails", "red")
-    return Text(f"{mark}, {num_passed} of {num_tests} tests" if num_tests else "cannot be run", style=style)
+    return Text(f"{mark}: {num_passed} of {num_tests} tests pass" if num_tests else "cannot be run", style=style)
 
 
 def width(exercises: Iterable[Exercise]) -> int:

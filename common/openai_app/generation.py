@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+from common.errors import FieldError
 from common.openai_app.metrics import Metrics, RequestTimer
 from common.openai_app.protocol import ApiRequest
 from common.outputs import CompletionOutput
@@ -20,7 +21,12 @@ def admit(engine: ServingEngine, request: ApiRequest, metrics: Metrics, timer: R
     streams = []
     with contextlib.ExitStack() as on_failure:
         for prompt_token_ids, params in request.engine_requests():
-            streams.append(engine.generate(prompt_token_ids, params, **extra))
+            try:
+                streams.append(engine.generate(prompt_token_ids, params, **extra))
+            except FieldError as error:
+                if error.field == "prompt" and request.is_chat:  # the client's name for it
+                    raise FieldError("messages", str(error).removeprefix("prompt: ")) from None
+                raise
             on_failure.callback(engine.abort, streams[-1])
         on_failure.pop_all()
     metrics.prompt_tokens.inc(sum(map(len, request.prompts)))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from common.outputs import CompletionOutput
 
@@ -15,11 +15,13 @@ TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
 ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")  # all else is counted from the start
+
 
 class Metrics:
     """One app's metrics. "Request" in their names means what the engine means by it: each choice is one.
 
-    stats is asked for the engine's gauges whenever somebody scrapes.
+    stats is asked for the engine's own numbers whenever somebody scrapes.
     """
 
     def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
@@ -43,10 +45,13 @@ class Metrics:
         self.inter_token_latency = self._histogram("inter_token_latency", "Between outputs of a request.", ITL_BUCKETS)
         self.e2e_latency = self._histogram("e2e_request_latency", "From arrival to the last token.", E2E_BUCKETS)
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The engine's gauges; prometheus_client calls this at each scrape."""
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """The engine's gauges and counters; prometheus_client calls this at each scrape."""
         for name, value in self._stats().items():
-            yield GaugeMetricFamily(f"engine:{name}", f"{name} of the engine at this moment.", value)
+            if name in GAUGES:
+                yield GaugeMetricFamily(f"engine:{name}", f"{name} of the engine at this moment.", value)
+            else:
+                yield CounterMetricFamily(f"engine:{name}", f"{name} since the engine's start.", value)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

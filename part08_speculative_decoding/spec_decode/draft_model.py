@@ -66,7 +66,7 @@ class DraftModelProposer:
         for request in requests:
             start, end = request.num_tokens + len(drafts) - 1, request.num_tokens + len(drafts)
             if not drafts:
-                start = min(start, self._num_computed.get(request.request_id, 0))
+                start = self._num_computed.get(request.request_id, 0)
                 input_ids += request.tokens_between(start, end)
             positions += range(start, end)
             slots += [blocks.slot(request.request_id, position) for position in range(start, end)]

@@ -1,4 +1,4 @@
-"""Guessing by looking back: what followed the last time the text ended like this."""
+"""Guessing by looking back: what followed the first time the text ended like this."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def test_all_choices_are_admitted_or_none(manual: Server, stream: bool) -> None:
 @streamed_or_not
 def test_what_the_engine_refuses_is_400(manual: Server, path: str, stream: bool) -> None:
     manual.engine.refusal = FieldError("prompt", "6 blocks needed, the pool has 5")
-    check_error(manual.post(path, GOOD[path], stream=stream), 400, "prompt", "the pool has 5")
+    field = "messages" if path == CHAT else "prompt"  # the client's name for it
+    check_error(manual.post(path, GOOD[path], stream=stream), 400, field, f"{field}: 6 blocks needed, the pool has 5")
     manual.engine.refusal = None
     assert not manual.engine.streams
 

@@ -98,15 +98,43 @@ def test_the_notice_of_a_cut_line_is_shown() -> None:
 def test_summary_without_blocks_gaps_or_time() -> None:
     still = step(0, request("a", 0, 5, cached=3), schedule_s=0.0, execute_s=0.0, update_s=0.0)
     rows = dict(summary([step(0, num_blocks_total=0, num_blocks_free=0)]))
-    assert rows["KV blocks used"] == "no blocks" and rows["gap between steps"] == "only one step"
+    assert rows["KV blocks used"] == "no blocks" and rows["gap between steps"] == "none"
     rows = dict(summary([still]))
     assert rows["time in"] == "no time passed" and rows["output tokens"] == "1"
     assert rows["tokens computed"] == "5, 3 cached"
 
 
 def test_an_engine_that_schedules_ahead_has_no_gap() -> None:
-    steps = [step(0), step(1, start_s=0.001), step(2, start_s=0.020)]
+    starts = (0.0, 0.001, 0.020)
+    steps = [step(i, request("a", i, 1), start_s=start_s) for i, start_s in enumerate(starts)]
     assert dict(summary(steps))["gap between steps"] == "mean 5.000 ms, max 10.000 ms"
+
+
+def test_nobody_was_there_so_it_is_no_gap() -> None:
+    """a ends, and b comes five seconds later; then c waits while b is aborted."""
+    steps = [
+        step(0, request("a", 0, 3), finished=["a"]),
+        step(1, request("b", 0, 3), start_s=5.0, num_waiting=1),
+        step(2, request("c", 0, 3), start_s=5.1, aborted=["b"]),
+        step(3, request("d", 0, 3), start_s=9.0, aborted=["c"]),
+    ]
+    length_s = steps[1].end_s - steps[1].start_s
+    assert (
+        dict(summary(steps))["gap between steps"]
+        == f"mean {100 - 1e3 * length_s:.3f} ms, max {100 - 1e3 * length_s:.3f} ms"
+    )
+
+
+def test_where_the_models_times_are_known_they_count() -> None:
+    """Two steps under way at once: their executions overlap, the model's times do not."""
+    steps = [
+        step(i, request("a", i, 1), start_s=0.01 * i, execute_s=0.02, forward_start_s=0.01 * i + 0.002, forward_s=0.007)
+        for i in range(4)
+    ]
+    rows = dict(summary(steps))
+    assert rows["gap between steps"] == "mean 3.000 ms, max 3.000 ms"
+    seconds = steps[-1].end_s - steps[0].start_s
+    assert f"model {4 * 0.007 / seconds:.1%}" in rows["time in"] and "execute" not in rows["time in"], rows["time in"]
 
 
 def test_a_bucket_shows_its_rarest_phase() -> None:

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -14,13 +13,13 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from common.sampling_params import SamplingParams
 from part04_continuous_batching.block_manager import NULL_BLOCK, BlockManager
 from part04_continuous_batching.request import Request, RequestStatus
 from part04_continuous_batching.scheduler import Scheduler, SchedulerOutput
+from tests.lives import run_lives
 
 LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README "The running come first".'
 LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README "Who may join".'
@@ -605,10 +604,7 @@ class Life(RuleBasedStateMachine):
 def test_random_lives() -> None:
     """Whatever comes, in whatever order: all get what they get alone, exactly once."""
     Life.num_steps = Life.num_preemptions = Life.num_aborted = 0
-    run_state_machine_as_test(
-        Life,
-        settings=settings(deadline=None, derandomize=True, database=None, max_examples=60, stateful_step_count=25),
-    )
+    run_lives(Life, max_examples=60, stateful_step_count=25)
     counts = (Life.num_steps, Life.num_preemptions, Life.num_aborted)
     assert min(a / b for a, b in zip(counts, (2_000, 100, 50), strict=True)) >= 1, (
         f"(steps, preemptions, aborts) of all lives together are {counts}: too few to prove anything"

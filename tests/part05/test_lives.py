@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -13,11 +12,11 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from part05_async_scheduling.engine import LLMEngine, StepFailedError
 from part05_async_scheduling.messages import EngineCoreOutput
+from tests.lives import run_lives
 from tests.part05.scripted import (
     END,
     answer_alone,
@@ -185,10 +184,7 @@ class Life(RuleBasedStateMachine):
 def test_random_lives() -> None:
     """Whatever comes, in whatever order: all get what they get alone, exactly once."""
     Life.counts.clear()
-    run_state_machine_as_test(
-        Life,
-        settings=settings(deadline=None, derandomize=True, database=None, max_examples=80, stateful_step_count=25),
-    )
+    run_lives(Life, max_examples=80, stateful_step_count=25)
     wanted = {"steps": 2_000, "preemptions": 100, "aborts": 50, "failures": 40, "wasted": 30}
     got = {name: Life.counts[name] for name in wanted}
     assert all(got[name] >= count for name, count in wanted.items()), (

@@ -28,8 +28,8 @@ from part05_async_scheduling.sampler import (
 from tests.part05.no_reads import reads_of
 
 LESSON = 'README "Tokens that nobody has seen yet"'
-LOOK_PENALTIES = f"Look at sampler.py::apply_penalties; {LESSON}."
-LOOK_CHANGE = f"Look at sampler.py::Sampler._change_logits; {LESSON}."
+LOOK_PENALTIES = 'Look at sampler.py::apply_penalties; README "One step ahead".'
+LOOK_CHANGE = 'Look at sampler.py::Sampler._change_logits; README "One step ahead".'
 LOOK_CHOOSE = "Look at sampler.py::Sampler._choose and draw."
 LOOK_LOGPROBS = f"Look at sampler.py::top_logprobs and LogprobsTensors.of; {LESSON}."
 LOOK_READS = f"Look at sampler.py::Sampler.sample and what it calls; {LESSON}."

@@ -36,7 +36,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 def gauge(server: ServerProcess, name: str) -> float:
-    found = re.search(rf"\nengine:{name} (\S+)\n", server.get("/metrics").text)
+    found = re.search(rf"\nengine:{name}(?:_total)? (\S+)\n", server.get("/metrics").text)
     return float(found[1]) if found else 0.0  # it comes with the core's first message
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -15,13 +14,13 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from part07_prefix_caching import block_manager
 from part07_prefix_caching.block_manager import BlockManager, RegisteredBlock, hash_block
 from part07_prefix_caching.free_queue import KVBlock
 from part07_prefix_caching.request import Request
+from tests.lives import run_lives
 from tests.part07.scripted import check_blocks, params_for
 
 LOOK_FIND = 'Look at block_manager.py::BlockManager.find_cached; README "A block\'s name".'
@@ -716,17 +715,6 @@ class Pool(RuleBasedStateMachine):
 
 def test_any_order_of_calls() -> None:
     Pool.num_hits = Pool.num_evictions = 0
-    run_state_machine_as_test(
-        Pool,
-        settings=settings(
-            deadline=None,
-            derandomize=True,
-            database=None,
-            max_examples=60,
-            stateful_step_count=30,
-            phases=[Phase.generate],
-            report_multiple_bugs=False,
-        ),  # fmt: skip
-    )
+    run_lives(Pool, max_examples=60, stateful_step_count=30)
     got = (Pool.num_hits, Pool.num_evictions)
     assert min(got) >= 100, f"{got} (hits, evictions) are too few to prove anything"

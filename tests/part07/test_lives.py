@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -12,12 +11,12 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from part07_prefix_caching.engine import LLMEngine, StepFailedError
 from part07_prefix_caching.messages import EngineCoreOutput
 from part07_prefix_caching.request import Request
+from tests.lives import run_lives
 from tests.part07.scripted import (
     END,
     answer_alone,
@@ -255,18 +254,7 @@ class Life(RuleBasedStateMachine):
 def test_random_lives() -> None:
     """Whatever comes, in whatever order: all get what they get alone, exactly once."""
     Life.counts.clear()
-    run_state_machine_as_test(
-        Life,
-        settings=settings(
-            deadline=None,
-            derandomize=True,
-            database=None,
-            max_examples=90,
-            stateful_step_count=25,
-            phases=[Phase.generate],
-            report_multiple_bugs=False,  # to shrink a life takes minutes
-        ),  # fmt: skip
-    )
+    run_lives(Life, max_examples=90, stateful_step_count=25)
     wanted = {
         "steps": 2_000, "chunks": 1_000, "answers": 500, "hits": 400, "turns": 100, "preemptions": 80,
         "preempted half-way": 10, "preempted sharers": 60, "aborts": 50, "aborted half-way": 10, "failures": 60,

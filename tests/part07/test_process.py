@@ -79,7 +79,7 @@ def cached_of(usage: dict[str, Any]) -> int | None:
 
 def gauge(server: ServerProcess, name: str) -> float:
     text = server.get("/metrics").text
-    found = re.search(rf"^engine:{name} (\S+)$", text, re.MULTILINE)
+    found = re.search(rf"^engine:{name}(?:_total)? (\S+)$", text, re.MULTILINE)
     assert found, f"/metrics has no {name}: {text}. {LOOK_STATS}"
     return float(found[1])
 

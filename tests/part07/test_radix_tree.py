@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -14,11 +13,11 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from part07_prefix_caching import radix_tree
 from part07_prefix_caching.radix_tree import Node, RadixTree
+from tests.lives import run_lives
 
 LESSON = 'README "A tree instead"'
 LOOK_MATCH = f"Look at radix_tree.py::RadixTree.match_prefix and _split; {LESSON}."
@@ -211,16 +210,5 @@ class Texts(RuleBasedStateMachine):
 
 def test_any_order_of_calls() -> None:
     Texts.num_evicted = 0
-    run_state_machine_as_test(
-        Texts,
-        settings=settings(
-            deadline=None,
-            derandomize=True,
-            database=None,
-            max_examples=100,
-            stateful_step_count=30,
-            phases=[Phase.generate],
-            report_multiple_bugs=False,
-        ),  # fmt: skip
-    )
+    run_lives(Texts, max_examples=100, stateful_step_count=30)
     assert Texts.num_evicted > 300, f"{Texts.num_evicted} evictions are too few to prove anything"

@@ -270,6 +270,21 @@ def test_a_preempted_request_finds_its_own_blocks(is_async: bool) -> None:
     assert requests[1].num_cached_tokens == 0, f"got {requests[1].num_cached_tokens}. {LOOK_COUNT}"
 
 
+def test_a_preempted_request_names_its_blocks_again() -> None:
+    """All that it had written was needed for others meanwhile; what it computes again can be found again."""
+    scheduler = make_scheduler()
+    request = request_of("a", text(0, 9))
+    scheduler.add_request(request)
+    land(scheduler, scheduler.schedule())
+    scheduler.preempt(request)
+    assert scheduler.blocks.reset(), "nobody holds a block"
+    land(scheduler, scheduler.schedule())
+    found = len(scheduler.blocks.cached_blocks)
+    assert found == 2, (
+        f"10 tokens, blocks of 4, computed twice: expected 2 blocks with names, got {found}. {LOOK_RELEASE}"
+    )
+
+
 def test_a_preempted_one_is_told_what_it_found_the_first_time() -> None:
     """It had to leave in the middle of its prompt, before it could be told."""
     scheduler = make_scheduler(num_usable=8, budget=8)
@@ -414,6 +429,18 @@ def test_who_has_found_what_a_sharer_was_to_write_ends_too() -> None:
     check_blamed(fail(engine), ["a", "b", "c"], "c has found b's blocks, and b a's")
     assert not engine.blocks.num_used_blocks, f"all have ended, and hold {engine.blocks.block_tables}. {LOOK_FAIL}"
     check_nothing_found(engine, "d", text(0, 8) + text(1, 9), "all of it was to be written on what never was")
+
+
+def test_what_a_sharer_was_to_write_in_the_same_step_is_not_found() -> None:
+    """a's first token fails. The step behind completes its block; c finds it there, and fills one of its own on it."""
+    engine = scripted_engine(100, block_size=4, max_num_seqs=3, max_num_batched_tokens=10)
+    add(engine, "x", text(2, 9))
+    add(engine, "a", text(0, 5))
+    runner_of(engine).result_error = CAT
+    take_step(engine)
+    add(engine, "c", text(0, 4) + [50] * 5)
+    check_blamed(fail(engine), ["a", "c", "x"], "c has found the block that a was completing")
+    check_nothing_found(engine, "d", text(0, 4) + [50] * 6, "c's block was to be written on what never was")
 
 
 @pytest.mark.parametrize("where", ["launch_error", "result_error"])

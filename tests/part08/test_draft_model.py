@@ -188,6 +188,7 @@ def test_q_is_what_the_guesses_were_drawn_from(small_models: SmallModels) -> Non
         {"temperature": 0.7, "top_k": 3},
         {"seed": 5},
         {"temperature": 2.0},
+        {"temperature": 1.0, "top_p": 0.5},
     ]
     for number, fields in enumerate(all_fields):
         engine.add_request(str(number), [number, 7, 8], SamplingParams(max_tokens=9, ignore_eos=True, **fields))
@@ -209,7 +210,13 @@ def test_q_is_what_the_guesses_were_drawn_from(small_models: SmallModels) -> Non
         logits = logits / fields["temperature"]
         if "top_k" in fields:
             logits = logits.masked_fill(logits < logits.topk(3).values[:, -1:], -torch.inf)
-        assert torch.allclose(q, logits.softmax(dim=-1), atol=1e-4), (
-            f"{fields}: expected the draft model's distribution after temperature and top-k, as the target draws. "
+        expected = logits.softmax(dim=-1)
+        if "top_p" in fields:
+            ordered = expected.sort(dim=-1, descending=True)
+            is_left = ordered.values.cumsum(dim=-1) - ordered.values < fields["top_p"]
+            expected = torch.zeros_like(expected).scatter(1, ordered.indices, ordered.values * is_left)
+            expected /= expected.sum(dim=-1, keepdim=True)
+        assert torch.allclose(q, expected, atol=1e-4), (
+            f"{fields}: expected the draft model's distribution after temperature, top-k and top-p, as the target's. "
             f"{LOOK_CHOOSE}"
         )

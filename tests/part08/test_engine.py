@@ -460,6 +460,18 @@ def test_a_draft_model_with_a_shorter_context(small_models: Callable[..., tuple[
     assert len(answers["0"].token_ids) == 12, f"with max_model_len=32: expected 12 tokens, got {answers}. {LOOK_DRAFT}"
 
 
+def test_without_a_proposer_it_runs_ahead(make_engine: MakeEngine) -> None:
+    """Nobody waits for guesses that nobody makes: the second step is launched while the first runs."""
+    engine = make_engine(async_scheduling=True)
+    engine.add_request("0", [5, 6, 7], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    engine.step()
+    engine.step()
+    got = (engine.num_steps, len(engine.in_flight))
+    assert got == (2, 1), f"after two steps: expected (2 launched, 1 in flight), got {got}. {LOOK_CONFIG}"
+    engine.abort_requests(["0"])
+    engine.step()
+
+
 def test_many_running_and_nobody_guesses(make_llm: MakeLLM, prompt_of: PromptOf) -> None:
     llm = make_llm(speculative_method="ngram", speculative_max_num_seqs=3, prompt_lookup_min=1, async_scheduling=False)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -477,11 +489,12 @@ def test_many_running_and_nobody_guesses(make_llm: MakeLLM, prompt_of: PromptOf)
 def test_the_trace_has_guesses_and_what_they_brought(
     make_llm: MakeLLM, llm: LLM, tmp_path: Path, is_async: bool
 ) -> None:
-    prompt, whole = repeating(llm)
-    guessing = make_llm(speculative_method="ngram", trace=str(tmp_path / "trace"), async_scheduling=is_async)
+    prompt = llm.tokenizer.encode("Tell me a story about a cat.")
+    guessing = make_llm(speculative_method="draft_model", trace=str(tmp_path / "trace"), async_scheduling=is_async)
     guessing.generate([prompt], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     guessing.engine.tracer.close()
     steps, stats = read_trace(tmp_path / "trace").steps, guessing.engine.speculation.stats
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens, f"some were to stand and some to fall: {stats}"
     rows = [request for step in steps for request in step.requests]
     got = (sum(row.num_sampled for row in rows), sum(row.num_drafts for row in rows))
     assert got == (24, stats.num_draft_tokens), (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -13,12 +12,12 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from part08_speculative_decoding.engine import LLMEngine, StepFailedError
 from part08_speculative_decoding.messages import EngineCoreOutput
 from part08_speculative_decoding.request import Request
+from tests.lives import run_lives
 from tests.part08.scripted import (
     BY_PROMPT,
     END,
@@ -326,18 +325,7 @@ class Life(RuleBasedStateMachine):
 def test_random_lives() -> None:
     """Whatever comes, in whatever order: all get what they get alone, exactly once."""
     Life.counts.clear()
-    run_state_machine_as_test(
-        Life,
-        settings=settings(
-            deadline=None,
-            derandomize=True,
-            database=None,
-            max_examples=90,
-            stateful_step_count=22,
-            phases=[Phase.generate],
-            report_multiple_bugs=False,  # to shrink a life takes minutes
-        ),  # fmt: skip
-    )
+    run_lives(Life, max_examples=90, stateful_step_count=22)
     wanted = {
         "steps": 2_000, "chunks": 1_000, "answers": 500, "hits": 300, "turns": 50, "preemptions": 80,
         "preempted half-way": 10, "preempted sharers": 60, "preempted with guesses in flight": 1, "aborts": 50,

@@ -26,7 +26,7 @@ ASK = {"temperature": 0, "ignore_eos": True, "prompt": TEXT, "max_tokens": NUM_T
 
 
 def gauge(server: ServerProcess, name: str) -> float:
-    found = re.search(rf"\nengine:{name} (\S+)\n", server.get("/metrics").text)
+    found = re.search(rf"\nengine:{name}(?:_total)? (\S+)\n", server.get("/metrics").text)
     assert found, f"/metrics has no engine:{name}. {LOOK_METRICS}"
     return float(found[1])
 

@@ -266,6 +266,33 @@ def test_drawn_guesses_are_judged_by_p_and_q_after_top_k_and_temperature() -> No
         )
 
 
+def test_a_drawn_guess_is_judged_by_what_top_p_leaves() -> None:
+    """p: 0.5, 0.3, 0.2; top-p 0.7 leaves 0.625 and 0.375. q is just that, so every guess has to stand."""
+    logits = torch.full((2, VOCAB_SIZE), -40.0)
+    logits[:, :3] = torch.tensor([0.5, 0.3, 0.2]).log()
+    q = torch.zeros(1, VOCAB_SIZE)
+    q[0, :2] = torch.tensor([0.625, 0.375])
+    num_stood = 0
+    for _ in range(60):
+        step = Step()
+        step.add(logits, q.multinomial(1).flatten().tolist(), draft_probs=q, temperature=1.0, top_p=0.7)
+        sampled = step.sample()
+        assert sampled.num_accepted is not None
+        num_stood += int(sampled.num_accepted[0])
+    assert num_stood == 60, f"p equals q, so every guess stands: expected 60 of 60, got {num_stood}. {LOOK_DRAWN}"
+
+
+def test_log_probabilities_are_the_models_own_with_guesses_too() -> None:
+    """Before the bias, the penalties and the temperature."""
+    logits, step = saying(4, 6), Step()
+    step.add(logits, [4], temperature=0, logprobs=1, logit_bias={5: 3.0}, presence_penalty=0.5)
+    sampled = step.sample()
+    assert sampled.logprobs is not None
+    got = [sampled.logprobs.of(row, 1)[token_id].logprob for row, token_id in enumerate((4, 6))]
+    expected = logits.log_softmax(dim=-1)[[0, 1], [4, 6]].tolist()
+    assert got == pytest.approx(expected, abs=1e-5), f"expected {expected}, got {got}. {LOOK_LOGPROBS}"
+
+
 def test_a_drawn_guess_may_stand_though_its_row_sampled_another_token() -> None:
     """Drawn guesses are judged by p / q, not by what the row happened to draw; others are judged by that."""
     p = torch.full((2, VOCAB_SIZE), 0.0)

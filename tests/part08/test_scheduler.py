@@ -24,6 +24,7 @@ from tests.part08.scripted import (
     run_dry,
     runner_of,
     scripted_engine,
+    take_step,
     watch,
 )
 
@@ -239,6 +240,21 @@ def test_blocks_for_guesses_as_well() -> None:
 
 
 # Preempted with guesses
+
+
+def test_guesses_that_were_judged_are_gone() -> None:
+    """0 guesses alone; then 1 comes, and with two running nobody may: what 0 guessed before must not be tried again."""
+    engine = scripted_engine(
+        kinds=["right"], num_speculative_tokens=3, speculative_max_num_seqs=1, async_scheduling=False
+    )
+    engine.add_request("0", [100, 101], params_for(20, ignore_eos=True))
+    take_step(engine)
+    request = engine.scheduler.running[0]
+    assert request.draft_token_ids, f"0 runs alone and was to guess. {LOOK_RUNNING}"
+    engine.add_request("1", [120, 121], params_for(20, ignore_eos=True))
+    take_step(engine)
+    got = [each.draft_token_ids for each in engine.scheduler.running]
+    assert got == [[], []], f"expected no guesses, got {got}. Look at engine.py::LLMEngine._propose; {LESSON}."
 
 
 def test_a_preempted_request_has_no_guesses() -> None:

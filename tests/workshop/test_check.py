@@ -195,11 +195,11 @@ def test_check_goes_on_to_what_is_next(runner: Runner, part: Part, solve: Solve)
     solve(add="return a + b")
     assert not checker.check() and checker.num_checks == 1
     text = console.export_text()
-    assert "add           passes, 4 of 4 tests" in text and "write total" in text, f"got {text}"
+    assert "add           passes: 4 of 4 tests pass" in text and "write total" in text, f"got {text}"
     solve(total=GOOD_TOTAL)
     assert checker.check() and checker.num_checks == 2, "add has not changed, so only total runs"
     text = console.export_text()
-    assert "all together  passes, 6 of 6 tests" in text and "workshop diff 1" in text, f"got {text}"
+    assert "all together  passes: 6 of 6 tests pass" in text and "workshop diff 1" in text, f"got {text}"
     saved = State.load(part).saved
     assert {name: entry.passes for name, entry in saved.items()} == {"add": True, "total": True}
 
@@ -245,7 +245,7 @@ def test_a_body_that_is_blanked_and_written_again(runner: Runner, part: Part, so
             solve(add="return a + b")
         checker.check()
     states = [line.split(maxsplit=1)[1] for line in console.export_text().splitlines() if line.startswith("  add ")]
-    assert states == ["passes, 4 of 4 tests", "not started", "passes, 4 of 4 tests"], f"got {states}"
+    assert states == ["passes: 4 of 4 tests pass", "not started", "passes: 4 of 4 tests pass"], f"got {states}"
 
 
 def test_windows_line_ends_and_text_that_is_none(runner: Runner, part: Part, solve: Solve) -> None:

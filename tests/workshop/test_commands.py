@@ -34,13 +34,13 @@ def test_from_start_to_finish(call: Callable[..., tuple[int, str, str]], part: P
     solve(add="return a - b")
     assert "add           started" in call("list")[1]
     status, out, _ = call("check 1 --verbose")
-    assert status == 1 and "add           fails, 1 of 4 tests" in out, out
+    assert status == 1 and "add           fails: 1 of 4 tests pass" in out, out
     assert "def test_add" in out and "looks like: it subtracts" in out, f"--verbose shows tracebacks: {out}"
     solve(add="return a + b")
-    assert "fails, 1 of 4 tests, before the last change" in call("list")[1]
+    assert "fails: 1 of 4 tests pass, before the last change" in call("list")[1]
     status, out, _ = call("check 1 add")
     assert status == 0 and "total" not in out and "Next: python -m workshop check 1" in out, out
-    assert "add           passes, 4 of 4 tests" in call("list")[1]
+    assert "add           passes: 4 of 4 tests pass" in call("list")[1]
     status, out, _ = call("hint 1")
     assert status == 0 and out.startswith("total") and "Hint 1: A loop." in out, f"add passes, so total: {out}"
     status, out, _ = call("diff 1")

@@ -49,7 +49,7 @@ class BenchConfig:
     num_layers: int = option(48, "layers of the large target")
     num_speculative_tokens: int = option(4, "guesses a step, at most")
     max_tokens: int = option(48, "tokens of an answer, at most")
-    repeats: int = option(2, "runs of each, in turns; medians are reported")
+    repeats: int = option(3, "runs of each, in turns; medians are reported")
     results_dir: str = option("results", "where the JSON and the plots go")
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ def plot(m: dict[str, Any], path: Path) -> None:
 
 
 def report(console: Console, m: dict[str, Any]) -> None:
-    table = Table("what", "guessed by", "tokens a row", "steps", "tokens/s", "times as fast")
+    table = Table("what", "guessed by", "tokens a step", "steps", "tokens/s", "times as fast")
     rows = {
         **{f"{task}, one request": found for task, found in m["tasks"].items()},
         "stories, temperature 0.8": m["sampled"],

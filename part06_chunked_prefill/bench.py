@@ -166,11 +166,13 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
         ]
     )
     names = [*map(str, BUDGETS), WHOLE]
+    lowest, highest = found[WHOLE]["itl_p50_ms"], found[WHOLE]["itl_p99_ms"]
     for key, label, color in (("itl_p50_ms", "p50", plotting.COLORS[2]), ("itl_p99_ms", "p99", plotting.COLORS[0])):
         left.plot(range(len(names)), [found[name][key] for name in names], marker="o", label=label, color=color)
     left.set_yscale("log")
+    left.set_yticks([mark for mark in (50, 100, 200, 500, 1_000, 2_000, 5_000) if lowest / 2 < mark < 2 * highest])
     left.yaxis.set_major_formatter("{x:,.0f}")
-    left.yaxis.set_minor_formatter("{x:,.0f}")
+    left.minorticks_off()
     left.legend(loc="upper left")
     ttfts_s = [found[name]["ttft_ms"] / 1e3 for name in names]
     right.plot(range(len(names)), ttfts_s, marker="o", color=plotting.COLORS[1])

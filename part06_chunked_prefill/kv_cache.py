@@ -53,6 +53,6 @@ def num_blocks_in(num_bytes: int, bytes_per_block: int, field: str) -> int:
     num_blocks = num_bytes // bytes_per_block
     if num_blocks < 2:
         raise FieldError(
-            field, f"{num_bytes:,} bytes hold {num_blocks} blocks of {bytes_per_block:,} bytes, expected 2"
+            field, f"{num_bytes:,} bytes hold {num_blocks} blocks of {bytes_per_block:,} bytes, expected at least 2"
         )
     return num_blocks

@@ -55,7 +55,8 @@ class ModelRunner:
         self.device, self.block_size = config.device, config.block_size
         self.dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
         self.model_config: Any = checkpoint.config
-        self.model = load_decoder(checkpoint, self.dtype, config.device)
+        self.stream = make_stream(config.device)
+        self.model = self.stream.run(lambda: load_decoder(checkpoint, self.dtype, self.device))
         self.num_tokens_computed = 0
         self._scale = head_dim(self.model_config) ** -0.5
         self._backend = choose_backend(config.attention_backend, config.device)
@@ -64,7 +65,6 @@ class ModelRunner:
         self.attention = PagedAttention(self.kv_cache, self._scale, self._backend)
         self.tokens = TokenBuffer(config.max_num_seqs, max_model_len, config.device)
         self.sampler = Sampler(checkpoint.eos_token_ids)
-        self.stream = make_stream(config.device)
 
     def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:
         """Begin a step: one forward pass over the tokens that were scheduled, and a token sampled for each request that

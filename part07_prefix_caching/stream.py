@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from .sampler import SamplerOutput
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,27 @@ class Stream(Protocol):
         """Returns at once, before the work is done."""
         ...
 
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Have something else done on the model's side, after what was launched before, and wait for it."""
+        ...
+
 
 class ThreadStream:
-    """A CPU's stand-in for a CUDA stream: a thread that takes work from a queue. torch lets others run meanwhile."""
+    """A CPU's stand-in for a CUDA stream: a thread that takes work from a queue. torch lets others run meanwhile.
+
+    All that computes belongs on it, loading included: OpenMP keeps helpers for each thread that has used any, and with
+    more of them than cores they no longer spin but sleep between two operations, which makes a small step take thrice
+    as long.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     def launch(self, work: Callable[[], SamplerOutput]) -> Future[StepResult]:
         return self._thread.submit(self._run, work)
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        return self._thread.submit(call).result()
 
     @staticmethod
     def _run(work: Callable[[], SamplerOutput]) -> StepResult:
@@ -74,6 +88,9 @@ class CudaStream:
         sampled = work().to_cpu()
         end.record(self._stream)
         return CudaHandle(sampled, start, end, self._began, self._began_s)
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        return call()
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,7 @@ def make_proposer(config: EngineConfig, runner: ModelRunner) -> Proposer | None:
     if config.speculative_method == "ngram":
         return NgramProposer(config.prompt_lookup_min, config.prompt_lookup_max)
     if runner.draft_model is not None:
-        return DraftModelProposer(runner.draft_model, runner.kv_cache)
+        return DraftModelProposer(runner.draft_model, runner.kv_cache, runner.stream)
     return None
 
 

@@ -6,10 +6,13 @@ writes the plot and the table again from the JSON that is there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +28,27 @@ from common.workloads import WorkloadRequest, nano_vllm_cpu
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "comparison.json"
 MARKERS = ("<!-- comparison:begin -->", "<!-- comparison:end -->")
-FIRST_PART, LAST_PART = 3, 8
+BASELINE = "transformers, one by one"
+TRANSFORMERS = (BASELINE, "transformers, padded", "transformers, continuous")
+PARTS = tuple(f"part {number}" for number in range(3, 9))
+GUESSERS = {"part 8, ngram": "ngram", "part 8, draft_model": "draft_model"}
 REPEATS = {"tiny": 5, "random:llama-110m": 1}
-WORKLOADS: dict[str, Callable[[], list[WorkloadRequest]]] = {
-    "32 requests": nano_vllm_cpu,
-    "one request": lambda: nano_vllm_cpu(1),
-}
+WORKLOADS = {"32 requests": 32, "one request": 1}  # of nano_vllm_cpu
 Way = Callable[[list[WorkloadRequest]], object]
 
 
-def part_ways(model: str) -> dict[str, Way]:
-    """Parts 3 to 8 with their defaults, and part 8 with somebody who guesses."""
-    found: dict[str, Way] = {}
-    for number in range(FIRST_PART, LAST_PART + 1):
-        [folder] = ROOT.glob(f"part{number:02d}_*")
-        found[f"part {number}"] = engine_way(folder.name, model)
-    methods = ["ngram", "draft_model"] if model == "tiny" else ["ngram"]  # there is a draft for the shipped model only
-    for method in methods:
-        found[f"part {LAST_PART}, {method}"] = engine_way(folder.name, model, speculative_method=method)
-    return found
+def ways_of(model: str) -> list[str]:
+    """Parts with their defaults, and part 8 with somebody who guesses; there is a draft for the shipped model only."""
+    return [name for name in (*TRANSFORMERS, *PARTS, *GUESSERS) if model == "tiny" or "draft_model" not in name]
+
+
+def load(name: str, model: str) -> Way:
+    """What serves requests in this way."""
+    if name in TRANSFORMERS:
+        return transformers_way(name, model)
+    flags = {"speculative_method": GUESSERS[name]} if name in GUESSERS else {}
+    [folder] = ROOT.glob(f"part{int(name.split()[1].rstrip(',')):02d}_*")
+    return engine_way(folder.name, model, **flags)
 
 
 def engine_way(part: str, model: str, **flags: Any) -> Way:
@@ -63,62 +68,80 @@ def engine_way(part: str, model: str, **flags: Any) -> Way:
     return run
 
 
-def transformers_ways(model: str) -> dict[str, Way]:
+def transformers_way(name: str, model: str) -> Way:
     """As part 4's bench runs them."""
+    logging.set_verbosity_error()
     bench = importlib.import_module("part04_continuous_batching.bench")
     loaded = load_model(resolve_checkpoint(model), torch.float32, "cpu")
-    return {
-        "transformers, one by one": lambda requests: [bench.generate_padded(loaded, [r]) for r in requests],
-        "transformers, padded": lambda requests: bench.generate_padded(loaded, requests),
-        "transformers, continuous": lambda requests: bench.generate_continuously(loaded, requests),
-    }
+    if name == BASELINE:
+        return lambda requests: [bench.generate_padded(loaded, [request]) for request in requests]
+    generate = bench.generate_padded if name == "transformers, padded" else bench.generate_continuously
+    return lambda requests: generate(loaded, requests)
+
+
+_way: Way | None = None  # in a way's own process
+
+
+def _load(name: str, model: str) -> None:
+    global _way
+    _way = load(name, model)
+    _way(nano_vllm_cpu(1, seed=1))  # warm-up
+
+
+def _seconds(num_requests: int) -> float:
+    assert _way is not None, "the process has loaded it"
+    requests = nano_vllm_cpu(num_requests)
+    started = time.perf_counter()
+    _way(requests)
+    return time.perf_counter() - started
 
 
 def measure(model: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Output tokens/s by workload and way; the ways take turns."""
-    ways = transformers_ways(model) | part_ways(model)
+    """Output tokens/s by workload and way; the ways take turns.
+
+    Each has a process of its own: threads that another way has left behind slow a model down.
+    """
+    spawn = multiprocessing.get_context("spawn")
     found: dict[str, dict[str, float]] = {}
-    for workload, build in WORKLOADS.items():
-        requests = build()
-        num_tokens = sum(request.max_tokens for request in requests)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for way in ways.values():  # warm-up
-            way(nano_vllm_cpu(1, seed=1))
-        for _ in range(repeats):
-            for name, way in ways.items():
-                started = time.perf_counter()
-                way(requests)
-                seconds[name].append(time.perf_counter() - started)
-        found[workload] = {name: round(num_tokens / median(times), 1) for name, times in seconds.items()}
-        print(model, workload, found[workload], flush=True)
+    with contextlib.ExitStack() as stack:
+        pools = {
+            name: stack.enter_context(ProcessPoolExecutor(1, spawn, initializer=_load, initargs=(name, model)))
+            for name in ways_of(model)
+        }
+        for workload, num_requests in WORKLOADS.items():
+            seconds: dict[str, list[float]] = {name: [] for name in pools}
+            for _ in range(repeats):
+                for name, pool in pools.items():
+                    seconds[name].append(pool.submit(_seconds, num_requests).result())
+            num_tokens = sum(request.max_tokens for request in nano_vllm_cpu(num_requests))
+            found[workload] = {name: round(num_tokens / median(times), 1) for name, times in seconds.items()}
+            print(model, workload, found[workload], flush=True)
     return found
 
 
 def markdown(result: dict[str, Any]) -> str:
     """A row a way, a column a model and workload: tokens/s, and how many times transformers one by one."""
     measurements, machine = result["measurements"], result["machine"]
-    columns = [(model, workload) for model in measurements for workload in measurements[model]]
-    names = list(dict.fromkeys(name for model, workload in columns for name in measurements[model][workload]))
+    columns = [(model, workload) for model in REPEATS for workload in WORKLOADS]
     lines = ["| | " + " | ".join(f"`{model}`, {workload}" for model, workload in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
-    for name in names:
+    for name in (*TRANSFORMERS, *PARTS, *GUESSERS):
         cells = []
         for model, workload in columns:
             rates = measurements[model][workload]
-            baseline = rates["transformers, one by one"]
-            cells.append(f"{rates[name]:,.0f} ({rates[name] / baseline:.1f}×)" if name in rates else "")
+            cells.append(f"{rates[name]:,.0f} ({rates[name] / rates[BASELINE]:.1f}×)" if name in rates else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    repeats = ", ".join(f"`{model}` {count}" for model, count in result["config"]["repeats"].items())
-    note = f"{machine['cpu_cores']} cores of an {machine['cpu']}, float32; ways in turns, medians of: {repeats}"
+    repeats = ", ".join(f"{count} for `{model}`" for model, count in result["config"]["repeats"].items())
+    note = f"{machine['cpu_cores']} cores of an {machine['cpu']}, float32; ways in turns, medians of {repeats}"
     return "\n".join([*lines, "", f"({note}; [results/comparison.json](results/comparison.json).)"])
 
 
-def plot(measurements: dict[str, Any], path: Path) -> None:
-    model = next(iter(measurements))
-    fig, panels = plotting.panels([(f"{model}, {workload}", "output tokens/s", "") for workload in measurements[model]])
-    for axes, rates in zip(panels, measurements[model].values(), strict=True):
-        names = list(rates)[::-1]
-        colors = [plotting.BASELINE_COLOR if name.startswith("transformers") else plotting.COLORS[0] for name in names]
+def plot(rates_by_workload: dict[str, dict[str, float]], path: Path) -> None:
+    fig, panels = plotting.panels([(workload, "output tokens/s", "") for workload in WORKLOADS])
+    for axes, workload in zip(panels, WORKLOADS, strict=True):
+        rates = rates_by_workload[workload]
+        names = [name for name in (*TRANSFORMERS, *PARTS, *GUESSERS) if name in rates][::-1]
+        colors = [plotting.BASELINE_COLOR if name in TRANSFORMERS else plotting.COLORS[0] for name in names]
         bars = axes.barh(names, [rates[name] for name in names], color=colors)
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
         axes.grid(visible=False, axis="y")
@@ -129,7 +152,7 @@ def plot(measurements: dict[str, Any], path: Path) -> None:
 
 def write_table(result: dict[str, Any]) -> None:
     """Plot and table, from what was measured."""
-    plot(result["measurements"], RESULT.with_suffix(".png"))
+    plot(result["measurements"]["tiny"], RESULT.with_suffix(".png"))
     readme = ROOT / "README.md"
     head, begin, rest = readme.read_text("utf-8").partition(MARKERS[0])
     _, end, tail = rest.partition(MARKERS[1])
@@ -142,7 +165,6 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 2
     if argv != ["--table"]:
-        logging.set_verbosity_error()
         measurements = {model: measure(model, repeats) for model, repeats in REPEATS.items()}
         if argv:
             write_result(

@@ -15,6 +15,7 @@ from ..kv_cache import KVCache
 from ..model import DecoderModel
 from ..request import Request
 from ..sampler import SamplingState, draw, probabilities
+from ..stream import Stream
 
 
 class DraftModelProposer:
@@ -24,8 +25,8 @@ class DraftModelProposer:
     how far it has computed each request, and in which blocks: what the target found in its cache may be missing here.
     """
 
-    def __init__(self, model: DecoderModel, target: KVCache) -> None:
-        self.model, self.device = model, str(target.data.device)
+    def __init__(self, model: DecoderModel, target: KVCache, stream: Stream) -> None:
+        self.model, self.device, self._stream = model, str(target.data.device), stream
         self.kv_cache = KVCache(model.config, target.num_blocks, target.block_size, target.data.dtype, self.device)
         backend = "triton" if self.device.startswith("cuda") else "torch"
         self.attention = PagedAttention(self.kv_cache, model.head_dim**-0.5, backend)
@@ -37,12 +38,15 @@ class DraftModelProposer:
         for request_id in request_ids:
             self._num_computed.pop(request_id, None)
 
-    @torch.inference_mode()
     def propose(self, requests: list[Request], counts: list[int], blocks: BlockManager) -> None:
         """Set draft_token_ids, and draft_probs where they are drawn at random, of each request.
 
         counts: how many tokens for each, at least 1. Their blocks must hold all tokens and guesses but the last.
         """
+        self._stream.run(lambda: self._propose(requests, counts, blocks))
+
+    @torch.inference_mode()
+    def _propose(self, requests: list[Request], counts: list[int], blocks: BlockManager) -> None:
         order = sorted(zip(requests, counts, strict=True), key=lambda pair: -pair[1])
         drafts: list[Tensor] = []
         probs: list[Tensor] = []

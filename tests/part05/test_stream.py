@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from tests.part05.scripted import run_dry
 
 LOOK = 'Look at stream.py::ThreadStream; README "One step ahead".'
 LOOK_CUDA = 'Look at stream.py::CudaStream and model_runner.py::ModelRunner.launch; README "One step ahead".'
+ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and events")
 
@@ -108,6 +111,40 @@ def test_the_thread_has_a_name_and_ends_with_its_stream() -> None:
     del stream
     threads[0].join(DEADLINE_S)
     assert not threads[0].is_alive(), f"nobody can launch any more, and the thread waits on. {LOOK}"
+
+
+def test_other_work_is_done_there_too_and_waited_for() -> None:
+    stream, order = ThreadStream(), list[str]()
+    handle = stream.launch(lambda: order.append("step") or SamplerOutput(torch.tensor([1]), None))
+    name = stream.run(lambda: order.append("other") or threading.current_thread().name)
+    assert order == ["step", "other"] and handle.result(), f"expected the step first, got {order}. {LOOK}"
+    assert name.startswith("model"), f"expected the stream's own thread, got {name!r}. {LOOK}"
+    with pytest.raises(ZeroDivisionError):
+        stream.run(lambda: 1 // 0)
+
+
+def test_only_the_streams_thread_computes() -> None:
+    """With the scheduler's thread free of OpenMP's helpers: a process of its own, since theirs stay to its end."""
+    code = (
+        "import os, torch\n"
+        "torch.set_num_threads(2)\n"
+        "from part05_async_scheduling.config import EngineConfig\n"
+        "from part05_async_scheduling.engine import LLMEngine\n"
+        "from common.sampling_params import SamplingParams\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = count()\n"
+        "engine = LLMEngine(EngineConfig(model='tiny', device='cpu'))\n"
+        "engine.add_request('0', [5] * 40, SamplingParams(temperature=0, max_tokens=4))\n"
+        "while engine.has_unfinished_requests:\n"
+        "    engine.step()\n"
+        "print(count() - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    got = run.stdout.strip()
+    assert got == "2", (
+        f"the stream's thread and its one helper: expected 2 more threads than before, got {got} {run.stderr[-400:]}. "
+        "Look at model_runner.py::ModelRunner.__init__: what it computes before the first step belongs on the stream."
+    )
 
 
 def test_which_stream() -> None:

@@ -123,6 +123,7 @@ def test_other_work_is_done_there_too_and_waited_for() -> None:
         stream.run(lambda: 1 // 0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_only_the_streams_thread_computes() -> None:
     """With the scheduler's thread free of OpenMP's helpers: a process of its own, since theirs stay to its end."""
     code = (

@@ -201,13 +201,14 @@ def plot(capacity: dict[str, Any], path: Path) -> None:
     )
     colors = dict(zip(LAYOUTS, (plotting.BASELINE_COLOR, *plotting.COLORS), strict=False))
     for axes, key, factor, fmt in ((left, "mean_requests", 1, "{:,.1f}"), (right, "waste", 100, "{:,.1f}")):
-        for i, (name, color) in enumerate(colors.items()):
+        shown = PICTURED if axes is left else LAYOUTS  # smaller blocks hold as many requests
+        for i, (name, color) in enumerate((name, colors[name]) for name in shown):
             values = [factor * runs[name][key] for runs in capacity.values()]
             bars = axes.bar([x + 0.3 * i for x in range(len(values))], values, 0.27, color=color, label=name)
             plotting.label_bars(axes, bars, fmt)
-        axes.set_xticks([x + 0.3 for x in range(len(capacity))], list(capacity))
+        axes.set_xticks([x + 0.15 * (len(shown) - 1) for x in range(len(capacity))], list(capacity))
         axes.margins(y=0.15)
-    left.legend(loc="upper right")
+    right.legend(loc="upper right")
     plotting.save(fig, path)
 
 

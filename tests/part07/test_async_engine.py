@@ -121,11 +121,12 @@ async def test_answers_come_in_the_order_of_the_questions(gate: Gate, engine: As
     await read(generate(engine))
     questions = [asyncio.ensure_future(engine.reset_prefix_cache()) for _ in range(2)]
     await asyncio.sleep(0)
+    gate.is_open = False  # before there is anything to run
     stream = generate(engine)
-    gate.is_open = False
     questions.append(asyncio.ensure_future(engine.reset_prefix_cache()))
     await asyncio.sleep(0)
     questions[0].cancel()
+    gate.must_hear = gate.num_sent
     gate.open()
     got = await within_deadline(asyncio.gather(*questions, return_exceptions=True), f"three answers. {LOOK_RESET}")
     assert isinstance(got[0], asyncio.CancelledError) and got[1:] == [True, False], (

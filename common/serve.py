@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import uvicorn
 
 DRAIN_TIMEOUT_S = 60  # how long SIGTERM waits for open requests
@@ -81,6 +82,21 @@ def serve_app(
             signal.signal(number, handler)
     if server.died_at is not None:
         sys.exit(f"error: {cause_of_death()}")
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """No OpenMP helpers for what this thread computes inside: for a thread that loads a model which another one runs.
+
+    OpenMP keeps helpers for every thread that ever wanted some. With more of them than cores they sleep between two
+    operations instead of spinning, and a step of a small model takes twice as long.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextlib.contextmanager

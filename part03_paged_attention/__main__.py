@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.cli import exit_on_error, parse_config
-from common.serve import listen, serve_app
+from common.serve import listen, serve_app, single_threaded
 
 from .config import EngineConfig
 from .engine import LLMEngine
@@ -19,7 +19,8 @@ DESCRIPTION = """Part 3: paged attention. A model of our own over a paged KV cac
 
 def serve(config: EngineConfig) -> None:
     listener = listen(config.host, config.port)
-    engine = LLMEngine(config)
+    with single_threaded():  # the steps run in the engine's thread
+        engine = LLMEngine(config)
     message = (
         f"serving {engine.model_name} on http://{config.host}:{listener.getsockname()[1]} "
         f"({engine.device}, {engine.max_model_len} tokens of context, {engine.blocks.num_blocks - 1:,} KV blocks "

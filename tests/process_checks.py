@@ -125,6 +125,26 @@ def serve(
         process.stdout.close()  # type: ignore[union-attr]
 
 
+def check_loading_starts_no_helpers(part_dir: Path, look: str) -> None:
+    """Of OpenMP, in a process that has two threads to compute with: the engine's thread will have its own."""
+    code = (
+        "import os, torch\n"
+        "torch.set_num_threads(2)\n"
+        f"from {part_dir.name} import __main__ as part\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = count()\n"
+        "part.serve_app = lambda *_: print(count() - before)\n"
+        "part.serve(part.EngineConfig(device='cpu', port=0))\n"
+    )
+    command = [sys.executable, "-c", code]
+    env = {**course_environment(part_dir), "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=part_dir.parent, env=env, timeout=TIMEOUT_S)
+    assert run.stdout == "0\n", (
+        f"the model is loaded, by a thread that will not run it: expected no thread more than before, got "
+        f"{run.stdout.strip()} {run.stderr[-400:]}. OpenMP's helpers stay, and the engine's own then sleep. {look}"
+    )
+
+
 def refuses(port: int, host: str = "127.0.0.1") -> bool:
     """Whether nobody listens there."""
     try:

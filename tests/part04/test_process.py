@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import pytest
 
 from common.trace import read_trace
 from part04_continuous_batching import config
-from tests.process_checks import course_environment, serve
+from tests.process_checks import check_loading_starts_no_helpers, course_environment, serve
 
 PART_DIR = Path(config.__file__).parent
 COMPLETIONS = "/v1/completions"
@@ -36,3 +39,8 @@ def test_it_serves_drains_and_leaves_a_complete_trace(tmp_path: Path) -> None:
     num_tokens = sum(request.num_scheduled for step in trace.steps for request in step.requests)
     assert num_tokens == (7 + 4 - 1) + (10 + 100 - 1), f"expected 10 + 109 tokens computed, got {num_tokens}. {LOOK}"
     assert trace.steps[-1].num_blocks_free == trace.steps[-1].num_blocks_total == 40, f"got {trace.steps[-1]}. {LOOK}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_loading_leaves_the_processor_to_the_engines_thread() -> None:
+    check_loading_starts_no_helpers(PART_DIR, "Look at __main__.py::serve and common/serve.py::single_threaded.")

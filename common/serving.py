@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -72,7 +72,7 @@ class ServingEngine(Protocol):
         """
         ...
 
-    def abort(self, stream: OutputStream) -> None:
+    def abort(self, stream: Any) -> None:  # what generate() returned
         """Nobody wants this stream any more: free what it holds. Does nothing to a stream that has ended."""
         ...
 

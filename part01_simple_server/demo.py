@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -101,7 +102,8 @@ def show_cache_size(console: Console, llm: LLM, num_tokens: int = 100) -> None:
     config, dtype = llm.model.config, llm.model.dtype
     cache = DynamicCache(config=config)
     llm.forward(list(range(100, 100 + num_tokens)), 0, cache)
-    measured = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    layers: list[Any] = cache.layers
+    measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     per_token = kv_bytes_per_token(config, dtype)
     weight_bytes = sum(parameter.nbytes for parameter in llm.model.parameters())
     console.print(

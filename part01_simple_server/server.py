@@ -92,7 +92,7 @@ class LLM:
         # exercise: end
         finish_reason, stop_reason = stop
         shown = output_token_ids[:-1] if finish_reason == "stop" else output_token_ids
-        text = self.tokenizer.decode(shown, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(shown, skip_special_tokens=True)  # type: ignore[assignment]
         output = CompletionOutput(0, text, output_token_ids, finish_reason, stop_reason)
         return RequestOutput(f"gen-{uuid.uuid4().hex}", prompt_token_ids, [output], finished=True)
 

@@ -165,7 +165,7 @@ async def stream_events(request: ApiRequest, outputs: RequestStream) -> AsyncIte
                 content = {"delta": {"content": output.text}} if request.is_chat else {"text": output.text}
                 yield format_event(_chunk(request, content))
             if output.finish_reason:
-                end = {"delta": {}} if request.is_chat else {"text": ""}
+                end: dict[str, Any] = {"delta": {}} if request.is_chat else {"text": ""}
                 reasons = {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
                 yield format_event(_chunk(request, {**end, **reasons}))
     except GenerationError as error:  # the status 200 is out already: the error is an event

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,8 @@ def measure_attention(config: BenchConfig) -> list[dict[str, float]]:
         )
         query = torch.randn(num_seqs, model.num_attention_heads, model.head_dim, dtype=runner.dtype)
         context = torch.randn(num_seqs, length, 2, model.num_key_value_heads, model.head_dim, dtype=runner.dtype)
-        paged = median_us(lambda m=metadata, q=query: runner.attention._decode(m, 0, q))
-        ready = median_us(
-            lambda q=query, c=context, m=metadata: decode_attention(q, c, m.context_mask, model.head_dim**-0.5)
-        )
+        paged = median_us(partial(runner.attention._decode, metadata, 0, query))
+        ready = median_us(partial(decode_attention, query, context, metadata.context_mask, model.head_dim**-0.5))
         rows.append({"num_seqs": num_seqs, "context": length, "paged_us": round(paged, 1), "ready_us": round(ready, 1)})
     return rows
 

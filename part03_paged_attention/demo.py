@@ -47,10 +47,10 @@ def show_answers(console: Console, llm: LLM) -> None:
             texts[request_id] += output.text
     table = Table("request", "tokens", "block table", "its last slot")
     for request in engine.running:
-        blocks = engine.blocks.block_tables[request.request_id]
+        block_table = engine.blocks.block_tables[request.request_id]
         position = request.num_tokens - 2
-        slot = f"position {position} → block {blocks[-1]}, offset {position % 16}"
-        table.add_row(QUESTIONS[int(request.request_id)], f"{request.num_tokens}", f"{blocks}", slot)
+        slot = f"position {position} → block {block_table[-1]}, offset {position % 16}"
+        table.add_row(QUESTIONS[int(request.request_id)], f"{request.num_tokens}", f"{block_table}", slot)
     console.print("After 12 steps:", table, "", sep="\n")
     while engine.has_unfinished_requests:
         for request_id, output in engine.step():

@@ -118,9 +118,9 @@ def measure_transformers(config: BenchConfig) -> dict[str, float]:
     model = load_model(checkpoint, torch.float32, "cpu")
     engine = LLMEngine(EngineConfig(model=config.model, device="cpu", dtype="float32", max_num_seqs=len(requests)))
     num_tokens = sum(request.max_tokens for request in requests)
-    ways: dict[str, Callable[[], None]] = {
-        "part 4": lambda: _serve_all(engine, requests),
-        "one by one": lambda: [generate_padded(model, [request]) for request in requests] and None,
+    ways: dict[str, Callable[[], object]] = {
+        "part 4": lambda: serve(engine, requests),
+        "one by one": lambda: [generate_padded(model, [request]) for request in requests],
         "padded batch": lambda: generate_padded(model, requests),
         "its continuous batching": lambda: generate_continuously(model, requests),
     }
@@ -131,10 +131,6 @@ def measure_transformers(config: BenchConfig) -> dict[str, float]:
             way()
             seconds[name].append(time.perf_counter() - started)
     return {name: round(num_tokens / median(times), 1) for name, times in seconds.items()}
-
-
-def _serve_all(engine: LLMEngine, requests: list[WorkloadRequest]) -> None:
-    serve(engine, requests)
 
 
 @torch.inference_mode()
@@ -185,8 +181,8 @@ def measure_step(config: BenchConfig, num_seqs: int = 32, num_steps: int = 40) -
 
         return run
 
-    engine.runner.model.forward = timed(forward)
-    engine.runner.model.compute_logits = timed(compute_logits)
+    model: Any = engine.runner.model
+    model.forward, model.compute_logits = timed(forward), timed(compute_logits)
     total = []
     for _ in range(num_steps):
         inside.append(0.0)

@@ -74,4 +74,4 @@ class IncrementalDetokenizer:
         return None if len(self.token_ids) <= self.min_tokens else self.find_stop(num_before)
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)  # type: ignore[return-value]

@@ -144,8 +144,8 @@ def measure_outside(model: str, is_async: bool, num_steps: int) -> dict[str, flo
 
         return run
 
-    model_ = engine.runner.model
-    model_.forward, model_.compute_logits = timed(model_.forward), timed(model_.compute_logits)
+    decoder: Any = engine.runner.model
+    decoder.forward, decoder.compute_logits = timed(decoder.forward), timed(decoder.compute_logits)
     for _ in range(4):
         engine.step()
     inside.clear()
@@ -168,7 +168,7 @@ def measure_waste(config: BenchConfig) -> dict[str, float]:
         scripted = EndsByItself(lengths)
         engine.runner = scripted  # type: ignore[assignment]
         for number in range(len(lengths)):
-            params = SamplingParams(temperature=0, max_tokens=1_000, stop_token_ids=[EndsByItself.END])
+            params = SamplingParams(temperature=0, max_tokens=1_000, stop_token_ids=(EndsByItself.END,))
             engine.add_request(str(number), [number + 100], params)
         while engine.has_unfinished_requests:
             engine.step()

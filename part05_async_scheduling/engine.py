@@ -123,8 +123,11 @@ class LLMEngine:
                 if self._append(request, token_id):
                     num_top, tensors = request.params.logprobs, sampled.logprobs
                     logprobs = None if num_top is None or tensors is None else [tensors.of(row, num_top)]
-                    reasons = (request.finish_reason, request.stop_reason)
-                    outputs.append(EngineCoreOutput(request.request_id, [token_id], *reasons, logprobs))
+                    outputs.append(
+                        EngineCoreOutput(
+                            request.request_id, [token_id], request.finish_reason, request.stop_reason, logprobs
+                        )
+                    )
             self.tracer.updated(step.record, outputs)
             return outputs
         return []  # it failed, and nobody waited for it

@@ -44,7 +44,7 @@ class Request:
     num_output_placeholders: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
+    stop_reason: int | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -60,7 +60,7 @@ class Request:
         """Tokens that there will be once the steps in flight have run."""
         return self.num_tokens + self.num_output_placeholders
 
-    def finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
+    def finish(self, finish_reason: FinishReason, stop_reason: int | None) -> None:
         stopped = finish_reason == "stop"
         self.status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
         self.finish_reason, self.stop_reason = finish_reason, stop_reason

@@ -121,9 +121,13 @@ class LLMEngine:
                 if self._append(request, token_id):
                     num_top, tensors = request.params.logprobs, sampled.logprobs
                     logprobs = None if num_top is None or tensors is None else [tensors.of(row, num_top)]
-                    reasons = (request.finish_reason, request.stop_reason)
                     num_cached = request.num_cached_tokens if len(request.output_token_ids) == 1 else None
-                    outputs.append(EngineCoreOutput(request.request_id, [token_id], *reasons, logprobs, num_cached))
+                    outputs.append(
+                        EngineCoreOutput(
+                            request.request_id, [token_id], request.finish_reason, request.stop_reason, logprobs,
+                            num_cached,
+                        )
+                    )  # fmt: skip
             self.tracer.updated(step.record, outputs)
             return outputs
         return []  # it failed, and nobody waited for it

@@ -49,11 +49,13 @@ class RotaryEmbedding(nn.Module):
     They are computed in float32 on the CPU, whatever the model's dtype and device: the table is the same everywhere.
     """
 
+    table: Tensor  # [max_position_embeddings, cosines then sines]
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         table = torch.empty(config.max_position_embeddings, head_dim(config))
-        self.register_buffer("table", table, persistent=False)  # [max_position_embeddings, cosines then sines]
+        self.register_buffer("table", table, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from common.outputs import CompletionOutput
+from common.outputs import CompletionOutput, FinishReason
 from common.sampling_params import SamplingParams
 
 from .detokenizer import IncrementalDetokenizer
@@ -46,11 +46,11 @@ class OutputProcessor:
 
     def _extend(self, detokenizer: IncrementalDetokenizer, output: EngineCoreOutput) -> CompletionOutput:
         [token_id] = output.token_ids
-        finish_reason, stop_reason = output.finish_reason, output.stop_reason
-        stop_string = None
-        if finish_reason != "stop":  # a stop token is not shown
-            stop_string = detokenizer.add(token_id, is_last=finish_reason is not None)
-        reasons = (finish_reason, stop_reason) if stop_string is None else ("stop", stop_string)
+        reasons: tuple[FinishReason | None, int | str | None] = (output.finish_reason, output.stop_reason)
+        if output.finish_reason != "stop":  # a stop token is not shown
+            stop_string = detokenizer.add(token_id, is_last=output.finish_reason is not None)
+            if stop_string is not None:
+                reasons = ("stop", stop_string)
         text = detokenizer.take(finished=reasons[0] is not None)
         return CompletionOutput(0, text, output.token_ids, *reasons, output.logprobs, output.num_cached_tokens)
 

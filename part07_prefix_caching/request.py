@@ -49,7 +49,7 @@ class Request:
     num_registered_blocks: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
+    stop_reason: int | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -75,7 +75,7 @@ class Request:
         """How many tokens it has yet to compute, until a next one can be sampled."""
         return self.num_expected_tokens - self.num_computed_tokens
 
-    def finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
+    def finish(self, finish_reason: FinishReason, stop_reason: int | None) -> None:
         stopped = finish_reason == "stop"
         self.status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
         self.finish_reason, self.stop_reason = finish_reason, stop_reason

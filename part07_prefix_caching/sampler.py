@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,7 @@ class Sampler:
 def probabilities(logits: Tensor, states: list[SamplingState]) -> Tensor:
     """After temperature, top-k and top-p, not normalised again. logits: [num_requests, vocab_size]."""
 
-    def column(values: list[float]) -> Tensor:
+    def column(values: Sequence[float]) -> Tensor:
         return upload(values, logits.device).unsqueeze(1)
 
     vocab_size = logits.shape[-1]

@@ -167,9 +167,10 @@ def plot(m: dict[str, Any], path: Path) -> None:
     left.margins(y=0.2)
     right.set_xticks(range(len(m["batches"])), list(m["batches"]))
     right.set_ylim(bottom=0)
-    for axes, corner in ((left, "upper left"), (right, "upper right")):
+    for axes in (left, right):
         axes.axhline(1, color=plotting.BASELINE_COLOR, linewidth=1.2)
-        axes.legend(loc=corner)
+    left.legend(loc="upper left")
+    right.legend(loc="upper right")
     plotting.save(fig, path)
 
 

@@ -58,12 +58,12 @@ class CoreClient:
         self, loop: asyncio.AbstractEventLoop, on_outputs: Callable[[], None], on_death: Callable[[], None]
     ) -> None:
         """Have the loop call on_outputs when receive() may find something, and on_death when the process has ended."""
-        loop.add_reader(self._outputs.getsockopt(zmq.FD), on_outputs)
+        loop.add_reader(self._outputs, on_outputs)
         loop.add_reader(self.process.sentinel, on_death)
         loop.call_soon(on_outputs)  # ZeroMQ tells of what is new, not of what is there
 
     def unwatch(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.remove_reader(self._outputs.getsockopt(zmq.FD))
+        loop.remove_reader(self._outputs)
         loop.remove_reader(self.process.sentinel)
 
     def receive(self) -> list[EngineCoreOutputs | PrefixCacheReset]:

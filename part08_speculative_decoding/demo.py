@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -16,7 +17,7 @@ from .config import EngineConfig
 from .engine import LLM
 
 WORDS = "apple river stone lantern bridge garden mirror market"
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "a question": {"messages": [{"role": "user", "content": "What is paged attention?"}]},
     "a story": {"prompt": "Once upon a time"},
     "copying": {"messages": [{"role": "user", "content": f"Repeat these words: {WORDS} {WORDS}"}]},

@@ -66,7 +66,9 @@ class ModelRunner:
         self.model_config: Any = checkpoint.config
         self.stream = make_stream(config.device)
         self.model = self.stream.run(lambda: load_decoder(checkpoint, self.dtype, self.device))
-        self.draft_model = draft and self.stream.run(lambda: load_decoder(draft, self.dtype, self.device))
+        self.draft_model = None
+        if draft is not None:
+            self.draft_model = self.stream.run(lambda: load_decoder(draft, self.dtype, self.device))
         self.num_tokens_computed = 0
         self._scale = head_dim(self.model_config) ** -0.5
         self._backend = choose_backend(config.attention_backend, config.device)

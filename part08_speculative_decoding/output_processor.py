@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from common.outputs import CompletionOutput
+from common.outputs import CompletionOutput, FinishReason
 from common.sampling_params import SamplingParams
 
 from .detokenizer import IncrementalDetokenizer
@@ -46,7 +46,8 @@ class OutputProcessor:
 
     def _extend(self, detokenizer: IncrementalDetokenizer, output: EngineCoreOutput) -> CompletionOutput:
         """A stop string may end among the tokens of one step: those behind it are not the answer's."""
-        token_ids, reasons = output.token_ids, (output.finish_reason, output.stop_reason)
+        token_ids = output.token_ids
+        reasons: tuple[FinishReason | None, int | str | None] = (output.finish_reason, output.stop_reason)
         for number, token_id in enumerate(output.token_ids, start=1):
             is_last = output.finish_reason is not None and number == len(output.token_ids)
             if is_last and output.finish_reason == "stop":

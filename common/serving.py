@@ -47,6 +47,16 @@ class ServingEngine(Protocol):
     def max_model_len(self) -> int: ...
 
     @property
+    def max_request_len(self) -> int:
+        """What one request can reach, prompt and answer: max_model_len, or less if the KV cache holds less."""
+        ...
+
+    @property
+    def max_num_unfinished(self) -> int:
+        """So many requests may run and wait; generate refuses one more."""
+        ...
+
+    @property
     def vocab_size(self) -> int: ...
 
     @property

@@ -52,6 +52,11 @@ class LLMEngine:
         return self.runner.model_config.vocab_size
 
     @property
+    def num_kv_tokens(self) -> int:
+        """What the whole KV pool holds."""
+        return (self.blocks.num_blocks - 1) * self.blocks.block_size
+
+    @property
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
 
@@ -67,12 +72,12 @@ class LLMEngine:
             limit = f"max_model_len is {self.max_model_len} tokens"
             raise FieldError("prompt", f"{len(prompt_token_ids)} tokens leave no room for an answer: {limit}")
         num_tokens = min(len(prompt_token_ids) + params.max_tokens, self.max_model_len)
-        capacity = (self.blocks.num_blocks - 1) * self.blocks.block_size
-        if num_tokens - 1 > capacity:  # the last token's key and value are never stored
+        if num_tokens - 1 > self.num_kv_tokens:  # the last token's key and value are never stored
             raise FieldError(
                 "prompt",
                 f"{len(prompt_token_ids)} tokens and an answer of up to {num_tokens - len(prompt_token_ids)} "
-                f"can never fit: the KV cache holds {capacity} tokens; lower max_tokens or start with more KV blocks",
+                f"can never fit: the KV cache holds {self.num_kv_tokens} tokens; lower max_tokens or start with more "
+                "KV blocks",
             )
         if len(prompt_token_ids) > self.max_num_batched_tokens:
             raise FieldError(

@@ -61,9 +61,10 @@ class AsyncLLM:
     """
 
     def __init__(self, engine: LLMEngine, max_queued_requests: int) -> None:
-        self.engine, self.max_queued_requests = engine, max_queued_requests
+        self.engine, self.max_num_unfinished = engine, engine.scheduler.max_num_seqs + max_queued_requests
         self.model_name, self.tokenizer = engine.model_name, engine.tokenizer
         self.max_model_len, self.vocab_size = engine.max_model_len, engine.vocab_size
+        self.max_request_len = min(engine.max_model_len, engine.num_kv_tokens + 1)  # the last one's are never stored
         self._streams: dict[str, RequestStream] = {}  # of all requests that have not ended
         self._inbox: list[RequestStream] = []
         self._aborted: list[str] = []
@@ -83,7 +84,7 @@ class AsyncLLM:
         """Queue a request; call it on the event loop that will read the stream. Raises FieldError, QueueFullError."""
         self.engine.check_request(prompt_token_ids, params)
         with self._changed:
-            if len(self._streams) >= self.engine.scheduler.max_num_seqs + self.max_queued_requests:
+            if len(self._streams) >= self.max_num_unfinished:
                 limit = "max_num_seqs + max_queued_requests"
                 raise QueueFullError(f"{len(self._streams)} requests are unfinished ({limit}), try again later")
             stream = RequestStream(next(self._request_ids), prompt_token_ids, params)

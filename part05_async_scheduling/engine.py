@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ class LLM:
         self.engine, self.max_model_len = (engine := LLMEngine(config)), engine.limits.max_model_len
         self.tokenizer = load_tokenizer(resolve_checkpoint(config.model))
         self.processor = OutputProcessor(self.tokenizer)
+        self._request_ids = map(str, itertools.count())  # a step of an earlier call may still be in flight
 
     def generate(
         self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams]
@@ -204,7 +206,7 @@ class LLM:
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(all_params) != len(prompts):
             raise FieldError("params", f"expected one, or {len(prompts)} (one for each prompt), got {len(all_params)}")
-        pieces: dict[str, list[CompletionOutput]] = {str(number): [] for number in range(len(prompts))}
+        pieces: dict[str, list[CompletionOutput]] = {next(self._request_ids): [] for _ in prompts}
         for prompt, each in zip(prompts, all_params, strict=True):
             check_request(prompt, each, self.engine.limits)
         try:

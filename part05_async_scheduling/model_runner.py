@@ -62,7 +62,7 @@ class ModelRunner:
         num_blocks = self._num_blocks(config, max_num_batched_tokens)
         self.kv_cache = KVCache(self.model_config, num_blocks, self.block_size, self.dtype, self.device)
         self.attention = PagedAttention(self.kv_cache, self._scale, self._backend)
-        self.tokens = TokenBuffer(config.max_num_seqs, max_model_len, config.device)
+        self.tokens = self.stream.run(lambda: TokenBuffer(config.max_num_seqs, max_model_len, self.device))
         self.sampler = Sampler(checkpoint.eos_token_ids)
 
     def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:

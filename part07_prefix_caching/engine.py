@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,11 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all that is cached. False, and nothing is forgotten, while requests are in the engine."""
-        return not self.has_unfinished_requests and self.blocks.reset()
+        if self.scheduler.has_unfinished_requests:
+            return False
+        while self.in_flight:  # a step of requests that have ended: it brings nobody anything
+            self._update(self.in_flight.popleft())
+        return self.blocks.reset()
 
     def _append(self, request: Request, token_id: int) -> bool:
         """Put a token in its placeholder's stead. False if it came too late: the request has ended meanwhile."""
@@ -220,6 +225,7 @@ class LLM:
         self.engine, self.max_model_len = (engine := LLMEngine(config)), engine.limits.max_model_len
         self.tokenizer = load_tokenizer(resolve_checkpoint(config.model))
         self.processor = OutputProcessor(self.tokenizer)
+        self._request_ids = map(str, itertools.count())  # a step of an earlier call may still be in flight
 
     def generate(
         self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams]
@@ -228,7 +234,7 @@ class LLM:
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(all_params) != len(prompts):
             raise FieldError("params", f"expected one, or {len(prompts)} (one for each prompt), got {len(all_params)}")
-        pieces: dict[str, list[CompletionOutput]] = {str(number): [] for number in range(len(prompts))}
+        pieces: dict[str, list[CompletionOutput]] = {next(self._request_ids): [] for _ in prompts}
         for prompt, each in zip(prompts, all_params, strict=True):
             check_request(prompt, each, self.engine.limits)
         try:

@@ -117,9 +117,14 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], outputs: zmq.Socke
     try:
         engine = LLMEngine(config)
     except (FieldError, OSError) as error:
-        field = error.field if isinstance(error, FieldError) else None
-        outputs.send(encode(StartFailed(field, str(error))))
+        failed = StartFailed(error.field if isinstance(error, FieldError) else None, str(error))
+    else:
+        _run(engine, requests, outputs)
         return
+    outputs.send(encode(failed))  # half an engine is gone by now: the answer is SIGTERM, which should not meet it dying
+
+
+def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
     try:
         outputs.send(encode(Ready(engine.limits, engine.blocks.num_blocks)))
         EngineCore(engine, requests, outputs).run()

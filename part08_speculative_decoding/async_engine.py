@@ -68,6 +68,7 @@ class AsyncLLM:
         self.core = CoreClient(config)
         self.limits, self.num_kv_blocks = self.core.ready.limits, self.core.ready.num_kv_blocks
         self.max_model_len, self.vocab_size = self.limits.max_model_len, self.limits.vocab_size
+        self.max_request_len = min(self.max_model_len, self.limits.num_kv_tokens + 1)  # the last one's are never stored
         self.max_num_unfinished = config.max_num_seqs + config.max_queued_requests
         self.cause_of_death: str | None = None
         self._streams: dict[str, RequestStream] = {}  # of all requests that have not ended

@@ -22,7 +22,8 @@ class TokenBuffer:
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: str) -> None:
         self.max_model_len, self.device = max_model_len, device
-        self.data = torch.empty((max_num_seqs, max_model_len), dtype=torch.int64, device=device)
+        # Zeros: behind a step that failed, the next one reads what was never written, and must find token ids.
+        self.data = torch.zeros((max_num_seqs, max_model_len), dtype=torch.int64, device=device)
         self.rows: dict[str, int] = {}
         self._free_rows = list(reversed(range(max_num_seqs)))
 

@@ -66,6 +66,11 @@ class ServerProcess:
     def stream(self, path: str, body: dict) -> contextlib.AbstractContextManager[httpx.Response]:
         return httpx.stream("POST", self.url + path, json=body, timeout=TIMEOUT_S, trust_env=False)
 
+    def check_a_chat_needs_no_max_tokens(self, look: str) -> None:
+        """Also where the KV cache is smaller than the context."""
+        answer = self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0})
+        assert answer.status_code == 200, f"a chat that names no limit: expected an answer, got {answer.text}. {look}"
+
     def check_ends_after_sigterm(self, look: str) -> None:
         """SIGTERM has been sent: the process ends well, writes no traceback, and frees its port."""
         try:

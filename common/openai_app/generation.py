@@ -18,9 +18,12 @@ from common.serving import GenerationError, OutputStream, ServingEngine
 def admit(engine: ServingEngine, request: ApiRequest, metrics: Metrics, timer: RequestTimer) -> Generation:
     """Queue all choices of a request. Raises what the engine raises; then none of them is queued."""
     extra: dict[str, Any] = {} if request.priority is None else {"priority": request.priority}
-    streams = []
+    streams, choices = [], list(request.engine_requests())
+    if len(choices) > engine.max_num_unfinished:  # to try again later would not help
+        limit = f"{engine.max_num_unfinished} (max_num_seqs + max_queued_requests)"
+        raise FieldError("n" if request.params.n > 1 else "prompt", f"{len(choices)} choices, expected at most {limit}")
     with contextlib.ExitStack() as on_failure:
-        for prompt_token_ids, params in request.engine_requests():
+        for prompt_token_ids, params in choices:
             try:
                 streams.append(engine.generate(prompt_token_ids, params, **extra))
             except FieldError as error:

@@ -91,6 +91,7 @@ class LogprobsWriter:
 
     def _chat_entry(self, token_id: int, logprobs: dict[int, Logprob]) -> dict[str, Any]:
         top = sorted((logprob.rank, other) for other, logprob in logprobs.items() if logprob.rank <= self._num_top)
+        del top[self._num_top :]  # the sampled token may have the same rank as another
         return {
             **self._chat_token(token_id, logprobs[token_id]),
             "top_logprobs": [self._chat_token(other, logprobs[other]) for _, other in top],

@@ -88,7 +88,9 @@ def parse_request(raw: bytes, is_chat: bool, engine: ServingEngine) -> ApiReques
     if echo and logprobs is not None:
         raise FieldError("echo", "not supported together with logprobs: there are none for the prompt")
     prompts = encode_prompts(body, engine.tokenizer, engine.max_model_len)
-    default_max_tokens = engine.max_model_len - len(prompts[0]) if is_chat else DEFAULT_COMPLETION_TOKENS
+    default_max_tokens = DEFAULT_COMPLETION_TOKENS
+    if is_chat:
+        default_max_tokens = max(1, engine.max_request_len - len(prompts[0]))
     params = _parse_params(body, default_max_tokens, logprobs)
     check_vocabulary(params, engine.vocab_size)
     return ApiRequest(

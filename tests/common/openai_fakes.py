@@ -86,7 +86,8 @@ class FakeEngine:
     """
 
     model_name = "tiny"
-    max_model_len = CONTEXT
+    max_model_len = max_request_len = CONTEXT
+    max_num_unfinished = 10_000
     vocab_size = VOCAB
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

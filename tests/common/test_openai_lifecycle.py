@@ -84,6 +84,18 @@ def test_all_choices_are_admitted_or_none(manual: Server, stream: bool) -> None:
     assert metrics_of(manual)["engine:prompt_tokens_total"] == 0, "a refused prompt is not counted"
 
 
+@streamed_or_not
+def test_more_choices_than_the_queue_ever_holds_are_400(manual: Server, stream: bool) -> None:
+    """To try again later, as 429 says, would never help."""
+    manual.engine.max_num_unfinished = 5
+    for field, body in (("n", {"prompt": ["a", "b"], "n": 3}), ("prompt", {"prompt": ["a"] * 6})):
+        response = manual.post(COMPLETIONS, {**body, "stream": stream})
+        check_error(response, 400, field, "6 choices, expected at most 5 (max_num_seqs + max_queued_requests)")
+    assert not manual.engine.streams, "none of them is queued"
+    with manual.send(COMPLETIONS, prompt=["a"] * 5, stream=stream):
+        manual.until_streams(5)
+
+
 @both_endpoints
 @streamed_or_not
 def test_what_the_engine_refuses_is_400(manual: Server, path: str, stream: bool) -> None:

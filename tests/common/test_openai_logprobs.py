@@ -45,6 +45,17 @@ def test_a_chat_gets_as_many_as_it_asks_for(server: Server) -> None:
         assert server.engine.streams[-1].params.logprobs is None
 
 
+def test_two_tokens_of_one_rank_are_not_more_than_were_asked_for(engine: FakeEngine) -> None:
+    """The sampled token ties with the likeliest, as in bfloat16 it may."""
+    k, l = engine.letters[10], engine.letters[11]  # noqa: E741
+    tie = {k: Logprob(-0.5, 1), l: Logprob(-0.5, 1)}
+    engine.script = [delta(" k", [k], "length", logprobs=[tie])]
+    with serving(engine) as server:
+        answer = server.whole(CHAT, logprobs=True, top_logprobs=1, max_tokens=1)
+    [content] = answer["choices"][0]["logprobs"]["content"]
+    assert len(content["top_logprobs"]) == 1, f"top_logprobs=1: got {content}"
+
+
 def test_the_form_of_a_completion(server: Server) -> None:
     expected: dict[str, Any] = {
         "tokens": [" c", " d"],

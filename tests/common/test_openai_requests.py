@@ -180,6 +180,18 @@ def test_wrong_messages_are_refused(server: Server, case: str) -> None:
         check_error(response, 400, param, word)
 
 
+def test_a_chat_without_max_tokens_goes_as_far_as_the_engine_can(server: Server) -> None:
+    """To the end of the context or of the KV cache: who names no limit must not be told that it is too high."""
+    body = {"messages": [USER]}
+    num_prompt_tokens = server.post(CHAT, body).json()["usage"]["prompt_tokens"]
+    assert server.engine.streams[-1].params.max_tokens == CONTEXT - num_prompt_tokens
+    for max_request_len, expected in ((num_prompt_tokens + 7, 7), (num_prompt_tokens - 1, 1)):
+        server.engine.max_request_len = max_request_len
+        server.post(CHAT, body)
+        got = server.engine.streams[-1].params.max_tokens
+        assert got == expected, f"{num_prompt_tokens} + {expected} fit, expected max_tokens {expected}, got {got}"
+
+
 def test_the_longest_prompt_and_the_largest_batch_that_fit(server: Server) -> None:
     answer = server.whole(COMPLETIONS, prompt=[5] * (CONTEXT - 1), max_tokens=9)
     assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (1, "length")

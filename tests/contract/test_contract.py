@@ -128,6 +128,16 @@ def test_a_seed_makes_an_answer_reproducible(engine: Any, reference: Any) -> Non
 # The folder
 
 
+@pytest.mark.since(5)
+def test_a_request_id_is_used_once(engine: Any) -> None:
+    ids = [engine.generate([[5, 6], [7]], max_tokens=1)[number].request_id for _ in range(2) for number in (0, 1)]
+    assert len(set(ids)) == 4, (
+        f"two calls of LLM.generate, two prompts each: expected four ids, got {ids}. When a call fails, a step of "
+        "its requests may still be in flight, and whoever has the same id would fail with it. "
+        "Look at engine.py::LLM.generate."
+    )
+
+
 @pytest.mark.since(1)
 @pytest.mark.parametrize("name", ["__init__.py", "__main__.py", "demo.py", "bench.py", "README.md", "exercises.md"])
 def test_a_part_has_its_files(part_dir: Path, name: str) -> None:

@@ -45,7 +45,7 @@ class FakeRequest:
 class FakeEngine:
     """Static batches of scripted requests, told apart by their first prompt token. A step costs a permit."""
 
-    model_name, tokenizer, max_model_len, vocab_size = "fake", None, 100, 1_000
+    model_name, tokenizer, max_model_len, vocab_size, num_kv_tokens = "fake", None, 100, 1_000, 50
 
     def __init__(self) -> None:
         self.max_num_seqs, self.num_preemptions = MAX_NUM_SEQS, 3
@@ -542,3 +542,15 @@ def test_many_requests_and_aborts(small_directory: Callable[[str], tuple[Path, A
     assert num_completed >= 10 and engine.num_preemptions > 0, "this test needs complete answers and preemptions"
     assert engine.blocks.num_used_blocks == 0, f"{engine.blocks.num_used_blocks} blocks are never freed. {LOOK_ABORT}"
     assert llm.stats()["num_requests_waiting"] == 0, f"streams stay behind: {llm.stats()}. {LOOK_ABORT}"
+
+
+def test_what_a_request_can_reach() -> None:
+    """Prompt and answer: the last token's key and value are never stored."""
+    fake = FakeEngine()
+    for num_kv_tokens, expected in ((50, 51), (99, 100), (1_000, 100)):
+        fake.num_kv_tokens = num_kv_tokens
+        got = AsyncLLM(fake, 0).max_request_len  # type: ignore[arg-type]
+        assert got == expected, (
+            f"{num_kv_tokens} tokens in the KV cache, 100 of context: expected {expected}, got {got}. "
+            "Look at async_engine.py::AsyncLLM.__init__."
+        )

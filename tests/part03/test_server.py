@@ -160,6 +160,12 @@ def test_logprobs(server: Server, llm: LLM) -> None:
     assert all(len(entry["top_logprobs"]) == 2 for entry in content), f"expected two each, got {content}. {LOOK}"
 
 
+def test_a_chat_needs_no_max_tokens(server: Server) -> None:
+    """Also where the KV cache is smaller than the context."""
+    assert server.engine.num_kv_tokens < server.engine.max_model_len
+    server.ask(CHAT, messages=[{"role": "user", "content": "Hi"}], temperature=0)
+
+
 @both_endpoints
 def test_two_answers_to_one_prompt(server: Server, llm: LLM, path: str) -> None:
     """They run in one batch; a seed gives each its own."""

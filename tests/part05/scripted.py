@@ -1,200 +1,40 @@
-"""An engine whose model follows a script: no weights, and a step runs when somebody waits for it, not before."""
+"""Part 5's engine over the scripted model, and what holds of it."""
 
 from __future__ import annotations
 
-import time
-import zlib
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
-import pytest
-import torch
-
-from common.sampling_params import SamplingParams
-from part05_async_scheduling import engine as engine_module
-from part05_async_scheduling.block_manager import NULL_BLOCK, BlockManager
-from part05_async_scheduling.config import EngineConfig
-from part05_async_scheduling.engine import LLMEngine, StepFailedError
-from part05_async_scheduling.messages import EngineCoreOutput
+from part05_async_scheduling.engine import LLMEngine
 from part05_async_scheduling.request import Request, RequestStatus
-from part05_async_scheduling.sampler import SamplerOutput
 from part05_async_scheduling.scheduler import SchedulerOutput
-from part05_async_scheduling.stream import StepResult
-from part05_async_scheduling.token_buffer import TokenBuffer
+from tests.engine_checks import EngineChecks
+from tests.scripted import Part, ScriptedRunner, make_scripted_engine, next_token
 
-END = 0  # the token that ends an answer
-UNWRITTEN = 255  # what the script reads where nobody has written
-VOCAB_SIZE = 256
-LOOK_STEP = 'Look at engine.py::LLMEngine.step, _append and scheduler.py; README "One step ahead".'
+PART = Part("part05_async_scheduling")
 
 
-def next_token(token_ids: Sequence[int]) -> int:
-    """The scripted model: a token out of all tokens so far; one in twenty is END."""
-    return zlib.crc32(bytes(token_ids)) % 20
+class WholeRunner(ScriptedRunner):
+    """Every request computes all that it lacks and gets a token."""
 
-
-def answer_alone(
-    prompt: list[int], max_tokens: int, ignore_eos: bool = False, script: Callable[[Sequence[int]], int] = next_token
-) -> list[int]:
-    output: list[int] = []
-    while len(output) < max_tokens and (ignore_eos or END not in output):
-        output.append(script(prompt + output))
-    return output
-
-
-def params_for(max_tokens: int, **fields: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, **fields)
-
-
-def ids(requests: Sequence[Request]) -> list[str]:
-    return [request.request_id for request in requests]
-
-
-@dataclass
-class Work:
-    """What one request does in a step: positions are given as places in the token buffer and slots in the cache."""
-
-    request_id: str
-    row: int
-    input_places: list[int]
-    input_slots: list[int]
-    context_slots: list[int]
-    output_place: int
-
-
-@dataclass(eq=False)
-class ScriptedStep:
-    """A step that was launched. It runs when its result is asked for, after all that were launched before it."""
-
-    runner: ScriptedRunner
-    number: int
-    new_rows: list[tuple[int, list[int]]] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
-    error: Exception | None = None
-    sampled: list[int] = field(default_factory=list)
-
-    def result(self) -> StepResult:
-        while self in self.runner.pending:
-            self.runner.run(self.runner.pending.popleft())
-        self.runner.log.append(f"result {self.number}")
-        if self.error is not None:
-            raise self.error
-        now = time.perf_counter()
-        return StepResult(SamplerOutput(torch.tensor(self.sampled), None), now, now)
-
-
-class ScriptedRunner:
-    """In ModelRunner's place, with a real token buffer, and a KV cache of tokens: slot → token.
-
-    The script sees a request's tokens as its blocks hold them. So a token that went to a wrong place or a wrong owner,
-    or that was read too early, changes an answer. log: launches and results in their order.
-    """
-
-    def __init__(self, config: EngineConfig, checkpoint: Any, max_model_len: int, max_num_batched_tokens: int) -> None:
-        self.kv_cache = SimpleNamespace(num_blocks=config.num_kv_blocks)
-        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE)
-        self.tokens = TokenBuffer(config.max_num_seqs, max_model_len, "cpu")
-        self.tokens.data.fill_(UNWRITTEN)
-        self.cache: dict[int, int] = {}
-        self.script: Callable[[Sequence[int]], int] = next_token
-        self.pending: deque[ScriptedStep] = deque()
-        self.launched: list[ScriptedStep] = []
-        self.log: list[str] = []
-        self.launch_error: Exception | None = None  # raised by the next launch
-        self.result_error: Exception | None = None  # raised by the result of the next step that is launched
-        self.num_tokens_computed = 0
-
-    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> ScriptedStep:
-        self.tokens.release(scheduled.left)
-        if self.launch_error is not None:
-            error, self.launch_error = self.launch_error, None
-            raise error
-        step = ScriptedStep(self, len(self.launched) + 1, error=self.result_error)
-        self.result_error = None
+    def shares(self, scheduled: SchedulerOutput) -> Iterator[tuple[Request, int, int, int]]:
         for request, start in zip(scheduled.requests, scheduled.num_computed_tokens, strict=True):
-            name, end = request.request_id, request.num_computed_tokens
-            if start == 0:
-                step.new_rows.append((self.tokens.acquire(name), request.token_ids))
-            row = self.tokens.rows[name]
-            slots = [blocks.slot(name, position) for position in range(end)]
-            inputs = [self.tokens.place(row, position) for position in range(start, end)]
-            step.work.append(Work(name, row, inputs, slots[start:], slots, self.tokens.place(row, end)))
-            self.num_tokens_computed += end - start
-        self.pending.append(step)
-        self.launched.append(step)
-        self.log.append(f"launch {step.number}")
-        return step
-
-    def run(self, step: ScriptedStep) -> None:
-        if step.error is not None:
-            return  # nothing of it happens
-        for row, token_ids in step.new_rows:
-            self.tokens.fill(row, token_ids)
-        for work in step.work:
-            tokens = self.tokens.read(torch.tensor(work.input_places)).tolist()
-            self.cache.update(zip(work.input_slots, tokens, strict=True))
-        for work in step.work:
-            step.sampled.append(self.script([self.cache.get(slot, UNWRITTEN) for slot in work.context_slots]))
-        self.tokens.write(torch.tensor([work.output_place for work in step.work]), torch.tensor(step.sampled))
-
-    def num_samples(self, request_id: str) -> int:
-        """How many tokens were sampled for a request, wanted or not."""
-        return sum(work.request_id == request_id for step in self.launched for work in step.work)
+            yield request, start, request.num_computed_tokens, 1
 
 
 def scripted_engine(
     max_model_len: int = 64, script: Callable[[Sequence[int]], int] = next_token, **flags: Any
 ) -> LLMEngine:
     """A real LLMEngine over the scripted model; flags are EngineConfig's."""
-    checkpoint = SimpleNamespace(eos_token_ids=frozenset({END}), max_model_len=max_model_len)
-    parts = {"ModelRunner": ScriptedRunner, "resolve_checkpoint": lambda _: checkpoint}
-    with mock.patch.multiple(engine_module, **parts):
-        engine = LLMEngine(EngineConfig(**{"device": "cpu", "num_kv_blocks": 1_000, **flags}))
-    runner_of(engine).script = script
-    return engine
+    return make_scripted_engine(PART, WholeRunner, max_model_len, script, **flags)
 
 
-def runner_of(engine: LLMEngine) -> ScriptedRunner:
-    assert isinstance(engine.runner, ScriptedRunner)
-    return engine.runner
+class Checks(EngineChecks):
+    LOOK_STEP = 'Look at engine.py::LLMEngine.step, _append and scheduler.py; README "One step ahead".'
+    LOOK_LATE = 'Look at engine.py::LLMEngine._append; README "A token too late".'
+    LOOK_ROWS = 'Look at token_buffer.py::TokenBuffer and scheduler.py::Scheduler._release; README "A token too late".'
 
-
-def take_step(engine: LLMEngine) -> list[EngineCoreOutput]:
-    """LLMEngine.step of an engine that has no reason to fail."""
-    ended = [request.request_id for request in engine.scheduler.running if request.status.is_finished]
-    assert not ended, f"requests {ended} have ended and are still among the running. {LOOK_STEP}"
-    try:
-        return LLMEngine.step(engine)
-    except StepFailedError as failure:
-        if isinstance(failure.__cause__, NotImplementedError):
-            raise failure.__cause__ from None
-        pytest.fail(f"a step of {failure.request_ids} failed with {failure.__cause__!r}. {LOOK_STEP}")
-
-
-def check_engine(engine: LLMEngine, where: str) -> None:
-    """Between two steps: blocks and rows add up, and what is counted on is what is in flight."""
-    blocks, scheduler = engine.blocks, engine.scheduler
-    used, free, total = blocks.num_used_blocks, blocks.num_free_blocks, blocks.num_blocks - 1
-    assert used + free == total, f"{where}: used {used} + free {free} blocks, expected {total} together. {LOOK_STEP}"
-    owned = [*blocks.free_blocks, *(block for table in blocks.block_tables.values() for block in table)]
-    assert len(set(owned)) == len(owned) and NULL_BLOCK not in owned, (
-        f"{where}: a block has two owners: {blocks.block_tables}, free {list(blocks.free_blocks)}. {LOOK_STEP}"
-    )
-    running, waiting = ids(scheduler.running), ids(list(scheduler.waiting))
-    assert len(set(running + waiting)) == len(running + waiting), (
-        f"{where}: somebody is there twice, running {running}, waiting {waiting}. {LOOK_STEP}"
-    )
-    owners = {request_id for request_id, table in blocks.block_tables.items() if table}
-    assert owners == set(running), f"{where}: {running} run, blocks are held by {sorted(owners)}. {LOOK_STEP}"
-    assert len(engine.in_flight) < engine.max_steps_in_flight, (
-        f"{where}: {len(engine.in_flight)} steps are in flight, at most {engine.max_steps_in_flight - 1} may be left. "
-        f"{LOOK_STEP}"
-    )
-    for request in scheduler.running:
+    def check_running(self, request: Request, where: str) -> None:
         state = (request.status, request.num_computed_tokens)
         expected = (RequestStatus.RUNNING, request.num_expected_tokens - 1)
         assert state == expected, (
@@ -202,63 +42,15 @@ def check_engine(engine: LLMEngine, where: str) -> None:
             f"{request.num_output_placeholders} placeholders: expected (status, num_computed_tokens) {expected}, got "
             f'{state}. Look at scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
         )
-    for request in scheduler.waiting:
-        state = (request.status, request.num_computed_tokens)
-        assert state == (RequestStatus.WAITING, 0), f"{where}: request {request.request_id} waits as {state}."
-    for request in [*scheduler.running, *scheduler.waiting]:
+
+    def check_placeholders(self, engine: LLMEngine, request: Request, where: str) -> None:
         num_in_flight = sum(request in step.scheduled.requests for step in engine.in_flight)
         assert request.num_output_placeholders == num_in_flight, (
             f"{where}: request {request.request_id} is in {num_in_flight} of the steps in flight: expected as many "
             f"placeholders, got {request.num_output_placeholders}. Look at engine.py::LLMEngine._append; "
             'README "Tokens that nobody has seen yet".'
         )
-    check_rows(engine, where)
 
 
-def check_rows(engine: LLMEngine, where: str) -> None:
-    """Every row of the token buffer is free or has one owner, who runs, or is about to give it back."""
-    tokens, scheduler = engine.runner.tokens, engine.scheduler
-    look = 'Look at token_buffer.py::TokenBuffer and scheduler.py::Scheduler._release; README "A token too late".'
-    rows = [*tokens.rows.values(), *tokens._free_rows]
-    assert sorted(rows) == list(range(len(tokens.data))), (
-        f"{where}: rows {tokens.rows} are taken, {tokens._free_rows} are free, of {len(tokens.data)}. {look}"
-    )
-    strangers = set(tokens.rows) - set(ids(scheduler.running)) - set(scheduler._left)
-    assert not strangers, f"{where}: {sorted(strangers)} neither run nor have just left, and hold rows. {look}"
-
-
-def run_dry(engine: LLMEngine, on_step: Callable[[int], object] = lambda number: None) -> dict[str, EngineCoreOutput]:
-    """Step until nothing is left, checking after each; every request's outputs as one.
-
-    on_step(number) is called before each step and may return True: somebody is still to come.
-    """
-    answers: dict[str, EngineCoreOutput] = {}
-    number = 0
-    while on_step(number) or engine.has_unfinished_requests:
-        for output in take_step(engine):
-            merge(answers, output, f"step {number}")
-        check_engine(engine, f"after step {number}")
-        number += 1
-        assert number < 500, f"{number} steps, and {ids(engine.scheduler.running)} still run. {LOOK_STEP}"
-    blocks = engine.blocks
-    assert blocks.num_free_blocks == blocks.num_blocks - 1 and not engine.in_flight, (
-        f"all have ended: {blocks.num_used_blocks} blocks used, {len(engine.in_flight)} steps in flight. {LOOK_STEP}"
-    )
-    return answers
-
-
-def merge(answers: dict[str, EngineCoreOutput], output: EngineCoreOutput, where: str) -> None:
-    assert len(output.token_ids) == 1, f"{where}: a step brings a request one token, got {output}. {LOOK_STEP}"
-    before = answers.get(output.request_id)
-    assert before is None or before.finish_reason is None, (
-        f"{where}: request {output.request_id} had ended, and got another token. Look at engine.py::LLMEngine._append; "
-        'README "A token too late".'
-    )
-    logprobs = [*(before.logprobs or [] if before else []), *(output.logprobs or [])]
-    answers[output.request_id] = EngineCoreOutput(
-        output.request_id,
-        [*(before.token_ids if before else []), *output.token_ids],
-        output.finish_reason,
-        output.stop_reason,
-        logprobs or None,
-    )
+checks = Checks(PART)
+take_step, check_engine, run_dry, merge = checks.take_step, checks.check_engine, checks.run_dry, checks.merge

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import random
 import tempfile
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from part05_async_scheduling import async_engine
 from part05_async_scheduling.async_engine import AsyncLLM, RequestStream
 from part05_async_scheduling.core_client import CoreClient
 from part05_async_scheduling.output_processor import join_outputs
-from tests.async_checks import DEADLINE_S, read_error, shut_down_at_the_end, until, within_deadline
-from tests.part05.gated import NUM_TOKENS, CoreThread, Gate, gated_engine, prompt_of
-from tests.part05.scripted import check_engine, ids, runner_of
+from tests import gated
+from tests.async_checks import read_error, until, within_deadline
+from tests.gated import NUM_TOKENS, CoreThread, Gate, gated_engine, prompt_of
+from tests.part05.scripted import PART, check_engine, scripted_engine
+from tests.scripted import ids, runner_of
 
 LESSON = 'README "Two processes"'
 LOOK_QUEUE = f"Look at async_engine.py::AsyncLLM.generate; {LESSON}."
@@ -36,41 +37,11 @@ LOOK_START = 'Look at core_client.py::CoreClient; README "When one of them dies"
 LOOK_STATS = f"Look at async_engine.py::AsyncLLM.stats; {LESSON}."
 
 
-def on_an_event_loop(max_queued_requests: int = 64, **flags: Any) -> Callable:
-    """The decorated coroutine is a test; it gets a Gate and a running AsyncLLM over it, which always end."""
-
-    def decorate(test: Callable[[Gate, AsyncLLM], Awaitable[None]]) -> Callable[[], None]:
-        @functools.wraps(test)
-        def run() -> None:
-            gate = Gate(**flags)
-            with gated_engine(gate, max_queued_requests=max_queued_requests, **flags) as engine:
-
-                async def start_and_test() -> None:
-                    engine.start()
-                    await test(gate, engine)
-                    await asyncio.to_thread(engine.shutdown)
-
-                with shut_down_at_the_end(engine_that_has_ended(engine), gate.open, LOOK_SHUTDOWN):
-                    asyncio.run(asyncio.wait_for(start_and_test(), 3 * DEADLINE_S))
-
-        del run.__wrapped__  # type: ignore[attr-defined]  # pytest would take the coroutine's arguments for fixtures
-        return run
-
-    return decorate
+def make_gate(**flags: Any) -> Gate:
+    return Gate(PART, scripted_engine(max_model_len=200, **flags))
 
 
-class engine_that_has_ended:
-    """Is alive as long as its core's process is."""
-
-    def __init__(self, engine: AsyncLLM) -> None:
-        self.engine = engine
-
-    @property
-    def is_alive(self) -> bool:
-        return self.engine.core.process.is_alive()
-
-    def shutdown(self) -> None:
-        self.engine.shutdown()
+on_an_event_loop = functools.partial(gated.on_an_event_loop, make_gate, LOOK_SHUTDOWN)
 
 
 def generate(engine: AsyncLLM, name: int, max_tokens: int = NUM_TOKENS, **fields: Any) -> RequestStream:
@@ -464,7 +435,7 @@ async def test_shutdown_ends_what_runs_and_waits(gate: Gate, engine: AsyncLLM) -
 
 def test_shutdown_without_an_event_loop() -> None:
     """The app did not start, or has ended."""
-    gate = Gate()
+    gate = make_gate()
     with gated_engine(gate) as engine:
         process = engine.core.process
         engine.shutdown()
@@ -482,7 +453,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_only_this_user_can_enter_the_directory_and_it_goes_at_once(temporary: Path) -> None:
-    gate = Gate()
+    gate = make_gate()
     with gated_engine(gate) as engine:
         process = engine.core.process
         assert isinstance(process, CoreThread) and Path(process.directory).parent == temporary
@@ -512,7 +483,7 @@ def test_only_this_user_can_enter_the_directory_and_it_goes_at_once(temporary: P
 def test_a_core_that_does_not_start(
     error: Exception | None, kind: type[Exception], text: str, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, processes, init = Gate(), list[CoreThread](), CoreThread.__init__
+    gate, processes, init = make_gate(), list[CoreThread](), CoreThread.__init__
     gate.start_error, gate.is_killed = error, error is None
 
     def note(self: CoreThread, *args: Any) -> None:
@@ -532,7 +503,7 @@ def test_a_core_that_does_not_start(
 
 
 def test_ctrl_c_while_the_core_loads(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, processes = Gate(), list[Any]()
+    gate, processes = make_gate(), list[Any]()
 
     def interrupt(self: CoreClient) -> None:
         processes.append(self.process)

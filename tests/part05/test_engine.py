@@ -20,17 +20,8 @@ from part05_async_scheduling.config import EngineConfig
 from part05_async_scheduling.engine import LLM, LLMEngine, StepFailedError
 from part05_async_scheduling.messages import EngineCoreOutput
 from part05_async_scheduling.request import Request, RequestStatus
-from tests.part05.scripted import (
-    END,
-    answer_alone,
-    check_engine,
-    merge,
-    params_for,
-    run_dry,
-    runner_of,
-    scripted_engine,
-    take_step,
-)
+from tests.part05.scripted import check_engine, merge, run_dry, scripted_engine, take_step
+from tests.scripted import END, answer_alone, params_for, runner_of
 
 LOOK_STEP = 'Look at engine.py::LLMEngine.step; README "One step ahead".'
 LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "A token too late".'
@@ -807,7 +798,8 @@ def check_nothing_is_left(llm: LLM, expected: list[RequestOutput], prompts: list
         got = llm.generate(prompts, greedy(6))
     except StepFailedError as stale:
         pytest.fail(f"a call fails for a step in flight of the call before: {stale.__cause__!r}. {LOOK_FAIL}")
-    assert got == expected, f"after a failed call: expected {expected}, got {got}. {LOOK_LLM}"
+    answers, expected_answers = ([result.outputs for result in results] for results in (got, expected))
+    assert answers == expected_answers, f"after a failed call: expected {expected}, got {got}. {LOOK_LLM}"
     blocks = llm.engine.blocks
     assert blocks.num_used_blocks == 0 and not llm.engine.has_unfinished_requests, f"something is left. {LOOK_LLM}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from typing import Any
 
@@ -24,7 +25,8 @@ from part05_async_scheduling.messages import (
     decode_from_core,
     encode,
 )
-from tests.part05.scripted import answer_alone, check_engine, params_for, runner_of, scripted_engine
+from tests.part05.scripted import check_engine, scripted_engine
+from tests.scripted import answer_alone, params_for, runner_of
 
 LOOK = 'Look at engine_core.py::EngineCore.run and receive; README "Two processes".'
 LOOK_FAIL = 'Look at engine_core.py::EngineCore.step; README "A token too late".'
@@ -41,9 +43,11 @@ class Requests:
     def __init__(self, messages: dict[int, list[ToCore]], engine: LLMEngine) -> None:
         self.messages, self.engine = messages, engine
         self.queue: deque[bytes] = deque()
-        self.waits = 0
+        self.waits = self.calls = 0
 
     def recv(self, flags: int = 0) -> bytes:
+        self.calls += 1
+        assert self.calls < 1_000, f"requests of a few tokens have not ended after {self.calls} rounds. {LOOK_FAIL}"
         for number in sorted(self.messages):
             if number <= self.engine.num_steps or (not flags and not self.queue):
                 self.queue.extend(map(encode, self.messages.pop(number)))
@@ -174,6 +178,29 @@ def test_a_core_that_cannot_start_says_so(error: OSError | None, monkeypatch: py
     assert isinstance(message, StartFailed), f"got {message}. {LOOK_SERVE}"
     expected = (None, "no such file") if error else ("max_num_batched_tokens", "max_num_batched_tokens: expected")
     assert message.field == expected[0] and message.message.startswith(expected[1]), f"got {message}. {LOOK_SERVE}"
+
+
+def test_half_an_engine_is_gone_before_its_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API's process answers with SIGTERM: in the middle of a destructor the exit would go to stderr as an error."""
+
+    class Half:
+        pass
+
+    left: list[bool] = []
+
+    def fail(config: Any) -> LLMEngine:
+        half = Half()
+        weakref.finalize(half, left.clear)
+        left.append(True)
+        raise OSError("no such file")
+
+    def send(data: bytes) -> None:
+        assert not left, f"the failure is told while what had been loaded is still there. {LOOK_SERVE}"
+
+    outputs = Outputs()
+    monkeypatch.setattr(outputs, "send", send)
+    monkeypatch.setattr(engine_core, "LLMEngine", fail)
+    engine_core._serve(None, None, outputs)  # type: ignore[arg-type]
 
 
 def test_a_core_says_when_it_is_ready_and_closes_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,10 @@ def test_it_serves_from_two_processes(server: ServerProcess, temporary: Path) ->
     assert os.getsid(core) == core, f"Ctrl-C must not reach the core: it is in session {os.getsid(core)}. {LOOK_PARENT}"
 
 
+def test_a_chat_needs_no_max_tokens(server: ServerProcess) -> None:
+    server.check_a_chat_needs_no_max_tokens("Look at async_engine.py::AsyncLLM.__init__.")
+
+
 def test_nothing_is_left_of_many_requests(server: ServerProcess, llm: Any, prompt_of: Any) -> None:
     """A hundred of all kinds, a third cut off by their clients: see soak.py."""
     from tests.part05.soak import check_answers, make_asks, talk_to

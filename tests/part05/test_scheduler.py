@@ -9,7 +9,7 @@ import pytest
 from part05_async_scheduling.block_manager import BlockManager
 from part05_async_scheduling.request import Request, RequestStatus
 from part05_async_scheduling.scheduler import Scheduler, SchedulerOutput
-from tests.part05.scripted import END, ids, params_for
+from tests.scripted import END, ids, params_for
 
 LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
 LOOK_LENGTH = 'Look at scheduler.py::Scheduler._schedule_running; README "What the future may assume".'

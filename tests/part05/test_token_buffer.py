@@ -33,6 +33,13 @@ def test_rows_are_given_out_and_taken_back() -> None:
     assert set(buffer.rows) == {"c"}, f"only c is left, got {buffer.rows}. {LOOK}"
 
 
+def test_what_nobody_has_written_is_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a step fails, the one behind it reads what the failed one was to write. It must not fail as well."""
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: torch.full(*size, -(2**62), **kwargs))
+    data = TokenBuffer(3, 8, "cpu").data
+    assert not data.any(), f"expected zeros in the new buffer, got {data}. {LOOK}"
+
+
 def test_rows_at_random() -> None:
     rng, buffer, there = random.Random(0), TokenBuffer(5, 4, "cpu"), list[str]()
     for number in range(500):

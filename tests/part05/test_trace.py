@@ -15,7 +15,8 @@ from part05_async_scheduling.request import Request
 from part05_async_scheduling.scheduler import SchedulerOutput
 from part05_async_scheduling.step_tracer import PART
 from part05_async_scheduling.stream import StepResult
-from tests.part05.scripted import END, ScriptedStep, params_for, run_dry, runner_of, scripted_engine, take_step
+from tests.part05.scripted import run_dry, scripted_engine, take_step
+from tests.scripted import END, ScriptedStep, params_for, runner_of
 
 LOOK = 'Look at step_tracer.py::StepTracer; README "Check it".'
 

@@ -21,17 +21,8 @@ from part06_chunked_prefill.messages import EngineCoreOutput
 from part06_chunked_prefill.model_runner import Batch
 from part06_chunked_prefill.request import Request
 from part06_chunked_prefill.scheduler import SchedulerOutput
-from tests.part06.scripted import (
-    END,
-    answer_alone,
-    ids,
-    params_for,
-    run_dry,
-    runner_of,
-    scripted_engine,
-    take_step,
-    watch,
-)
+from tests.part06.scripted import run_dry, scripted_engine, take_step, watch
+from tests.scripted import END, answer_alone, ids, params_for, runner_of
 
 LOOK_PREPARE = 'Look at model_runner.py::ModelRunner._prepare; README "A chunk is not an answer".'
 LOOK_METADATA = 'Look at model_runner.py::ModelRunner._metadata; README "The mask\'s other corner".'
@@ -434,9 +425,9 @@ def test_stop_strings(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf, flags: d
 
 def test_generate_answers_as_with_whole_prompts(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf) -> None:
     prompts = [prompt_of(length, number) for number, length in enumerate([50, 3, 77, 20])]
-    expected = llm.generate(prompts, greedy(7))
+    expected = [result.outputs for result in llm.generate(prompts, greedy(7))]
     for flags in (dict(max_num_batched_tokens=6), dict(enable_chunked_prefill=False, async_scheduling=True)):
-        got = make_llm(max_num_seqs=6, **flags).generate(prompts, greedy(7))
+        got = [result.outputs for result in make_llm(max_num_seqs=6, **flags).generate(prompts, greedy(7))]
         assert got == expected, f"{flags}: expected {expected}, got {got}. {LOOK_LLM}"
 
 

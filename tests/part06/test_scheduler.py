@@ -14,7 +14,8 @@ from part06_chunked_prefill.config import EngineConfig
 from part06_chunked_prefill.engine import token_budget
 from part06_chunked_prefill.request import Request, RequestStatus
 from part06_chunked_prefill.scheduler import Scheduler, SchedulerOutput
-from tests.part06.scripted import END, ids, params_for, scripted_engine, watch
+from tests.part06.scripted import scripted_engine, watch
+from tests.scripted import END, ids, params_for
 
 LOOK_SIZE = 'Look at scheduler.py::Scheduler._chunk_size; README "Decodes first".'
 LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README "Decodes first".'

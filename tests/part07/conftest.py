@@ -1,4 +1,4 @@
-"""The shipped model is loaded once; each engine over it has a pool, a scheduler and counters of its own."""
+"""Part 7's engines over the shipped model, which is loaded once."""
 
 from __future__ import annotations
 
@@ -7,79 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from common.checkpoint import load_model, load_tokenizer, resolve_checkpoint
 from common.testing import small_model
-from part07_prefix_caching import engine as engine_module
-from part07_prefix_caching import model_runner
-from part07_prefix_caching.config import EngineConfig
-from part07_prefix_caching.engine import LLM, LLMEngine
-from tests.part07.scripted import take_step, watch
-
-torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
+from part07_prefix_caching.engine import LLM
+from tests.part07.scripted import checks
+from tests.shipped_model import llm, loaded_once, make_engine, prompt_of, reference  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
 def make_llm() -> Iterator[Callable[..., LLM]]:
     """An LLM over the shipped model, in float32 on the CPU; flags are EngineConfig's."""
-    checkpoint = resolve_checkpoint("tiny")
-    load_decoder = model_runner.load_decoder
-    decoder = load_decoder(checkpoint, torch.float32, "cpu")
-    tokenizer = load_tokenizer(checkpoint)
-
-    def make(**flags: Any) -> LLM:
-        llm = LLM(EngineConfig(**{"model": "tiny", "device": "cpu", "num_kv_blocks": 200, **flags}))
-        watch(llm.engine.scheduler)
-        llm.engine.step = functools.partial(take_step, llm.engine)  # type: ignore[method-assign]
-        return llm
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            model_runner,
-            "load_decoder",
-            lambda other, *rest: decoder if other == checkpoint else load_decoder(other, *rest),
-        )
-        patch.setattr(engine_module, "load_tokenizer", lambda _: tokenizer)
+    with loaded_once(checks, "tiny") as make:
         yield make
-
-
-@pytest.fixture(scope="session")
-def make_engine(make_llm: Callable[..., LLM]) -> Callable[..., LLMEngine]:
-    """The engine inside of it."""
-    return lambda **flags: make_llm(**flags).engine
-
-
-@pytest.fixture(scope="session")
-def llm(make_llm: Callable[..., LLM]) -> LLM:
-    """One with room for everything that waits for each step, to ask for what a request gets alone."""
-    return make_llm(async_scheduling=False)
-
-
-@pytest.fixture(scope="session")
-def reference() -> Any:
-    """The shipped model as transformers computes it."""
-    return load_model(resolve_checkpoint("tiny"), torch.float32, "cpu")
-
-
-@pytest.fixture(scope="session")
-def prompt_of(llm: LLM) -> Callable[..., list[int]]:
-    """prompt_of(length, number=0): so many tokens of a story, from another place for each number."""
-    story = (
-        "One fine day, Nora went to the market and bought a basket of apples. She met a fox on the way home. "
-        "The fox was hungry, so Nora gave it an apple, and they became friends. Every morning the fox came to "
-        "the old mill and waited for her. When winter came, the river froze, and nobody could cross the bridge. "
-        "Then the fox showed her a path through the forest that only animals knew. "
-    )
-    tokens = llm.tokenizer.encode(story * 3)
-
-    @functools.cache
-    def cut(length: int, number: int) -> tuple[int, ...]:
-        start = number * 11 % 90
-        assert start + length <= len(tokens), f"the story has {len(tokens)} tokens, {start} + {length} are wanted"
-        return tuple(tokens[start : start + length])
-
-    return lambda length, number=0: list(cut(length, number))
 
 
 @pytest.fixture(scope="session")

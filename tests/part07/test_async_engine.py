@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -24,8 +22,10 @@ from part07_prefix_caching.messages import (
     encode,
 )
 from part07_prefix_caching.output_processor import join_outputs
-from tests.async_checks import DEADLINE_S, shut_down_at_the_end, until, within_deadline
-from tests.part07.gated import Gate, gated_engine
+from tests import gated
+from tests.async_checks import until, within_deadline
+from tests.gated import Gate
+from tests.part07.scripted import PART, scripted_engine
 
 LESSON = 'README "What a client sees"'
 LOOK_RESET = f"Look at async_engine.py::AsyncLLM.reset_prefix_cache and _read_outputs; {LESSON}."
@@ -35,38 +35,11 @@ LOOK_STATS = f"Look at engine_core.py::EngineCore.stats; {LESSON}."
 LOOK_MESSAGES = f"Look at messages.py; {LESSON}."
 
 
-def on_an_event_loop(test: Callable[[Gate, AsyncLLM], Awaitable[None]]) -> Callable[[], None]:
-    """The coroutine gets a Gate and a running AsyncLLM over it, which always end."""
-
-    @functools.wraps(test)
-    def run() -> None:
-        gate = Gate(block_size=4)
-        with gated_engine(gate, block_size=4) as engine:
-
-            async def start_and_test() -> None:
-                engine.start()
-                await test(gate, engine)
-                await asyncio.to_thread(engine.shutdown)
-
-            with shut_down_at_the_end(engine_that_has_ended(engine), gate.open, LOOK_DEATH):
-                asyncio.run(asyncio.wait_for(start_and_test(), 3 * DEADLINE_S))
-
-    del run.__wrapped__  # type: ignore[attr-defined]  # pytest would take the coroutine's arguments for fixtures
-    return run
+def make_gate(**flags: Any) -> Gate:
+    return Gate(PART, scripted_engine(max_model_len=200, **flags))
 
 
-class engine_that_has_ended:
-    """Is alive as long as its core is."""
-
-    def __init__(self, engine: AsyncLLM) -> None:
-        self.engine = engine
-
-    @property
-    def is_alive(self) -> bool:
-        return self.engine.core.process.is_alive()
-
-    def shutdown(self) -> None:
-        self.engine.shutdown()
+on_an_event_loop = gated.on_an_event_loop(make_gate, LOOK_DEATH, block_size=4)
 
 
 def generate(engine: AsyncLLM, **fields: Any) -> RequestStream:

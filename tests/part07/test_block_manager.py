@@ -21,7 +21,8 @@ from part07_prefix_caching.block_manager import BlockManager, RegisteredBlock, h
 from part07_prefix_caching.free_queue import KVBlock
 from part07_prefix_caching.request import Request
 from tests.lives import run_lives
-from tests.part07.scripted import check_blocks, params_for
+from tests.part07.scripted import check_blocks
+from tests.scripted import params_for
 
 LOOK_FIND = 'Look at block_manager.py::BlockManager.find_cached; README "A block\'s name".'
 LOOK_HASH = 'Look at block_manager.py::BlockManager.hash_blocks and hash_block; README "A block\'s name".'

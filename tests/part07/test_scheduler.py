@@ -10,18 +10,8 @@ from part07_prefix_caching.block_manager import BlockManager
 from part07_prefix_caching.engine import LLMEngine, StepFailedError
 from part07_prefix_caching.request import Request
 from part07_prefix_caching.scheduler import Scheduler, SchedulerOutput
-from tests.part07.scripted import (
-    END,
-    answer_alone,
-    check_engine,
-    ids,
-    params_for,
-    run_dry,
-    runner_of,
-    scripted_engine,
-    take_step,
-    watch,
-)
+from tests.part07.scripted import check_engine, run_dry, scripted_engine, take_step, watch
+from tests.scripted import END, answer_alone, ids, params_for, runner_of
 
 LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README "A block\'s name".'
 LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit; README "Free, and still there".'

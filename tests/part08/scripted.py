@@ -1,263 +1,67 @@
-"""An engine whose model and whose guesses follow scripts: a step runs when somebody waits for it, not before."""
+"""Part 8's engine whose model and whose guesses follow scripts, and what holds of it."""
 
 from __future__ import annotations
 
-import hashlib
-import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
-import pytest
 import torch
 
-from common.sampling_params import SamplingParams
-from part08_speculative_decoding import engine as engine_module
-from part08_speculative_decoding.block_manager import NULL_BLOCK, BlockManager
-from part08_speculative_decoding.config import EngineConfig
-from part08_speculative_decoding.engine import LLMEngine, StepFailedError
+from part08_speculative_decoding.block_manager import BlockManager
+from part08_speculative_decoding.engine import LLMEngine
 from part08_speculative_decoding.messages import EngineCoreOutput
 from part08_speculative_decoding.request import Request, RequestStatus
 from part08_speculative_decoding.sampler import SamplerOutput
 from part08_speculative_decoding.scheduler import Scheduler, SchedulerOutput
-from part08_speculative_decoding.stream import StepResult
-from part08_speculative_decoding.token_buffer import TokenBuffer
+from tests.engine_checks import Before, PrefixChecks
+from tests.scripted import Part, PrefixRunner, ScriptedStep, Work, ids, make_scripted_engine, next_token
 
+PART = Part("part08_speculative_decoding")
 BY_PROMPT = "by prompt"
-END = 0  # the token that ends an answer
-UNWRITTEN = 255  # what the script reads where nobody has written
-VOCAB_SIZE = 256
-LOOK_STEP = 'Look at engine.py::LLMEngine.step, _update and scheduler.py; README "What the step brought".'
 LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README "Guess, then check".'
-LOOK_SIZE = 'Look at scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
-LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
-LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
-LOOK_HIT = 'Look at scheduler.py::Scheduler._schedule_waiting; README of part 7, "A block\'s name".'
-LOOK_NAME = 'Look at scheduler.py::Scheduler._add, _release; README "A cache that keeps step".'
-LOOK_FREE = 'Look at block_manager.py::BlockManager; README of part 7, "Free, and still there".'
 LOOK_GUESS = 'Look at scheduler.py::Scheduler._schedule_running; README "Guess, then check".'
 LOOK_PROPOSE = 'Look at engine.py::LLMEngine._propose; README "Guess, then check".'
 LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "What the step brought".'
-NOTHING = (UNWRITTEN, b"nothing")  # what is in a slot to which nobody has written
 
 
-def next_token(token_ids: Sequence[int]) -> int:
-    """The scripted model: a token out of all tokens so far; one in twenty is END."""
-    return zlib.crc32(bytes(token_ids)) % 20
+class GuessRunner(PrefixRunner):
+    """Puts the guesses into the token buffer, and says how many of them stand."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args[:-1])
+        self.draft_model = None
 
-def answer_alone(
-    prompt: list[int], max_tokens: int, ignore_eos: bool = False, script: Callable[[Sequence[int]], int] = next_token
-) -> list[int]:
-    output: list[int] = []
-    while len(output) < max_tokens and (ignore_eos or END not in output):
-        output.append(script(prompt + output))
-    return output
+    def shares(self, scheduled: SchedulerOutput) -> Iterator[tuple[Request, int, int, int]]:
+        for request, start, end, num_sampled in super().shares(scheduled):
+            drafts = request.draft_token_ids
+            assert len(drafts) == max(0, num_sampled - 1), (
+                f"request {request.request_id} gets {num_sampled} tokens at most and has the guesses {drafts}. "
+                f"{LOOK_ADD}"
+            )
+            yield request, start, end, num_sampled
 
+    def write(self, work: Work) -> None:
+        self.write_tokens(work.output_places[:-1], work.draft_ids)  # where the token goes that is sampled in its place
+        super().write(work)
 
-def params_for(max_tokens: int, **fields: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, **fields)
+    def sampler_output(self, step: ScriptedStep) -> SamplerOutput:
+        output = super().sampler_output(step)
+        if not any(work.draft_ids for work in step.work):
+            return output
+        return replace(output, num_accepted=torch.tensor(self.num_accepted(step), dtype=torch.int64))
 
-
-def ids(requests: Sequence[Request]) -> list[str]:
-    return [request.request_id for request in requests]
-
-
-def follow(before: bytes, token_id: int) -> bytes:
-    """What a token's key and value depend on: itself, and what the one before it depends on."""
-    return hashlib.blake2b(before + bytes([token_id]), digest_size=8).digest()
-
-
-def first_of(cache_salt: str | None) -> bytes:
-    """Keys and values depend on no salt. Here they do, so that it is seen if another salt's block is found."""
-    return (cache_salt or "").encode()
-
-
-def contents(token_ids: Sequence[int], cache_salt: str | None) -> list[bytes]:
-    """What stands in the cache at each position of a request."""
-    found, last = list[bytes](), first_of(cache_salt)
-    for token_id in token_ids:
-        last = follow(last, token_id)
-        found.append(last)
-    return found
-
-
-@dataclass
-class Work:
-    """What one request does in a step: positions are given as places in the token buffer and slots in the cache.
-
-    output_places: none for a chunk that brings no token; one more than there are guesses, which go to draft_places.
-    """
-
-    request_id: str
-    cache_salt: str | None
-    row: int
-    input_places: list[int]
-    input_slots: list[int]
-    context_slots: list[int]
-    output_places: list[int]
-    draft_places: list[int]
-    draft_ids: list[int]
-
-
-@dataclass(eq=False)
-class ScriptedStep:
-    """A step that was launched. It runs when its result is asked for, after all that were launched before it."""
-
-    runner: ScriptedRunner
-    number: int
-    new_rows: list[tuple[int, list[int]]] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
-    error: Exception | None = None
-    sampled: list[int] = field(default_factory=list)
-
-    def result(self) -> StepResult:
-        while self in self.runner.pending:
-            self.runner.run(self.runner.pending.popleft())
-        self.runner.log.append(f"result {self.number}")
-        if self.error is not None:
-            raise self.error
-        num_accepted = None
-        if any(work.draft_ids for work in self.work):
-            num_accepted = torch.tensor(self.num_accepted(), dtype=torch.int64)
-        now = time.perf_counter()
-        return StepResult(SamplerOutput(torch.tensor(self.sampled, dtype=torch.int64), None, num_accepted), now, now)
-
-    def num_accepted(self) -> list[int]:
+    def num_accepted(self, step: ScriptedStep) -> list[int]:
         """Of each request that gets a token, how many guesses stand."""
         found, first = list[int](), 0
-        for work in self.work:
+        for work in step.work:
             if work.output_places:
-                sampled = self.sampled[first : first + len(work.draft_ids)]
+                sampled = step.sampled[first : first + len(work.draft_ids)]
                 pairs = enumerate(zip(work.draft_ids, sampled, strict=True))
                 found.append(next((i for i, (guess, token) in pairs if guess != token), len(sampled)))
                 first += len(work.output_places)
         return found
-
-
-class ScriptedRunner:
-    """In ModelRunner's place, with a real token buffer, and a KV cache: slot → token, and all that it depends on.
-
-    The script sees a request's tokens as its blocks hold them. So a token that went to a wrong place or a wrong owner,
-    or that was read too early, changes an answer; and problems has an entry for each request that has read a slot in
-    which something else was than it believed. log: launches and results in their order.
-    """
-
-    def __init__(
-        self, config: EngineConfig, checkpoint: Any, max_model_len: int, max_num_batched_tokens: int, draft: Any = None
-    ) -> None:
-        self.kv_cache = SimpleNamespace(num_blocks=config.num_kv_blocks)
-        self.model_config = SimpleNamespace(vocab_size=VOCAB_SIZE)
-        self.draft_model = None
-        self.tokens = TokenBuffer(config.max_num_seqs, max_model_len, "cpu")
-        self.tokens.data.fill_(UNWRITTEN)
-        self.cache: dict[int, tuple[int, bytes]] = {}
-        self.problems: dict[str, str] = {}
-        self.meaning: dict[bytes, bytes] = {}  # name → what the last slot of such a block holds
-        self.script: Callable[[Sequence[int]], int] = next_token
-        self.pending: deque[ScriptedStep] = deque()
-        self.launched: list[ScriptedStep] = []
-        self.log: list[str] = []
-        self.launch_error: Exception | None = None  # raised by the next launch
-        self.preemption_error: Exception | None = None  # raised by the next launch after a preemption
-        self.result_error: Exception | None = None  # raised by the result of the next step that is launched
-        self.num_tokens_computed = 0
-
-    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> ScriptedStep:
-        self.tokens.release(scheduled.left)
-        if scheduled.preempted and self.preemption_error is not None:
-            error, self.preemption_error = self.preemption_error, None
-            raise error
-        if self.launch_error is not None:
-            error, self.launch_error = self.launch_error, None
-            raise error
-        step = ScriptedStep(self, len(self.launched) + 1, error=self.result_error)
-        self.result_error = None
-        counts = (scheduled.num_computed_tokens, scheduled.num_scheduled_tokens, scheduled.num_sampled_tokens)
-        for request, start, num_tokens, num_sampled in zip(scheduled.requests, *counts, strict=True):
-            name, end = request.request_id, start + num_tokens
-            if name not in self.tokens.rows:
-                step.new_rows.append((self.tokens.acquire(name), request.token_ids))
-            row = self.tokens.rows[name]
-            slots = [blocks.slot(name, position) for position in range(end)]
-            inputs = [self.tokens.place(row, position) for position in range(start, end)]
-            outputs = [self.tokens.place(row, end - number) for number in reversed(range(num_sampled))]
-            drafts, salt = list(request.draft_token_ids), request.params.cache_salt
-            draft_places = outputs[:-1]  # a guess stands where the token goes that is sampled in its place
-            assert len(drafts) == max(0, num_sampled - 1), (
-                f"request {name} gets {num_sampled} tokens at most and has the guesses {drafts}. {LOOK_ADD}"
-            )
-            step.work.append(Work(name, salt, row, inputs, slots[start:], slots, outputs, draft_places, drafts))
-            self.num_tokens_computed += end - start
-        self.pending.append(step)
-        self.launched.append(step)
-        self.log.append(f"launch {step.number}")
-        return step
-
-    def run(self, step: ScriptedStep) -> None:
-        if step.error is not None:
-            return  # nothing of it happens
-        for row, token_ids in step.new_rows:
-            self.tokens.fill(row, token_ids)
-        for work in step.work:  # all keys and values are written before any is read
-            places = torch.tensor(work.draft_places, dtype=torch.int64)
-            self.tokens.write(places, torch.tensor(work.draft_ids, dtype=torch.int64))
-            self.write(work)
-        output_places = list[int]()
-        for work in step.work:
-            tokens = self.read(work, step.number)
-            for number, place in enumerate(work.output_places, len(tokens) - len(work.output_places) + 1):
-                step.sampled.append(self.script(tokens[:number]))
-                output_places.append(place)
-        places, sampled = (torch.tensor(values, dtype=torch.int64) for values in (output_places, step.sampled))
-        self.tokens.write(places, sampled)
-
-    def write(self, work: Work) -> None:
-        """Tokens, and what they depend on: what stands in the slot before."""
-        tokens = self.tokens.read(torch.tensor(work.input_places)).tolist()
-        start = len(work.context_slots) - len(tokens)
-        last = self.cache.get(work.context_slots[start - 1], NOTHING)[1] if start else first_of(work.cache_salt)
-        for slot, token_id in zip(work.input_slots, tokens, strict=True):
-            last = follow(last, token_id)
-            self.cache[slot] = (token_id, last)
-
-    def read(self, work: Work, number: int) -> list[int]:
-        """The tokens of a request as its blocks hold them, which is as they are in the token buffer."""
-        first = work.row * self.tokens.max_model_len
-        wanted = self.tokens.data.view(-1)[first : first + len(work.context_slots)].tolist()
-        held = [self.cache.get(slot, NOTHING) for slot in work.context_slots]
-        pairs = zip(held, contents(wanted, work.cache_salt), strict=True)
-        wrong = [position for position, ((_, got), expected) in enumerate(pairs) if got != expected]
-        if wrong:
-            slots = [work.context_slots[position] for position in wrong]
-            self.problems.setdefault(
-                work.request_id,
-                f"step {number} reads keys and values of request {work.request_id} (salt {work.cache_salt!r}) at "
-                f"positions {wrong}, slots {slots}. Its tokens there are {[wanted[p] for p in wrong]}; the slots hold "
-                f"{[held[p][0] for p in wrong]}, or the same tokens after another beginning. {LOOK_NAME}",
-            )
-        return [token_id for token_id, _ in held]
-
-    def learn_names(self, requests: Sequence[Request], block_size: int, where: str) -> None:
-        """Note what the names of these requests' blocks stand for: one name, one beginning."""
-        for request in requests:
-            held = contents(request.token_ids, request.params.cache_salt)[block_size - 1 :: block_size]
-            for number, (name, content) in enumerate(zip(request.block_hashes, held, strict=False)):
-                assert self.meaning.setdefault(name, content) == content, (
-                    f"{where}: block {number} of request {request.request_id} has the name of another beginning (its "
-                    f"tokens, those before it or the salt differ). Look at block_manager.py::hash_block and "
-                    f'hash_blocks; README of part 7, "A block\'s name".'
-                )
-
-    def num_steps_for(self, request_id: str) -> int:
-        """How many steps brought a request tokens, wanted or not."""
-        return sum(
-            work.request_id == request_id and bool(work.output_places) for step in self.launched for work in step.work
-        )
 
 
 class ScriptedProposer:
@@ -299,8 +103,7 @@ class ScriptedProposer:
         name = request.request_id
         assert request.status is RequestStatus.RUNNING and not request.num_output_placeholders, (
             f"guesses for request {name}, {request.status}, {request.num_output_placeholders} tokens in flight: "
-            f"expected "
-            f"one that runs and all of whose tokens are known. {LOOK_PROPOSE}"
+            f"expected one that runs and all of whose tokens are known. {LOOK_PROPOSE}"
         )
         room = request.max_num_tokens - request.num_tokens - 1
         assert 1 <= count <= room, (
@@ -320,105 +123,84 @@ class ScriptedProposer:
             self.known.pop(request_id, None)
 
 
-def scripted_engine(
-    max_model_len: int = 64,
-    script: Callable[[Sequence[int]], int] = next_token,
-    kinds: Sequence[str] = (),
-    **flags: Any,
-) -> LLMEngine:
-    """A real LLMEngine over the scripted model; flags are EngineConfig's. kinds: of guesses, if there are any."""
-    checkpoint = SimpleNamespace(eos_token_ids=frozenset({END}), max_model_len=max_model_len)
-    parts = {"ModelRunner": ScriptedRunner, "resolve_checkpoint": lambda _: checkpoint}
-    with mock.patch.multiple(engine_module, **parts):
-        method = "ngram" if kinds else "none"
-        engine = LLMEngine(
-            EngineConfig(**{"device": "cpu", "num_kv_blocks": 1_000, "speculative_method": method, **flags})
+def proposer_of(engine: LLMEngine) -> ScriptedProposer:
+    assert isinstance(engine.proposer, ScriptedProposer)
+    return engine.proposer
+
+
+@dataclass
+class BeforeGuesses(Before):
+    drafts: dict[str, list[int]]  # of those that ran
+    guessing: set[str]  # whose guesses are in flight
+
+
+class Checks(PrefixChecks):
+    LOOK_STEP = 'Look at engine.py::LLMEngine.step, _update and scheduler.py; README "What the step brought".'
+    LOOK_ADD = LOOK_ADD
+    LOOK_SIZE = 'Look at scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
+    LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
+    LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
+    LOOK_LATE = 'Look at engine.py::LLMEngine._append; README of part 5, "A token too late".'
+    LOOK_ROWS = (
+        'Look at token_buffer.py::TokenBuffer, scheduler.py::Scheduler._release; README of part 5, "A token too late".'
+    )
+    LOOK_HIT = 'Look at scheduler.py::Scheduler._schedule_waiting; README of part 7, "A block\'s name".'
+    LOOK_HASH = 'Look at block_manager.py::hash_block and hash_blocks; README of part 7, "A block\'s name".'
+    LOOK_NAME = 'Look at scheduler.py::Scheduler._add, _release; README "A cache that keeps step".'
+    LOOK_FREE = 'Look at block_manager.py::BlockManager; README of part 7, "Free, and still there".'
+    LOOK_QUEUE = 'Look at free_queue.py::FreeBlockQueue; README of part 7, "Free, and still there".'
+    LOOK_TOLD = 'Look at engine.py::LLMEngine._append_all; README of part 7, "What a client sees".'
+
+    def look_at(self, scheduler: Scheduler) -> BeforeGuesses:
+        before = super().look_at(scheduler)
+        before.at_end |= self.waiting_to_guess(scheduler)
+        return BeforeGuesses(
+            **vars(before),
+            drafts={r.request_id: list(r.draft_token_ids) for r in scheduler.running},
+            guessing={r.request_id for r in scheduler.running if r.num_output_placeholders and r.draft_token_ids},
         )
-    runner_of(engine).script = script
-    if kinds:
-        engine.proposer = ScriptedProposer(engine, script, kinds)
-    watch(engine.scheduler)
-    return engine
 
-
-def watch(scheduler: Scheduler) -> None:
-    """From here on every schedule() is held to the rules that have no exception."""
-    computed: dict[str, tuple[int, bool]] = {}  # how many positions so far, and whether a token came of the last ones
-    schedule = scheduler.schedule
-
-    def watched() -> SchedulerOutput:
-        queues = ids([*scheduler.running, *scheduler.waiting])
-        before = {r.request_id: (r.num_missing_tokens, r.num_expected_tokens) for r in scheduler.running}
-        drafts = {r.request_id: list(r.draft_token_ids) for r in scheduler.running}
-        guessing = {r.request_id for r in scheduler.running if r.num_output_placeholders and r.draft_token_ids}
+    def waiting_to_guess(self, scheduler: Scheduler) -> set[str]:
+        """Who cannot go on before it is known what the steps in flight bring."""
         num_guesses, num_running = scheduler.speculation.num_tokens, len(scheduler.running)
-        at_end = {
+        return {
             r.request_id
             for r in scheduler.running
-            if r.num_expected_tokens >= r.max_num_tokens
-            or (r.num_output_placeholders and (r.draft_token_ids or num_guesses(r, num_running)))
+            if r.num_output_placeholders and (r.draft_token_ids or num_guesses(r, num_running))
         }
-        waiting = {r.request_id: r.num_tokens for r in scheduler.waiting}
-        output = schedule()
-        names, lost = ids(output.requests), ids(output.preempted)
-        what = f"of {queues} a step got {dict(zip(names, output.num_scheduled_tokens, strict=True))}"
-        check_budget(scheduler, output, what)
-        check_guesses(output, drafts, guessing, what)
+
+    def check_decodes_first(
+        self, scheduler: Scheduler, output: SchedulerOutput, before: BeforeGuesses, what: str
+    ) -> None:
+        self.check_guesses(output, before, what)
         if output.preempted:  # with fewer running, others may guess again, and wait for what is in flight
-            at_end |= {
-                r.request_id for r in scheduler.running
-                if r.num_output_placeholders and r not in output.requests and num_guesses(r, len(scheduler.running))
-            }  # fmt: skip
-        check_decodes_first(scheduler, output, before, at_end, what)
-        counts = (output.num_computed_tokens, output.num_scheduled_tokens, output.num_cached_tokens)
-        for request, start, n, num_cached in zip(output.requests, *counts, strict=True):
+            before.at_end |= self.waiting_to_guess(scheduler) - set(ids(output.requests))
+        super().check_decodes_first(scheduler, output, before, what)
+
+    def check_guesses(self, output: SchedulerOutput, before: BeforeGuesses, what: str) -> None:
+        for request, num_tokens, num_sampled in zip(
+            output.requests, output.num_scheduled_tokens, output.num_sampled_tokens, strict=True
+        ):
             name = request.request_id
-            assert num_cached == 0 or name in waiting, f"{name} runs already, and {num_cached} are found. {LOOK_HIT}"
-            if name in waiting:
-                check_hit(request, num_cached, scheduler.blocks.block_size, what)
-            known, had_token = (num_cached, False) if name in waiting else computed[name]
-            if had_token:  # it decodes; guesses that fell have to be computed again
-                known = before[name][1] - 1
-            assert start == known, (
-                f"request {name} computes positions from {start} on; those before {known} are computed: every position "
-                f"once, in order, until it is preempted, but for guesses that fell. {LOOK_APPEND}"
+            assert name not in before.guessing, (
+                f"{what}: guesses of request {name} are in flight, nobody knows how many stand. It has to wait. "
+                f"{LOOK_GUESS}"
             )
-            computed[name] = (start + n, start + n >= request.num_tokens)
-            assert name not in waiting or not output.preempted, f"{name} joins while {lost} are preempted. {LOOK_ADMIT}"
-            num_blocks = len(scheduler.blocks.block_tables[name])
-            expected = scheduler.blocks.num_blocks_for(max(start + n, waiting.get(name, 0)))
-            assert num_blocks >= expected, (
-                f"request {name} was let in with {num_blocks} blocks, expected {expected}, enough for all of its "
-                f"{waiting.get(name, start + n)} tokens. {LOOK_ADMIT}"
-            )
+            if num_sampled > 1:
+                guessed, scheduled = before.drafts[name], request.draft_token_ids
+                assert num_tokens == num_sampled and scheduled == guessed[: len(scheduled)], (
+                    f"{what}: request {name} guessed {guessed}, computes {num_tokens} tokens with the guesses "
+                    f"{scheduled}: expected its own token and the first of its guesses. {LOOK_GUESS}"
+                )
         for request in output.preempted:
-            computed.pop(request.request_id, None)
-        return output
+            assert not request.draft_token_ids and request.draft_probs is None, (
+                f"{what}: request {request.request_id} was preempted and keeps its guesses. Look at scheduler.py::"
+                f'Scheduler.preempt; README "Guess, then check".'
+            )
 
-    scheduler.schedule = watched  # type: ignore[method-assign]
-
-
-def check_hit(request: Request, num_cached: int, block_size: int, what: str) -> None:
-    assert num_cached % block_size == 0 and 0 <= num_cached < request.num_tokens, (
-        f"{what}: request {request.request_id} has {request.num_tokens} tokens (block_size={block_size}), and "
-        f"{num_cached} of them were found: expected whole blocks, and at least one token left. {LOOK_HIT}"
-    )
-
-
-def check_budget(scheduler: Scheduler, output: SchedulerOutput, what: str) -> None:
-    total, budget = sum(output.num_scheduled_tokens), scheduler.max_num_batched_tokens
-    assert total <= budget, f"{what}: {total} tokens, the budget is {budget}. {LOOK_SIZE}"
-    assert len(scheduler.running) <= scheduler.max_num_seqs, (
-        f"{what}: {len(scheduler.running)} run, at most {scheduler.max_num_seqs} may. {LOOK_ADMIT}"
-    )
-    counts = (output.num_computed_tokens, output.num_scheduled_tokens, output.num_sampled_tokens)
-    for request, start, num_tokens, num_sampled in zip(output.requests, *counts, strict=True):
-        name, limit = request.request_id, scheduler.long_prefill_token_threshold
-        assert num_tokens >= 1 and request.num_computed_tokens == start + num_tokens, (
-            f"{what}: request {name} had {start} tokens computed and has {request.num_computed_tokens}. {LOOK_ADD}"
-        )
-        end = request.num_expected_tokens - num_sampled  # without the token that this step brings
-        num_drafts = len(request.draft_token_ids)
+    def check_sampled(self, request: Request, start: int, num_tokens: int, num_sampled: int, what: str) -> None:
+        name, num_drafts = request.request_id, len(request.draft_token_ids)
+        end = request.num_expected_tokens - num_sampled  # without the tokens that this step brings
         expected = 1 + num_drafts if start + num_tokens == end + num_drafts else 0
         assert num_sampled == expected and (num_sampled or num_drafts == 0), (
             f"{what}: request {name} has {end} tokens and {num_drafts} guesses, and computes those from {start} to "
@@ -428,115 +210,25 @@ def check_budget(scheduler: Scheduler, output: SchedulerOutput, what: str) -> No
             f"{what}: request {name} would get {request.num_expected_tokens} tokens if all guesses stood, "
             f"{request.max_num_tokens} are allowed. {LOOK_GUESS}"
         )
-        assert num_sampled or scheduler.enable_chunked_prefill, (
-            f"{what}: request {name} was cut, without chunked prefill. {LOOK_SIZE}"
-        )
-        assert num_drafts or num_tokens <= limit or not limit or not scheduler.enable_chunked_prefill, (
-            f"{what}: request {name} got {num_tokens} tokens, long_prefill_token_threshold is {limit}. {LOOK_SIZE}"
-        )
 
-
-def check_decodes_first(
-    scheduler: Scheduler, output: SchedulerOutput, before: dict[str, tuple[int, int]], at_end: set[str], what: str
-) -> None:
-    """before: of those that ran, how many tokens each lacked; at_end: whose last token is in flight."""
-    lost = ids(output.preempted)
-    decodes = [name for name in before if before[name][0] == 1 and name not in at_end and name not in lost]
-    names = ids(output.requests)
-    assert names[: len(decodes)] == decodes, (
-        f"{what}: {decodes} lack one token each, so they come first, and all of them; got {names}. {LOOK_RUNNING}"
-    )
-    budget_left = scheduler.max_num_batched_tokens - output.total_num_scheduled_tokens
-    for name in before:
-        if before[name][0] > 1 and name not in lost and name not in names:
-            assert not budget_left, f"{what}: {name} lacks {before[name][0]}, {budget_left} are left. {LOOK_RUNNING}"
-    victims = [name for name in lost if before[name][0] == 1]
-    assert not lost or victims or decodes, f"{what}: {lost} left, and nobody needed a block. {LOOK_RUNNING}"
-
-
-def check_guesses(output: SchedulerOutput, drafts: dict[str, list[int]], guessing: set[str], what: str) -> None:
-    """drafts: of those that ran before; guessing: whose guesses are in flight."""
-    for request, num_tokens, num_sampled in zip(
-        output.requests, output.num_scheduled_tokens, output.num_sampled_tokens, strict=True
-    ):
-        name = request.request_id
-        assert name not in guessing, (
-            f"{what}: guesses of request {name} are in flight, nobody knows how many stand. It has to wait. "
-            f"{LOOK_GUESS}"
-        )
-        if num_sampled > 1:
-            scheduled = request.draft_token_ids
-            assert num_tokens == num_sampled and scheduled == drafts[name][: len(scheduled)], (
-                f"{what}: request {name} guessed {drafts[name]}, computes {num_tokens} tokens with the guesses "
-                f"{scheduled}: expected its own token and the first of its guesses. {LOOK_GUESS}"
+    def check_positions(
+        self, scheduler: Scheduler, output: SchedulerOutput, before: Before, computed: dict[str, Any], what: str
+    ) -> None:
+        """computed: of each request, how many positions so far, and whether a token came of the last ones."""
+        counts = (output.num_computed_tokens, output.num_scheduled_tokens, output.num_cached_tokens)
+        for request, start, num_tokens, num_cached in zip(output.requests, *counts, strict=True):
+            name = request.request_id
+            self.check_hit(scheduler, request, num_cached, before, what)
+            known, had_token = (num_cached, False) if name in before.waiting else computed[name]
+            if had_token:  # it decodes; guesses that fell have to be computed again
+                known = before.running[name][1] - 1
+            assert start == known, (
+                f"request {name} computes positions from {start} on; those before {known} are computed: every position "
+                f"once, in order, until it is preempted, but for guesses that fell. {LOOK_APPEND}"
             )
-    for request in output.preempted:
-        assert not request.draft_token_ids and request.draft_probs is None, (
-            f"{what}: request {request.request_id} was preempted and keeps its guesses. Look at scheduler.py::"
-            f'Scheduler.preempt; README "Guess, then check".'
-        )
+            computed[name] = (start + num_tokens, start + num_tokens >= request.num_tokens)
 
-
-def proposer_of(engine: LLMEngine) -> ScriptedProposer:
-    assert isinstance(engine.proposer, ScriptedProposer)
-    return engine.proposer
-
-
-def runner_of(engine: LLMEngine) -> ScriptedRunner:
-    assert isinstance(engine.runner, ScriptedRunner)
-    return engine.runner
-
-
-def take_step(engine: LLMEngine) -> list[EngineCoreOutput]:
-    """LLMEngine.step of an engine that has no reason to fail."""
-    ended = [request.request_id for request in engine.scheduler.running if request.status.is_finished]
-    assert not ended, f"requests {ended} have ended and are still among the running. {LOOK_STEP}"
-    try:
-        outputs = LLMEngine.step(engine)
-    except StepFailedError as failure:
-        if isinstance(failure.__cause__, NotImplementedError):
-            raise failure.__cause__ from None
-        pytest.fail(f"a step of {failure.request_ids} failed with {failure.__cause__!r}. {LOOK_STEP}")
-    check_reads(engine, outputs)
-    return outputs
-
-
-def check_reads(engine: LLMEngine, outputs: Sequence[EngineCoreOutput]) -> None:
-    """Who gets a token has read nothing but its own. What a step in flight reads for one that has ended is lost."""
-    if isinstance(engine.runner, ScriptedRunner):
-        problems = [engine.runner.problems[o.request_id] for o in outputs if o.request_id in engine.runner.problems]
-        assert not problems, problems[0]
-
-
-def check_engine(engine: LLMEngine, where: str) -> None:
-    """Between two steps: blocks and rows add up, and what is counted on is what is in flight."""
-    blocks, scheduler = engine.blocks, engine.scheduler
-    used, free, total = blocks.num_used_blocks, blocks.num_free_blocks, blocks.num_blocks - 1
-    assert used + free == total, f"{where}: used {used} + free {free} blocks, expected {total} together. {LOOK_STEP}"
-    check_blocks(blocks, where)
-    check_names(engine, where)
-    running, waiting = ids(scheduler.running), ids(list(scheduler.waiting))
-    assert len(set(running + waiting)) == len(running + waiting), (
-        f"{where}: somebody is there twice, running {running}, waiting {waiting}. {LOOK_STEP}"
-    )
-    owners = {request_id for request_id, table in blocks.block_tables.items() if table}
-    assert owners == set(running), f"{where}: {running} run, blocks are held by {sorted(owners)}. {LOOK_STEP}"
-    assert len(engine.in_flight) < engine.max_steps_in_flight, (
-        f"{where}: {len(engine.in_flight)} steps are in flight, at most {engine.max_steps_in_flight - 1} may be left. "
-        f"{LOOK_STEP}"
-    )
-    for request in scheduler.running:
-        num_computed, last = request.num_computed_tokens, request.num_expected_tokens - 1
-        first = last if request.num_output_placeholders else 1  # who waits for a token has computed all before it
-        assert request.status is RequestStatus.RUNNING and first <= num_computed <= last, (
-            f"{where}: request {request.request_id} runs as {request.status}, with {request.num_tokens} tokens and "
-            f"{request.num_output_placeholders} placeholders: expected num_computed_tokens from {first} to {last}, got "
-            f"{num_computed}. {LOOK_ADD}"
-        )
-    for request in scheduler.waiting:
-        state = (request.status, request.num_computed_tokens)
-        assert state == (RequestStatus.WAITING, 0), f"{where}: request {request.request_id} waits as {state}."
-    for request in [*scheduler.running, *scheduler.waiting]:
+    def check_placeholders(self, engine: LLMEngine, request: Request, where: str) -> None:
         num_in_flight = sum(
             num_sampled
             for step in engine.in_flight
@@ -545,113 +237,30 @@ def check_engine(engine: LLMEngine, where: str) -> None:
         )
         assert request.num_output_placeholders == num_in_flight, (
             f"{where}: request {request.request_id} gets up to {num_in_flight} tokens from the steps in flight: "
-            f"expected "
-            f"as many placeholders, got {request.num_output_placeholders}. {LOOK_ADD}"
+            f"expected as many placeholders, got {request.num_output_placeholders}. {LOOK_ADD}"
         )
-    check_rows(engine, where)
+
+    def check_tokens(self, output: EngineCoreOutput, where: str) -> None:
+        assert output.token_ids, f"{where}: an output without tokens, {output}. {LOOK_APPEND}"
 
 
-def check_blocks(blocks: BlockManager, where: str) -> None:
-    """Every block is free or in tables, as many as it has references; the free queue is in one piece."""
-    total = blocks.num_blocks - 1
-    free = [block.block_id for block in blocks.free_queue]
-    assert len(free) == blocks.num_free_blocks, (
-        f"{where}: the free queue says it has {blocks.num_free_blocks} blocks, it has {free}. "
-        'Look at free_queue.py::FreeBlockQueue; README of part 7, "Free, and still there".'
-    )
-    tables = [block_id for table in blocks.block_tables.values() for block_id in table]
-    owned = [*free, *set(tables)]
-    assert sorted(owned) == list(range(1, total + 1)) and NULL_BLOCK not in owned, (
-        f"{where}: each of blocks 1 to {total} is free or in a table, tables {blocks.block_tables}, free {free}. "
-        f"{LOOK_FREE}"
-    )
-    for table in blocks.block_tables.values():
-        assert len(set(table)) == len(table), f"{where}: a block stands twice in one table: {table}. {LOOK_FREE}"
-    for block in blocks.pool[1:]:
-        expected = tables.count(block.block_id)
-        assert block.ref_count == expected, (
-            f"{where}: block {block.block_id} is in {expected} tables, its ref_count is {block.ref_count}. {LOOK_FREE}"
-        )
-    named = {block.block_hash: block.block_id for block in blocks.pool if block.block_hash is not None}
-    found = {block_hash: block.block_id for block_hash, block in blocks.cached_blocks.items()}
-    assert named == found, (
-        f"{where}: blocks {sorted(named.values())} have a name, {sorted(found.values())} are found by theirs. "
-        f"{LOOK_NAME}"
-    )
+checks = Checks(PART)
+watch, take_step, run_dry = checks.watch, checks.take_step, checks.run_dry
 
 
-def check_names(engine: LLMEngine, where: str) -> None:
-    """What is in a block that can be found is what its name says, unless a step in flight is about to write it."""
-    if not isinstance(engine.runner, ScriptedRunner):
-        return
-    runner, blocks = engine.runner, engine.blocks
-    runner.learn_names([*engine.scheduler.running, *engine.scheduler.waiting], blocks.block_size, where)
-    to_come = {slot for step in runner.pending for work in step.work for slot in work.input_slots}
-    for block_hash, block in blocks.cached_blocks.items():
-        slots = range(block.block_id * blocks.block_size, (block.block_id + 1) * blocks.block_size)
-        if to_come.isdisjoint(slots):
-            got = runner.cache.get(slots[-1], NOTHING)[1]
-            assert got == runner.meaning.get(block_hash, got) != NOTHING[1], (
-                f"{where}: block {block.block_id} can be found under the name of other keys and values than it "
-                f"holds, or "
-                f"it was never written. {LOOK_NAME}"
-            )
+def scripted_engine(
+    max_model_len: int = 64,
+    script: Callable[[Sequence[int]], int] = next_token,
+    kinds: Sequence[str] = (),
+    **flags: Any,
+) -> LLMEngine:
+    """A real LLMEngine over the scripted model, whose scheduler is watched; flags are EngineConfig's.
 
-
-def check_rows(engine: LLMEngine, where: str) -> None:
-    """Every row of the token buffer is free or has one owner, who runs, or is about to give it back."""
-    tokens, scheduler = engine.runner.tokens, engine.scheduler
-    look = (
-        'Look at token_buffer.py::TokenBuffer, scheduler.py::Scheduler._release; README of part 5, "A token too late".'
-    )
-    rows = [*tokens.rows.values(), *tokens._free_rows]
-    assert sorted(rows) == list(range(len(tokens.data))), (
-        f"{where}: rows {tokens.rows} are taken, {tokens._free_rows} are free, of {len(tokens.data)}. {look}"
-    )
-    strangers = set(tokens.rows) - set(ids(scheduler.running)) - set(scheduler._left)
-    assert not strangers, f"{where}: {sorted(strangers)} neither run nor have just left, and hold rows. {look}"
-
-
-def run_dry(engine: LLMEngine, on_step: Callable[[int], object] = lambda number: None) -> dict[str, EngineCoreOutput]:
-    """Step until nothing is left, checking after each; every request's outputs as one.
-
-    on_step(number) is called before each step and may return True: somebody is still to come.
+    kinds: of guesses, if there are any.
     """
-    answers: dict[str, EngineCoreOutput] = {}
-    number = 0
-    while on_step(number) or engine.has_unfinished_requests:
-        for output in take_step(engine):
-            merge(answers, output, f"step {number}")
-        check_engine(engine, f"after step {number}")
-        number += 1
-        assert number < 500, f"{number} steps, and {ids(engine.scheduler.running)} still run. {LOOK_STEP}"
-    blocks = engine.blocks
-    assert blocks.num_free_blocks == blocks.num_blocks - 1 and not engine.in_flight, (
-        f"all have ended: {blocks.num_used_blocks} blocks are used, {len(engine.in_flight)} steps in flight. "
-        f"{LOOK_STEP}"
-    )
-    return answers
-
-
-def merge(answers: dict[str, EngineCoreOutput], output: EngineCoreOutput, where: str) -> None:
-    assert output.token_ids, f"{where}: an output without tokens, {output}. {LOOK_APPEND}"
-    before = answers.get(output.request_id)
-    assert before is None or before.finish_reason is None, (
-        f"{where}: request {output.request_id} had ended, and got another token. Look at engine.py::LLMEngine._append; "
-        'README of part 5, "A token too late".'
-    )
-    assert (output.num_cached_tokens is None) is (before is not None), (
-        f"{where}: num_cached_tokens comes with the first output, and with no other; output "
-        f"{len(before.token_ids) if before else 0} has {output.num_cached_tokens}. Look at "
-        f"engine.py::LLMEngine._append_all; "
-        'README of part 7, "What a client sees".'
-    )
-    logprobs = [*(before.logprobs or [] if before else []), *(output.logprobs or [])]
-    answers[output.request_id] = EngineCoreOutput(
-        output.request_id,
-        [*(before.token_ids if before else []), *output.token_ids],
-        output.finish_reason,
-        output.stop_reason,
-        logprobs or None,
-        before.num_cached_tokens if before else output.num_cached_tokens,
-    )
+    flags = {"speculative_method": "ngram" if kinds else "none", **flags}
+    engine = make_scripted_engine(PART, GuessRunner, max_model_len, script, **flags)
+    if kinds:
+        engine.proposer = ScriptedProposer(engine, script, kinds)
+    watch(engine.scheduler)
+    return engine

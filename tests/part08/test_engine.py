@@ -20,17 +20,8 @@ from part08_speculative_decoding.config import EngineConfig
 from part08_speculative_decoding.engine import LLM, LLMEngine, StepFailedError
 from part08_speculative_decoding.request import Request, RequestStatus
 from part08_speculative_decoding.spec_decode.speculation import Speculation
-from tests.part08.scripted import (
-    END,
-    answer_alone,
-    params_for,
-    proposer_of,
-    run_dry,
-    runner_of,
-    scripted_engine,
-    take_step,
-    watch,
-)
+from tests.part08.scripted import proposer_of, run_dry, scripted_engine, take_step, watch
+from tests.scripted import END, answer_alone, params_for, runner_of
 
 LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "What the step brought".'
 LOOK_ALL = 'Look at engine.py::LLMEngine._append_all; README "What the step brought".'

@@ -56,6 +56,7 @@ def test_answers_over_http(llm: LLM, tmp_path: Path) -> None:
         names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
         counts = [gauge(server, f"spec_decode_{name}") for name in names]
         assert 0 < counts[0] <= counts[1] and 5 < counts[2] <= counts[1], f"{names}: got {counts}. {LOOK_METRICS}"
+        server.check_a_chat_needs_no_max_tokens("Look at async_engine.py::AsyncLLM.__init__.")
         server.process.terminate()
         server.check_ends_after_sigterm(LOOK)
     rows = [request for step in read_trace(trace).steps for request in step.requests]

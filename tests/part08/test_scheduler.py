@@ -14,19 +14,8 @@ from part08_speculative_decoding.engine import LLMEngine
 from part08_speculative_decoding.request import Request, RequestStatus
 from part08_speculative_decoding.scheduler import Scheduler, SchedulerOutput
 from part08_speculative_decoding.spec_decode.speculation import PROBE_INTERVAL, Speculation
-from tests.part08.scripted import (
-    BY_PROMPT,
-    answer_alone,
-    ids,
-    next_token,
-    params_for,
-    proposer_of,
-    run_dry,
-    runner_of,
-    scripted_engine,
-    take_step,
-    watch,
-)
+from tests.part08.scripted import BY_PROMPT, proposer_of, run_dry, scripted_engine, take_step, watch
+from tests.scripted import answer_alone, ids, next_token, params_for, runner_of
 
 LESSON = 'README "Guess, then check"'
 LOOK_RUNNING = f"Look at scheduler.py::Scheduler._schedule_running; {LESSON}."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +15,9 @@ from unittest import mock
 
 import zmq
 
-from part05_async_scheduling import async_engine, core_client, engine_core
-from part05_async_scheduling.async_engine import AsyncLLM
-from part05_async_scheduling.config import EngineConfig
-from part05_async_scheduling.core_client import CoreClient
-from part05_async_scheduling.engine import LLMEngine
-from part05_async_scheduling.engine_core import EngineCore
-from part05_async_scheduling.messages import Start, ToCore, decode_to_core
-from tests.async_checks import DEADLINE_S
-from tests.part05.scripted import ScriptedStep, answer_alone, runner_of, scripted_engine
+from tests.async_checks import DEADLINE_S, shut_down_at_the_end
+from tests.scripted import Part, answer_alone
 
-RECEIVE, SEND = EngineCore.receive, CoreClient.send
 NUM_TOKENS = 6  # of an answer, and of a prompt
 
 
@@ -39,38 +33,38 @@ class Killed(BaseException):
 
 
 class Gate:
-    """Each step of the model waits for a permit. begun: who is in each step whose result was asked for.
+    """Each step of a scripted engine waits for a permit. begun: who is in each step whose result was asked for.
 
     must_hear: the core takes no step before it has heard so many messages. num_sent: how many there were so far.
     """
 
-    def __init__(self, **flags: Any) -> None:
-        self.engine: LLMEngine = scripted_engine(max_model_len=200, **flags)
+    def __init__(self, part: Part, engine: Any) -> None:
+        self.part, self.engine = part, engine
         self.permits = threading.Semaphore(0)
         self.is_open = self.is_killed = False
         self.begun: list[list[str]] = []
         self.start_error: Exception | None = None
         self.must_hear = self.num_heard = self.num_sent = 0
-        runner = runner_of(self.engine)
-        self._run, runner.run = runner.run, self.run  # type: ignore[method-assign]
+        self._run, engine.runner.run = engine.runner.run, self.run
+        self._receive, self._send = part.engine_core.EngineCore.receive, part.core_client.CoreClient.send
 
-    def make_engine(self, config: EngineConfig) -> LLMEngine:
+    def make_engine(self, config: Any) -> Any:
         if self.start_error is not None:
             raise self.start_error
         return self.engine
 
-    def receive(self, core: EngineCore) -> list[ToCore]:
-        messages = RECEIVE(core)
+    def receive(self, core: Any) -> list[Any]:
+        messages = self._receive(core)
         while self.num_heard + len(messages) < self.must_hear:
-            messages.append(decode_to_core(core.requests.recv()))
+            messages.append(self.part.messages.decode_to_core(core.requests.recv()))
         self.num_heard += len(messages)
         return messages
 
-    def send(self, client: CoreClient, message: ToCore) -> None:
-        self.num_sent += not isinstance(message, Start)
-        SEND(client, message)
+    def send(self, client: Any, message: Any) -> None:
+        self.num_sent += not isinstance(message, self.part.messages.Start)
+        self._send(client, message)
 
-    def run(self, step: ScriptedStep) -> None:
+    def run(self, step: Any) -> None:
         self.begun.append([work.request_id for work in step.work])
         if not self.is_open and not self.permits.acquire(timeout=3 * DEADLINE_S):
             raise TimeoutError("no permit for this step")
@@ -88,7 +82,7 @@ class Gate:
 
     @property
     def launched(self) -> list[list[str]]:
-        return [[work.request_id for work in step.work] for step in runner_of(self.engine).launched]
+        return [[work.request_id for work in step.work] for step in self.engine.runner.launched]
 
     def answer(self, name: int, num_tokens: int = NUM_TOKENS) -> tuple[str, list[int]]:
         """Text and tokens that request `name` gets."""
@@ -123,10 +117,10 @@ class CoreThread:
         outputs.connect(f"ipc://{self.directory}/outputs")
         self.exitcode = 0
         try:
-            start = decode_to_core(requests.recv())
+            start = self.gate.part.messages.decode_to_core(requests.recv())
             if self.gate.is_killed:  # it never says a word
                 return
-            engine_core._serve(start.config, requests, outputs)  # type: ignore[union-attr]
+            self.gate.part.engine_core._serve(start.config, requests, outputs)
         except (Killed, zmq.ContextTerminated):
             self.exitcode = self.how_it_ends
         except Exception:
@@ -153,10 +147,10 @@ class CoreThread:
 
 
 @contextlib.contextmanager
-def gated_engine(gate: Gate, **flags: Any) -> Iterator[AsyncLLM]:
-    """An AsyncLLM whose core is a thread with the gate's engine. The caller shuts it down."""
-    config = EngineConfig(device="cpu", **flags)
-    threads: list[CoreThread] = []
+def gated_engine(gate: Gate, **flags: Any) -> Iterator[Any]:
+    """The part's AsyncLLM, whose core is a thread with the gate's engine. The caller shuts it down."""
+    part, threads = gate.part, list[CoreThread]()
+    engine_core, core_client = part.engine_core, part.core_client
 
     def process(target: Any, args: tuple[str], **_: Any) -> CoreThread:
         assert target is engine_core.run_engine_core, f"expected run_engine_core in the other process, got {target}"
@@ -167,12 +161,51 @@ def gated_engine(gate: Gate, **flags: Any) -> Iterator[AsyncLLM]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(core_client.multiprocessing, "get_context", lambda method: spawn))
         stack.enter_context(mock.patch.object(engine_core, "LLMEngine", gate.make_engine))
-        stack.enter_context(mock.patch.object(EngineCore, "receive", lambda core: gate.receive(core)))
-        stack.enter_context(mock.patch.object(CoreClient, "send", lambda client, message: gate.send(client, message)))
-        stack.enter_context(mock.patch.object(async_engine, "load_tokenizer", lambda _: Words()))
+        stack.enter_context(mock.patch.object(engine_core.EngineCore, "receive", lambda core: gate.receive(core)))
+        stack.enter_context(mock.patch.object(core_client.CoreClient, "send", lambda *args: gate.send(*args)))
+        stack.enter_context(mock.patch.object(part.async_engine, "load_tokenizer", lambda _: Words()))
         try:
-            yield AsyncLLM(config)
+            yield part.async_engine.AsyncLLM(part.config.EngineConfig(device="cpu", **flags))
         finally:
             for thread in threads:
                 thread.join(DEADLINE_S)
                 os.close(thread.sentinel)
+
+
+class engine_that_has_ended:
+    """Is alive as long as its core's process is."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    @property
+    def is_alive(self) -> bool:
+        return self.engine.core.process.is_alive()
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+def on_an_event_loop(
+    make_gate: Callable[..., Gate], look: str, max_queued_requests: int = 64, **flags: Any
+) -> Callable[[Callable[[Gate, Any], Awaitable[None]]], Callable[[], None]]:
+    """The decorated coroutine is a test; it gets a Gate and a running AsyncLLM over it, which always end."""
+
+    def decorate(test: Callable[[Gate, Any], Awaitable[None]]) -> Callable[[], None]:
+        @functools.wraps(test)
+        def run() -> None:
+            gate = make_gate(**flags)
+            with gated_engine(gate, max_queued_requests=max_queued_requests, **flags) as engine:
+
+                async def start_and_test() -> None:
+                    engine.start()
+                    await test(gate, engine)
+                    await asyncio.to_thread(engine.shutdown)
+
+                with shut_down_at_the_end(engine_that_has_ended(engine), gate.open, look):
+                    asyncio.run(asyncio.wait_for(start_and_test(), 3 * DEADLINE_S))
+
+        del run.__wrapped__  # type: ignore[attr-defined]  # pytest would take the coroutine's arguments for fixtures
+        return run
+
+    return decorate

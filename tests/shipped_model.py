@@ -1,5 +1,5 @@
-"""Fixtures over the shipped model from part 5 on: it is loaded once; each engine over it has a pool, a scheduler and
-counters of its own. A part's conftest.py imports them, and defines make_llm."""
+"""Fixtures over the shipped model from part 4 on: it is loaded once; each engine over it has a pool, a scheduler and
+counters of its own. A part's conftest.py imports them, and defines make_llm: loaded_once is for parts 5 and later."""
 
 from __future__ import annotations
 

@@ -264,8 +264,8 @@ async def test_who_has_the_whole_answer_may_ask_again_at_once(fake: FakeEngine, 
     fake.open()
     for name in range(20):
         pair = [generate(llm, name), generate(llm, name + 100)]
-        for stream in pair:
-            await read(stream, "every request")
+        got = [await read(stream, "every request") for stream in pair]
+        assert got == [answer(name), answer(name + 100)], f"got {got}. {LOOK_QUEUE}"
     await until_idle(fake)
 
 

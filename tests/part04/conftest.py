@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint import load_model, load_tokenizer, resolve_checkpoint
+from common.checkpoint import load_tokenizer, resolve_checkpoint
 from common.outputs import CompletionOutput
 from part04_continuous_batching import engine as engine_module
 from part04_continuous_batching import model_runner
 from part04_continuous_batching.config import EngineConfig
 from part04_continuous_batching.engine import LLM, LLMEngine
+from tests.shipped_model import make_engine, prompt_of, reference  # noqa: F401 - fixtures
 
 torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
 
@@ -48,38 +49,6 @@ def make_llm() -> Iterator[Callable[..., LLM]]:
 
 
 @pytest.fixture(scope="session")
-def make_engine(make_llm: Callable[..., LLM]) -> Callable[..., LLMEngine]:
-    """The engine inside of it."""
-    return lambda **flags: make_llm(**flags).engine
-
-
-@pytest.fixture(scope="session")
 def llm(make_llm: Callable[..., LLM]) -> LLM:
     """One with room for everything, to ask for what a request gets alone."""
     return make_llm()
-
-
-@pytest.fixture(scope="session")
-def reference() -> Any:
-    """The shipped model as transformers computes it."""
-    return load_model(resolve_checkpoint("tiny"), torch.float32, "cpu")
-
-
-@pytest.fixture(scope="session")
-def prompt_of(llm: LLM) -> Callable[..., list[int]]:
-    """prompt_of(length, number=0): so many tokens of a story, from another place for each number."""
-    story = (
-        "One fine day, Nora went to the market and bought a basket of apples. She met a fox on the way home. "
-        "The fox was hungry, so Nora gave it an apple, and they became friends. Every morning the fox came to "
-        "the old mill and waited for her. When winter came, the river froze, and nobody could cross the bridge. "
-        "Then the fox showed her a path through the forest that only animals knew. "
-    )
-    tokens = llm.tokenizer.encode(story * 3)
-
-    @functools.cache
-    def cut(length: int, number: int) -> tuple[int, ...]:
-        start = number * 11 % 90
-        assert start + length <= len(tokens), f"the story has {len(tokens)} tokens, {start} + {length} are wanted"
-        return tuple(tokens[start : start + length])
-
-    return lambda length, number=0: list(cut(length, number))

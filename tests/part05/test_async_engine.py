@@ -188,7 +188,8 @@ async def test_the_core_stops_with_a_request_that_a_stop_string_ended(gate: Gate
     _, token_ids = gate.answer(3, 50)
     stream = generate(engine, 3, max_tokens=50, stop=[f" w{token_ids[0]}"])
     gate.allow(1)
-    await read_pieces(stream, "a request with a stop string")
+    pieces = await read_pieces(stream, "a request with a stop string")
+    assert [piece.finish_reason for piece in pieces] == ["stop"], f"its first token stops it: {pieces}. {LOOK_DELIVER}"
     gate.must_hear = gate.num_sent
     gate.allow(3)
     await until(

@@ -25,10 +25,10 @@ from common.errors import FieldError
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
 
-from .attention import AttentionMetadata, decode_attention
 from .config import EngineConfig
-from .engine import LLMEngine
-from .memory_map import memory_map, num_slots
+from .core.engine import LLMEngine
+from .lab.memory_map import memory_map, num_slots
+from .worker.attention import AttentionMetadata, decode_attention
 
 CONTEXT, BLOCK_SIZE = 2_048, 16
 LAYOUTS = {"contiguous": CONTEXT, "paged": BLOCK_SIZE, "blocks of 8": 8}

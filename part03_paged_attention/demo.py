@@ -14,8 +14,8 @@ from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .engine import LLM, LLMEngine
-from .memory_map import memory_map, num_slots
+from .core.engine import LLM, LLMEngine
+from .lab.memory_map import memory_map, num_slots
 
 QUESTIONS = (
     "What is paged attention?",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from common.cli import exit_on_error, parse_config
 from common.serve import listen, serve_app, single_threaded
 
+from .api.server import create_app
 from .config import EngineConfig
-from .engine import LLMEngine
-from .server import create_app
+from .core.engine import LLMEngine
 
 PROG = "part04_continuous_batching"
 DESCRIPTION = """Part 4: continuous batching. Before every step it is decided anew who is in it.

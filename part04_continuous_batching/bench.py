@@ -32,8 +32,8 @@ from common.trace_view import draw
 from common.workloads import WorkloadRequest, heavy_tailed, nano_vllm_cpu
 
 from .config import EngineConfig
-from .engine import LLMEngine
-from .static_batches import use_static_batches
+from .core.engine import LLMEngine
+from .lab.static_batches import use_static_batches
 
 NUM_SEQS = 16
 

@@ -14,8 +14,8 @@ from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .engine import LLM, LLMEngine
-from .static_batches import use_static_batches
+from .core.engine import LLM, LLMEngine
+from .lab.static_batches import use_static_batches
 
 LENGTHS = (2, 2, 2, 20, 2, 2, 2, 20)
 NUM_SLOTS = 4

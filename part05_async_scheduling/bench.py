@@ -26,13 +26,13 @@ from common.serve import server_process
 from common.trace import StepTrace
 from common.workloads import WorkloadRequest, heavy_tailed
 
-from .block_manager import BlockManager
 from .config import EngineConfig
-from .engine import LLMEngine
-from .sampler import SamplerOutput
-from .scheduler import SchedulerOutput
-from .stream import StepHandle, ThreadStream
-from .timeline import forward, host, summary, traced
+from .core.block_manager import BlockManager
+from .core.engine import LLMEngine
+from .core.scheduler import SchedulerOutput
+from .lab.timeline import forward, host, summary, traced
+from .worker.sampler import SamplerOutput
+from .worker.stream import StepHandle, ThreadStream
 
 PROG = "part05_async_scheduling"
 NUM_SEQS = 32

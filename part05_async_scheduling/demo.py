@@ -15,10 +15,10 @@ from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError
 
-from .async_engine import AsyncLLM
+from .api.async_engine import AsyncLLM
 from .config import EngineConfig
-from .engine import LLM, LLMEngine
-from .timeline import Interval, forward, host, summary, traced
+from .core.engine import LLM, LLMEngine
+from .lab.timeline import Interval, forward, host, summary, traced
 
 NUM_REQUESTS, NUM_TOKENS = 16, 40
 WIDTH = 72  # columns of the timeline

@@ -22,8 +22,8 @@ from common.stats import percentile
 from common.workloads import WorkloadRequest, heavy_tailed, long_prompts
 
 from .config import EngineConfig
-from .engine import LLMEngine
-from .timeline import summary, traced
+from .core.engine import LLMEngine
+from .lab.timeline import summary, traced
 
 NUM_SEQS = 32  # for the engine's own work in a step
 WHOLE = "whole"

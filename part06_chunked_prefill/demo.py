@@ -12,8 +12,8 @@ from common.cli import exit_on_error, option, parse_config
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .engine import LLMEngine
-from .timeline import traced
+from .core.engine import LLMEngine
+from .lab.timeline import traced
 
 NUM_DECODES, NUM_BEFORE = 4, 12  # requests that are being answered, and their tokens before the prompt comes
 LONG_PROMPT = 1_900

@@ -21,12 +21,12 @@ from common.results import median, write_result
 from common.sampling_params import SamplingParams
 from common.workloads import nano_vllm_cpu, shared_prefix
 
-from .block_manager import BlockManager
 from .config import EngineConfig
-from .engine import LLMEngine
-from .radix_tree import RadixTree
-from .request import Request
-from .timeline import summary, traced
+from .core.block_manager import BlockManager
+from .core.engine import LLMEngine
+from .core.request import Request
+from .lab.radix_tree import RadixTree
+from .lab.timeline import summary, traced
 
 BLOCK_SIZE = 16
 MODES = {"off": False, "on": True}

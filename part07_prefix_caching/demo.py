@@ -13,11 +13,11 @@ from common.outputs import CompletionOutput
 from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 
-from .block_manager import BlockManager
+from .api.output_processor import join_outputs
 from .config import EngineConfig
-from .engine import LLM
-from .output_processor import join_outputs
-from .request import Request
+from .core.block_manager import BlockManager
+from .core.engine import LLM
+from .core.request import Request
 
 STORY = "Once upon a time a shy fox lived beside a river. Every morning the fox looked for something new. " * 40
 QUESTIONS = ("What is a KV cache?", "What is preemption?", "What is paged attention?", "What is continuous batching?")

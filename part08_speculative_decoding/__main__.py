@@ -5,9 +5,9 @@ from __future__ import annotations
 from common.cli import exit_on_error, parse_config
 from common.serve import listen, serve_app
 
-from .async_engine import AsyncLLM
+from .api.async_engine import AsyncLLM
+from .api.server import create_app
 from .config import EngineConfig
-from .server import create_app
 
 PROG = "part08_speculative_decoding"
 DESCRIPTION = """Part 8: speculative decoding. Several tokens in one step, where they were guessed right.

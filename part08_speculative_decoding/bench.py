@@ -25,8 +25,8 @@ from common.results import median, write_result
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .deep_target import write_deep_model
-from .engine import LLM
+from .core.engine import LLM
+from .lab.deep_target import write_deep_model
 
 METHODS = ("none", "ngram", "draft_model")
 COLORS = dict(zip(METHODS, (plotting.BASELINE_COLOR, plotting.COLORS[1], plotting.COLORS[0]), strict=True))

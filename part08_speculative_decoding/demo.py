@@ -14,7 +14,7 @@ from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .engine import LLM
+from .core.engine import LLM
 
 WORDS = "apple river stone lantern bridge garden mirror market"
 TASKS: dict[str, dict[str, Any]] = {

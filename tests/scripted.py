@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -25,13 +26,16 @@ NOTHING = (UNWRITTEN, b"nothing")  # what is in a slot to which nobody has writt
 
 
 class Part:
-    """A part's modules by their names: Part("part05_async_scheduling").engine is its engine.py."""
+    """A part's modules by their names: Part("part05_async_scheduling").engine is its core/engine.py."""
 
     def __init__(self, package: str) -> None:
         self.package = package
 
     def __getattr__(self, name: str) -> ModuleType:
-        return importlib.import_module(f"{self.package}.{name}")
+        for room in ("", "api.", "core.", "worker.", "lab."):
+            with contextlib.suppress(ModuleNotFoundError):
+                return importlib.import_module(f"{self.package}.{room}{name}")
+        raise AttributeError(f"{self.package} has no module {name}")
 
 
 def next_token(token_ids: Sequence[int]) -> int:

@@ -55,7 +55,7 @@ def engine_way(part: str, model: str, **flags: Any) -> Way:
     config = importlib.import_module(f"{part}.config").EngineConfig(
         model=model, device="cpu", dtype="float32", max_num_seqs=32, max_model_len=1_024, **flags
     )
-    llm = importlib.import_module(f"{part}.engine").LLM(config)
+    llm = importlib.import_module(f"{part}.core.engine").LLM(config)
 
     def run(requests: list[WorkloadRequest]) -> None:
         params = [SamplingParams(temperature=0, max_tokens=r.max_tokens, ignore_eos=True) for r in requests]

@@ -65,7 +65,7 @@ class Engine:
     def __init__(self, part: str, model: str, **flags: Any) -> None:
         self.part, self.takes_lists = part, number_of(part) >= 3
         config = importlib.import_module(f"{part}.config").EngineConfig(model=model, device="cpu", **flags)
-        module = "engine" if (ROOT / part / "engine.py").is_file() else "server"
+        module = "core.engine" if (ROOT / part / "core/engine.py").is_file() else "server"
         self.llm = importlib.import_module(f"{part}.{module}").LLM(config)
 
     def generate(self, prompts: list[list[int]], **fields: Any) -> list[RequestOutput]:

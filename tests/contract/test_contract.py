@@ -134,7 +134,7 @@ def test_a_request_id_is_used_once(engine: Any) -> None:
     assert len(set(ids)) == 4, (
         f"two calls of LLM.generate, two prompts each: expected four ids, got {ids}. When a call fails, a step of "
         "its requests may still be in flight, and whoever has the same id would fail with it. "
-        "Look at engine.py::LLM.generate."
+        "Look at core/engine.py::LLM.generate."
     )
 
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.checkpoint import MODELS_DIR, Checkpoint
 from common.testing import small_model
-from part03_paged_attention.model import Attend, DecoderModel
-from part03_paged_attention.weights import load_decoder
+from part03_paged_attention.worker.model import Attend, DecoderModel
+from part03_paged_attention.worker.weights import load_decoder
 
 torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
 

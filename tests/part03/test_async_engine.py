@@ -19,17 +19,19 @@ from common.errors import FieldError
 from common.outputs import CompletionOutput
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError, QueueFullError
-from part03_paged_attention.async_engine import AsyncLLM, RequestStream
+from part03_paged_attention.api.async_engine import AsyncLLM, RequestStream
 from part03_paged_attention.config import EngineConfig
-from part03_paged_attention.engine import LLM, LLMEngine
+from part03_paged_attention.core.engine import LLM, LLMEngine
 from tests.async_checks import DEADLINE_S, read_error, shut_down_at_the_end, until, within_deadline
 
-LOOK_QUEUE = 'Look at async_engine.py::AsyncLLM.generate; README of part 2, "Off the event loop".'
-LOOK_ABORT = 'Look at async_engine.py::AsyncLLM.abort and _take_inbox; README of part 2, "When the client goes away".'
-LOOK_RUN = 'Look at async_engine.py::AsyncLLM._run; README of part 2, "Off the event loop".'
-LOOK_FAIL = 'Look at async_engine.py::AsyncLLM._run and _fail; README of part 2, "Off the event loop".'
-LOOK_SHUTDOWN = 'Look at async_engine.py::AsyncLLM.shutdown; README of part 2, "Off the event loop".'
-LOOK_STATS = "Look at async_engine.py::AsyncLLM.stats."
+LOOK_QUEUE = 'Look at api/async_engine.py::AsyncLLM.generate; README of part 2, "Off the event loop".'
+LOOK_ABORT = (
+    'Look at api/async_engine.py::AsyncLLM.abort and _take_inbox; README of part 2, "When the client goes away".'
+)
+LOOK_RUN = 'Look at api/async_engine.py::AsyncLLM._run; README of part 2, "Off the event loop".'
+LOOK_FAIL = 'Look at api/async_engine.py::AsyncLLM._run and _fail; README of part 2, "Off the event loop".'
+LOOK_SHUTDOWN = 'Look at api/async_engine.py::AsyncLLM.shutdown; README of part 2, "Off the event loop".'
+LOOK_STATS = "Look at api/async_engine.py::AsyncLLM.stats."
 NUM_TOKENS = 4  # of an answer
 MAX_NUM_SEQS = 2
 
@@ -552,5 +554,5 @@ def test_what_a_request_can_reach() -> None:
         got = AsyncLLM(fake, 0).max_request_len  # type: ignore[arg-type]
         assert got == expected, (
             f"{num_kv_tokens} tokens in the KV cache, 100 of context: expected {expected}, got {got}. "
-            "Look at async_engine.py::AsyncLLM.__init__."
+            "Look at api/async_engine.py::AsyncLLM.__init__."
         )

@@ -1,4 +1,4 @@
-"""attention.py: attention through a block table equals dense attention, whatever lies where nobody looks."""
+"""worker/attention.py: attention through a block table equals dense attention, whatever lies where nobody looks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from part03_paged_attention.attention import (
+from part03_paged_attention.worker.attention import (
     AttentionMetadata,
     PagedAttention,
     choose_backend,
     decode_attention,
     prefill_attention,
 )
-from part03_paged_attention.kv_cache import KVCache
+from part03_paged_attention.worker.kv_cache import KVCache
 
-LOOK_SLOTS = 'Look at attention.py::AttentionMetadata.context_slots; README "Attention through a table".'
-LOOK_MASK = 'Look at attention.py::AttentionMetadata.context_mask; README "Attention through a table".'
-LOOK_DECODE = 'Look at attention.py::decode_attention; README "Attention through a table".'
-LOOK_PAGED = 'Look at attention.py::PagedAttention._decode; README "Attention through a table".'
-LOOK_PREFILL = 'Look at attention.py::prefill_attention; README "Attention through a table".'
+LOOK_SLOTS = 'Look at worker/attention.py::AttentionMetadata.context_slots; README "Attention through a table".'
+LOOK_MASK = 'Look at worker/attention.py::AttentionMetadata.context_mask; README "Attention through a table".'
+LOOK_DECODE = 'Look at worker/attention.py::decode_attention; README "Attention through a table".'
+LOOK_PAGED = 'Look at worker/attention.py::PagedAttention._decode; README "Attention through a table".'
+LOOK_PREFILL = 'Look at worker/attention.py::prefill_attention; README "Attention through a table".'
 LENGTHS = [1, 15, 16, 17, 33]
 HEAD_DIM, SCALE = 8, 0.3  # a scale that is no default
 TOLERANCE = 1e-5
@@ -351,5 +351,5 @@ def test_choose_backend(name: str, device: str, expected: str) -> None:
     got = choose_backend(name, device)
     assert got == expected, (
         f"--attention-backend {name} on {device}: expected {expected}, got {got}. "
-        'Look at attention.py::choose_backend; README "Attention through a table".'
+        'Look at worker/attention.py::choose_backend; README "Attention through a table".'
     )

@@ -1,4 +1,4 @@
-"""block_manager.py: who owns which block, all or nothing, and nobody owns a block that another one has."""
+"""core/block_manager.py: who owns which block, all or nothing, and nobody owns a block that another one has."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from part03_paged_attention.block_manager import NULL_BLOCK, BlockManager
+from part03_paged_attention.core.block_manager import NULL_BLOCK, BlockManager
 
-LOOK_ALLOCATE = 'Look at block_manager.py::BlockManager.allocate; README "Blocks".'
-LOOK_FREE = 'Look at block_manager.py::BlockManager.free; README "Blocks".'
-LOOK_SLOT = 'Look at block_manager.py::BlockManager.slot; README "Blocks".'
-LOOK = 'Look at block_manager.py::BlockManager; README "Blocks".'
+LOOK_ALLOCATE = 'Look at core/block_manager.py::BlockManager.allocate; README "Blocks".'
+LOOK_FREE = 'Look at core/block_manager.py::BlockManager.free; README "Blocks".'
+LOOK_SLOT = 'Look at core/block_manager.py::BlockManager.slot; README "Blocks".'
+LOOK = 'Look at core/block_manager.py::BlockManager; README "Blocks".'
 
 
 def pool(num_usable: int, block_size: int = 16) -> BlockManager:
@@ -45,7 +45,7 @@ def test_num_blocks_for(num_tokens: int, block_size: int, expected: int) -> None
     got = pool(10, block_size).num_blocks_for(num_tokens)
     assert got == expected, (
         f"{num_tokens} tokens in blocks of {block_size}: expected {expected} blocks, got {got}. "
-        'Look at block_manager.py::BlockManager.num_blocks_for; README "Blocks".'
+        'Look at core/block_manager.py::BlockManager.num_blocks_for; README "Blocks".'
     )
 
 

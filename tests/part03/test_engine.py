@@ -16,19 +16,19 @@ from common.errors import FieldError
 from common.outputs import CompletionOutput
 from common.sampling_params import SamplingParams
 from common.testing import FAMILIES, assert_same_greedy, reference_greedy
-from part03_paged_attention.block_manager import BlockManager
 from part03_paged_attention.config import EngineConfig
-from part03_paged_attention.engine import LLM, LLMEngine, check_stop, join_outputs
-from part03_paged_attention.request import Request, RequestStatus
+from part03_paged_attention.core.block_manager import BlockManager
+from part03_paged_attention.core.engine import LLM, LLMEngine, check_stop, join_outputs
+from part03_paged_attention.core.request import Request, RequestStatus
 
-LOOK_FORM = 'Look at engine.py::LLMEngine._form_batch; README "Static batches".'
-LOOK_GROW = 'Look at engine.py::LLMEngine._grow_batch and _preempt; README "Static batches".'
-LOOK_STEP = 'Look at engine.py::LLMEngine.step and _update; README "Static batches".'
-LOOK_ABORT = 'Look at engine.py::LLMEngine.abort_request; README "Static batches".'
-LOOK_CHECK = 'Look at engine.py::LLMEngine.check_request; README "Static batches".'
-LOOK_STOP = 'Look at engine.py::LLMEngine._append and check_stop; README of part 1, "When to stop".'
-LOOK_LLM = 'Look at engine.py::LLM.generate; README "Static batches".'
-LOOK_ORACLE = 'Look at model_runner.py::ModelRunner.execute and _metadata; README "Attention through a table".'
+LOOK_FORM = 'Look at core/engine.py::LLMEngine._form_batch; README "Static batches".'
+LOOK_GROW = 'Look at core/engine.py::LLMEngine._grow_batch and _preempt; README "Static batches".'
+LOOK_STEP = 'Look at core/engine.py::LLMEngine.step and _update; README "Static batches".'
+LOOK_ABORT = 'Look at core/engine.py::LLMEngine.abort_request; README "Static batches".'
+LOOK_CHECK = 'Look at core/engine.py::LLMEngine.check_request; README "Static batches".'
+LOOK_STOP = 'Look at core/engine.py::LLMEngine._append and check_stop; README of part 1, "When to stop".'
+LOOK_LLM = 'Look at core/engine.py::LLM.generate; README "Static batches".'
+LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner.execute and _metadata; README "Attention through a table".'
 MAX_STEPS = 2_000  # far more than any of these tests needs
 PROMPT = [980, 899, 414, 14, 1115, 469, 288, 265, 1321, 274]  # "One fine day, Nora went to the market and"
 EOS = frozenset({2, 3})
@@ -265,7 +265,7 @@ def test_positions_computed(small: Callable[..., LLMEngine], block_size: int) ->
     got = engine.runner.num_tokens_computed
     assert got == expected, (
         f"prompts of {lengths}, answers of {num_tokens}: expected sum(P + G - 1) = {expected} positions, got {got}. "
-        'Look at model_runner.py::ModelRunner.execute; README "Static batches".'
+        'Look at worker/model_runner.py::ModelRunner.execute; README "Static batches".'
     )
     assert engine.num_steps == 20, f"the longest answer has 20 tokens: expected 20 steps, got {engine.num_steps}."
 
@@ -480,7 +480,7 @@ def test_neighbours_and_preemption_change_no_answer(
         answer, where = got[str(number)], f"{MIXED[number]} in a batch with {flags}, {order}"
         assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text), (
             f"{where}: expected what the request gets alone, {expected.token_ids}, got {answer.token_ids}. Look at "
-            "sampler.py::Sampler and at what a preempted request keeps in engine.py::LLMEngine._preempt; "
+            "worker/sampler.py::Sampler and at what a preempted request keeps in core/engine.py::LLMEngine._preempt; "
             'README "Static batches".'
         )
         for position, (entry, alone) in enumerate(zip(answer.logprobs or [], expected.logprobs or [], strict=True)):
@@ -782,7 +782,7 @@ def test_min_tokens_holds_stop_tokens_back_in_a_batch(tiny: LLM, monkeypatch: py
     expected = {"free": (0, 1), "eos": (3, 4), "token": (4, 5), "ignored": (0, 6)}
     assert got == expected, (
         f"the model wants EOS at once: (first EOS, tokens) expected {expected}, got {got}. Look at "
-        'sampler.py::Sampler._change_logits; README of part 1, "When to stop".'
+        'worker/sampler.py::Sampler._change_logits; README of part 1, "When to stop".'
     )
 
 
@@ -906,4 +906,4 @@ def test_join_outputs() -> None:
     pieces = [CompletionOutput(0, "", [5], None, None), CompletionOutput(0, "ab ", [7], None, None)]
     last = CompletionOutput(0, "c", [9], "stop", "END")
     got, expected = join_outputs([*pieces, last]), CompletionOutput(0, "ab c", [5, 7, 9], "stop", "END")
-    assert got == expected, f"expected {expected}, got {got}. Look at engine.py::join_outputs."
+    assert got == expected, f"expected {expected}, got {got}. Look at core/engine.py::join_outputs."

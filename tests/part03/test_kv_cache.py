@@ -1,4 +1,4 @@
-"""kv_cache.py: one pool for all layers, a token's key and value at its slot, and how many bytes that takes."""
+"""worker/kv_cache.py: one pool for all layers, a token's key and value at its slot, and how many bytes that takes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from common.errors import FieldError
-from part03_paged_attention.kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block, num_blocks_in
-from part03_paged_attention.model import head_dim
+from part03_paged_attention.worker.kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block, num_blocks_in
+from part03_paged_attention.worker.model import head_dim
 
-LOOK = 'Look at kv_cache.py::KVCache; README "Attention through a table".'
-LOOK_STORE = 'Look at kv_cache.py::KVCache.store; README "Attention through a table".'
-LOOK_BYTES = 'Look at kv_cache.py::kv_bytes_per_block; README "Blocks".'
-LOOK_BUDGET = 'Look at kv_cache.py::num_blocks_in; README "Blocks".'
+LOOK = 'Look at worker/kv_cache.py::KVCache; README "Attention through a table".'
+LOOK_STORE = 'Look at worker/kv_cache.py::KVCache.store; README "Attention through a table".'
+LOOK_BYTES = 'Look at worker/kv_cache.py::kv_bytes_per_block; README "Blocks".'
+LOOK_BUDGET = 'Look at worker/kv_cache.py::num_blocks_in; README "Blocks".'
 
 
 def shape(**changes: Any) -> SimpleNamespace:
@@ -97,7 +97,7 @@ def test_store_writes_exactly_its_slots() -> None:
 )
 def test_head_dim(changes: dict[str, Any], expected: int) -> None:
     got = head_dim(shape(**changes))
-    assert got == expected, f"{changes}: expected head_dim {expected}, got {got}. Look at model.py::head_dim."
+    assert got == expected, f"{changes}: expected head_dim {expected}, got {got}. Look at worker/model.py::head_dim."
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

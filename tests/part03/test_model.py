@@ -1,4 +1,4 @@
-"""model.py: the decoder computes what transformers computes, for each family and each feature of a config."""
+"""worker/model.py: the decoder computes what transformers computes, for each family and each feature of a config."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from common.checkpoint import load_model, resolve_checkpoint
 from common.errors import FieldError
 from common.testing import FAMILIES
-from part03_paged_attention.model import Attend, DecoderModel, RMSNorm, RotaryEmbedding, inverse_frequencies
-from part03_paged_attention.weights import load_decoder
+from part03_paged_attention.worker.model import Attend, DecoderModel, RMSNorm, RotaryEmbedding, inverse_frequencies
+from part03_paged_attention.worker.weights import load_decoder
 
 LENGTHS = [1, 2, 7, 33]
 TOLERANCE = 1e-4
@@ -84,7 +84,7 @@ def test_logits_equal_transformers(
     reference = random_model(family, seed)
     model = load_ours(reference)
     sequences = prompts(reference.config.vocab_size, seed)
-    where = f"Look at model.py::Attention.forward, then MLP.forward and DecoderLayer.forward; {README}."
+    where = f"Look at worker/model.py::Attention.forward, then MLP.forward and DecoderLayer.forward; {README}."
     for sequence in sequences:
         what = f"{family}, seed {seed}: logits of a sequence of {len(sequence)}"
         expected = reference_logits(reference, [sequence])
@@ -99,7 +99,7 @@ def test_every_feature_of_a_config_counts(name: str, random_model: Any, load_our
         reference = random_model(family, seed, **changes)
         sequences = prompts(reference.config.vocab_size, seed)
         got = our_logits(load_ours(reference), sequences, dense_attend)
-        where = f"Look at what the constructors in model.py read from the config; {README}."
+        where = f"Look at what the constructors in worker/model.py read from the config; {README}."
         assert_close(got, reference_logits(reference, sequences), f"{name} {changes}, seed {seed}: logits", where)
 
 
@@ -116,7 +116,7 @@ def test_one_flat_batch_gives_what_each_sequence_gives_alone(
         assert difference < TOLERANCE, (
             f"sequence {number} of {len(sequences)} ({len(sequence)} tokens): together and alone differ by "
             f"{difference:.2e}, expected less than {TOLERANCE:g}. Rows must meet nowhere but in attend(): look at "
-            f"model.py::DecoderModel.forward; {README}."
+            f"worker/model.py::DecoderModel.forward; {README}."
         )
 
 
@@ -130,7 +130,7 @@ def test_token_by_token_with_a_cache(family: str, random_model: Any, load_ours: 
     for first, end in [(0, 6), (6, 11), *((i, i + 1) for i in range(11, 20))]:
         hidden = model(sequence[first:end], torch.arange(first, end), cached_attend)
         rows.append(model.compute_logits(hidden))
-    where = f"A token's angle follows its position, not its row: look at model.py::RotaryEmbedding.forward; {README}."
+    where = f"A token's angle follows its position, not its row: look at worker/model.py::RotaryEmbedding.forward; {README}."  # noqa: E501
     assert_close(torch.cat(rows), reference_logits(reference, [sequence]), f"{family}: logits by pieces", where)
 
 
@@ -145,7 +145,7 @@ def test_attend_gets_each_layer_once_and_in_order(random_model: Any, load_ours: 
 
     hidden = model(torch.arange(5), torch.arange(5), attend)
     expected = [(layer, (5, 6, 16), (5, 2, 16), (5, 2, 16)) for layer in range(3)]
-    where = f"Look at model.py::Attention.forward; {README}."
+    where = f"Look at worker/model.py::Attention.forward; {README}."
     assert calls == expected, f"(layer, query, key, value) shapes: expected {expected}, got {calls}. {where}"
     assert hidden.shape == (5, 48), f"hidden states: expected [5, 48], got {list(hidden.shape)}. {where}"
     shape = (model.num_layers, model.num_heads, model.num_kv_heads, model.head_dim)
@@ -157,7 +157,7 @@ def test_logits_of_the_rows_that_are_asked_for(random_model: Any, load_ours: Any
     model = load_ours(random_model("llama", seed=1))
     hidden = model(torch.arange(9), torch.arange(9), dense_attend([9]))
     every, some = model.compute_logits(hidden), model.compute_logits(hidden[[8, 2]])
-    where = f"Look at model.py::DecoderModel.compute_logits; {README}."
+    where = f"Look at worker/model.py::DecoderModel.compute_logits; {README}."
     assert some.shape == (2, 320), f"two rows asked for: expected logits [2, 320], got {list(some.shape)}. {where}"
     assert torch.allclose(some, every[[8, 2]], atol=1e-5), f"rows 8 and 2: expected the same logits as of all. {where}"
 
@@ -171,7 +171,7 @@ def test_bfloat16(family: str, random_model: Any, load_ours: Any, dense_attend: 
     got, expected = our_logits(model, sequences, dense_attend), reference_logits(reference, sequences)
     rounded = reference_logits(reference.to(torch.bfloat16), sequences)
     error, allowed = float((got - expected).std()), 1.5 * float((rounded - expected).std())
-    where = f"RMSNorm and RoPE's table compute in float32: look at model.py; {README}."
+    where = f"RMSNorm and RoPE's table compute in float32: look at worker/model.py; {README}."
     assert got.dtype == torch.float32, f"logits are float32 for the sampler, got {got.dtype}. {where}"
     assert model.norm.weight.dtype == torch.bfloat16, f"expected bfloat16 weights, got {model.norm.weight.dtype}"
     assert error <= allowed, (
@@ -187,7 +187,7 @@ def test_the_shipped_model(dense_attend: Any) -> None:
     model = load_decoder(checkpoint, torch.float32, "cpu")
     sequences = prompts(reference.config.vocab_size, seed=0, lengths=[1, 2, 7, 33, 150])
     got = our_logits(model, sequences, dense_attend)
-    assert_close(got, reference_logits(reference, sequences), "tiny: logits", f"Look at model.py; {README}.")
+    assert_close(got, reference_logits(reference, sequences), "tiny: logits", f"Look at worker/model.py; {README}.")
 
 
 @pytest.mark.parametrize("shape", [(3, 48), (4, 6, 16)])
@@ -201,11 +201,13 @@ def test_rms_norm_is_the_formula(shape: tuple[int, ...], eps: float) -> None:
         rounded, weight = x.to(dtype).float(), norm.weight.to(dtype).float()
         expected = weight * rounded / (rounded.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         got = norm.to(dtype)(x.to(dtype))
-        assert got.dtype == dtype, f"expected {dtype} out as in, got {got.dtype}. Look at model.py::RMSNorm; {README}."
+        assert got.dtype == dtype, (
+            f"expected {dtype} out as in, got {got.dtype}. Look at worker/model.py::RMSNorm; {README}."
+        )
         difference = float((got.float() - expected).abs().max())
         assert difference < tolerance, (
             f"eps {eps}, {dtype}: x / sqrt(mean(x²) + eps) · weight is missed by {difference:.2e}, expected less than "
-            f"{tolerance}. Look at model.py::RMSNorm; {README}."
+            f"{tolerance}. Look at worker/model.py::RMSNorm; {README}."
         )
 
 
@@ -232,7 +234,7 @@ def test_inverse_frequencies_are_transformers_own(name: str, head_dim: int) -> N
     assert got.dtype == torch.float32, f"expected float32, got {got.dtype}"
     assert torch.equal(got, expected), (
         f"{name}, head_dim {head_dim}: expected {expected.tolist()}, got {got.tolist()}. "
-        f"Look at model.py::inverse_frequencies; {README}."
+        f"Look at worker/model.py::inverse_frequencies; {README}."
     )
 
 
@@ -254,7 +256,7 @@ def test_cosines_and_sines_are_transformers_own(name: str) -> None:
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     assert cos.shape == sin.shape == (6, 1, 64), f"expected [6, 1, 64], got {list(cos.shape)} and {list(sin.shape)}"
     for what, got, both_halves in (("cosines", cos, expected[0]), ("sines", sin, expected[1])):
-        where = f"Look at model.py::RotaryEmbedding; {README}."
+        where = f"Look at worker/model.py::RotaryEmbedding; {README}."
         assert_close(got[:, 0], both_halves[0, :, :64], f"{name}: {what}", where, tolerance=1e-6)
 
 
@@ -268,7 +270,7 @@ def test_the_older_layout_of_rope_settings(name: str, key: str) -> None:
     expected = inverse_frequencies(rope_config(ROPES[name], head_dim=64))
     assert torch.equal(inverse_frequencies(old), expected), (
         f"{name}: rope_scaling={scaling}, rope_theta={theta} must give what rope_parameters={ROPES[name]} gives. "
-        f"Look at model.py::inverse_frequencies; {README}."
+        f"Look at worker/model.py::inverse_frequencies; {README}."
     )
 
 
@@ -311,5 +313,5 @@ def test_as_many_parameters_as_transformers(family: str, random_model: Any) -> N
     assert sum(parameter.numel() for parameter in again.parameters()) == expected
     assert got == expected, (
         f"{family}: expected {expected:,} parameters as transformers has, got {got:,}: a bias or a norm too many or "
-        f"too few? Look at model.py::Attention.__init__; {README}."
+        f"too few? Look at worker/model.py::Attention.__init__; {README}."
     )

@@ -1,4 +1,4 @@
-"""sampler.py: a whole batch is sampled as each row alone would be, and each row by the definition."""
+"""worker/sampler.py: a whole batch is sampled as each row alone would be, and each row by the definition."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from common.outputs import Logprob
 from common.sampling_params import SamplingParams
-from part03_paged_attention.request import Request
-from part03_paged_attention.sampler import Sampler, apply_penalties, draw, probabilities, top_logprobs
+from part03_paged_attention.core.request import Request
+from part03_paged_attention.worker.sampler import Sampler, apply_penalties, draw, probabilities, top_logprobs
 
-LOOK_PROBS = 'Look at sampler.py::probabilities; README of part 1, "Choosing a token".'
-LOOK_DRAW = 'Look at sampler.py::draw; README of part 1, "Choosing a token".'
-LOOK_CHANGE = 'Look at sampler.py::Sampler._change_logits and apply_penalties; README of part 1, "Choosing a token".'
-LOOK_LOGPROBS = 'Look at sampler.py::Sampler.sample and top_logprobs; README of part 1, "Choosing a token".'
-LOOK_CHOOSE = 'Look at sampler.py::Sampler._choose; README of part 1, "Choosing a token".'
+LOOK_PROBS = 'Look at worker/sampler.py::probabilities; README of part 1, "Choosing a token".'
+LOOK_DRAW = 'Look at worker/sampler.py::draw; README of part 1, "Choosing a token".'
+LOOK_CHANGE = (
+    'Look at worker/sampler.py::Sampler._change_logits and apply_penalties; README of part 1, "Choosing a token".'
+)
+LOOK_LOGPROBS = 'Look at worker/sampler.py::Sampler.sample and top_logprobs; README of part 1, "Choosing a token".'
+LOOK_CHOOSE = 'Look at worker/sampler.py::Sampler._choose; README of part 1, "Choosing a token".'
 VOCAB_SIZE = 50
 TINY = 1e-30  # what float32 may round to 0
 EOS = frozenset({2, 3})

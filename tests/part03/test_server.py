@@ -22,13 +22,13 @@ from common.outputs import CompletionOutput
 from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 from common.serve import running_app
+from part03_paged_attention.api.server import create_app
 from part03_paged_attention.config import EngineConfig
-from part03_paged_attention.engine import LLM, LLMEngine
-from part03_paged_attention.server import create_app
+from part03_paged_attention.core.engine import LLM, LLMEngine
 from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints, until
 
-LOOK = 'Look at server.py::create_app and async_engine.py::AsyncLLM; README "What changed".'
-LOOK_GONE = 'Look at async_engine.py::AsyncLLM.abort; README of part 2, "When the client goes away".'
+LOOK = 'Look at api/server.py::create_app and api/async_engine.py::AsyncLLM; README "What changed".'
+LOOK_GONE = 'Look at api/async_engine.py::AsyncLLM.abort; README of part 2, "When the client goes away".'
 FLAGS: dict[str, Any] = dict(model="tiny", device="cpu", num_kv_blocks=64, max_num_seqs=4)
 TEXTS = ["Once upon a time there was", "What is a KV cache?", "Hi", "a b a b a"]
 
@@ -242,7 +242,7 @@ def test_metrics_while_requests_run_and_wait(stepped: Server) -> None:
     running, usage = stepped.metric("num_requests_running"), stepped.metric("kv_cache_usage_perc")
     assert (running, usage) == (1, 2 / 63), (
         f"one request of 20 tokens in a pool of 63 blocks of 16: expected 1 running and a usage of 2/63, got {running} "
-        f"and {usage}. Look at async_engine.py::AsyncLLM.stats."
+        f"and {usage}. Look at api/async_engine.py::AsyncLLM.stats."
     )
     engine.open()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""triton_attention.py: right in Triton's interpreter, and it compiles for GPUs. No GPU is needed for either.
+"""worker/triton_attention.py: right in Triton's interpreter, and it compiles for GPUs. No GPU is needed for either.
 
 Whether a kernel is interpreted is settled when it is decorated, so each mode runs this file in a process of its own.
 """
@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from part03_paged_attention import triton_attention
+from part03_paged_attention.worker import triton_attention
 
 ROOT = Path(__file__).resolve().parents[2]
-WHERE = 'Look at triton_attention.py::_paged_decode_kernel; README "Attention through a table".'
+WHERE = 'Look at worker/triton_attention.py::_paged_decode_kernel; README "Attention through a table".'
 CONTEXT_LENS = [1, 15, 16, 17, 33]
 NOWHERE = 10**6  # a stale table entry: no pool is that large
 CASES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""weights.py: every tensor of a checkpoint lands in its place, and one that is missing, strange or broken is named."""
+"""worker/weights.py: every tensor of a checkpoint lands in its place, and one that is missing, strange or broken is named."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from common import checkpoint as checkpoints
 from common.checkpoint import PRESETS, load_model, resolve_checkpoint
 from common.errors import FieldError
 from common.testing import FAMILIES, small_model
-from part03_paged_attention import weights
-from part03_paged_attention.model import DecoderModel
-from part03_paged_attention.weights import fill_parameters, load_decoder, load_weights, parameter_places
+from part03_paged_attention.worker import weights
+from part03_paged_attention.worker.model import DecoderModel
+from part03_paged_attention.worker.weights import fill_parameters, load_decoder, load_weights, parameter_places
 
-WHERE = 'Look at weights.py::parameter_places and fill_parameters; README "A model of our own".'
+WHERE = 'Look at worker/weights.py::parameter_places and fill_parameters; README "A model of our own".'
 NANO = dict(
     model_type="qwen3", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     intermediate_size=64, vocab_size=4096, max_position_embeddings=128, tie_word_embeddings=True,
@@ -118,11 +118,11 @@ def test_dtypes_are_converted_on_the_way(tmp_path: Path, random_model: Any, load
 
 def test_a_loaded_model_is_ready_for_inference(directory: Path, load_directory: Callable[..., DecoderModel]) -> None:
     model = load_directory(directory)
-    assert not model.training, "expected eval mode: look at weights.py::load_decoder"
+    assert not model.training, "expected eval mode: look at worker/weights.py::load_decoder"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert tensor.device.type == "cpu", f"{name} lies on {tensor.device}: look at weights.py::load_decoder"
-        assert not tensor.requires_grad, f"{name} wants gradients: look at weights.py::load_decoder"
-        assert bool(tensor.isfinite().all()), f"{name} holds memory that nobody wrote: weights.py::load_decoder"
+        assert tensor.device.type == "cpu", f"{name} lies on {tensor.device}: look at worker/weights.py::load_decoder"
+        assert not tensor.requires_grad, f"{name} wants gradients: look at worker/weights.py::load_decoder"
+        assert bool(tensor.isfinite().all()), f"{name} holds memory that nobody wrote: worker/weights.py::load_decoder"
 
 
 def test_weights_load_into_a_model_that_was_built_directly(directory: Path, load_directory: Any) -> None:
@@ -130,7 +130,7 @@ def test_weights_load_into_a_model_that_was_built_directly(directory: Path, load
     load_weights(model, directory)
     same_parameters(model, load_directory(directory), "load_weights() against load_decoder()")
     assert torch.equal(model.rotary_embedding.table, load_directory(directory).rotary_embedding.table), (
-        "the table of a model that was moved off the meta device differs: look at weights.py::load_decoder"
+        "the table of a model that was moved off the meta device differs: look at worker/weights.py::load_decoder"
     )
 
 
@@ -275,4 +275,4 @@ def test_random_weights_are_not_held_twice(nano: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(weights, "load_model", recording)
     load_decoder(resolve_checkpoint(nano), torch.float32, "cpu")
     left = sum(parameter.numel() for parameter in sources[0].parameters())
-    assert left == 0, f"{left} numbers of transformers' model are still held: look at weights.py::random_tensors"
+    assert left == 0, f"{left} numbers of transformers' model are still held: look at worker/weights.py::random_tensors"

@@ -11,10 +11,10 @@ import torch
 
 from common.checkpoint import load_tokenizer, resolve_checkpoint
 from common.outputs import CompletionOutput
-from part04_continuous_batching import engine as engine_module
-from part04_continuous_batching import model_runner
 from part04_continuous_batching.config import EngineConfig
-from part04_continuous_batching.engine import LLM, LLMEngine
+from part04_continuous_batching.core import engine as engine_module
+from part04_continuous_batching.core.engine import LLM, LLMEngine
+from part04_continuous_batching.worker import model_runner
 from tests.shipped_model import make_engine, prompt_of, reference  # noqa: F401 - fixtures
 
 torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
@@ -25,7 +25,7 @@ def checked_step(engine: LLMEngine) -> list[tuple[str, CompletionOutput]]:
     ended = [request.request_id for request in engine.scheduler.running if request.status.is_finished]
     assert not ended, (
         f"requests {ended} have ended and are still among the running: who ends leaves at once. "
-        'Look at engine.py::LLMEngine._update; README "One number for all work".'
+        'Look at core/engine.py::LLMEngine._update; README "One number for all work".'
     )
     return LLMEngine.step(engine)
 

@@ -18,18 +18,18 @@ from common.errors import FieldError
 from common.outputs import CompletionOutput
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError, QueueFullError
-from part04_continuous_batching.async_engine import AsyncLLM, RequestStream
-from part04_continuous_batching.block_manager import BlockManager
-from part04_continuous_batching.engine import LLMEngine, join_outputs
-from part04_continuous_batching.request import Request
+from part04_continuous_batching.api.async_engine import AsyncLLM, RequestStream
+from part04_continuous_batching.core.block_manager import BlockManager
+from part04_continuous_batching.core.engine import LLMEngine, join_outputs
+from part04_continuous_batching.core.request import Request
 from tests.async_checks import DEADLINE_S, read_error, shut_down_at_the_end, until, within_deadline
 
-LOOK_QUEUE = 'Look at async_engine.py::AsyncLLM.generate; README "Between two threads".'
-LOOK_ABORT = 'Look at async_engine.py::AsyncLLM.abort and _take_inbox; README "Between two threads".'
-LOOK_STREAM = 'Look at async_engine.py::RequestStream; README "Between two threads".'
-LOOK_RUN = 'Look at async_engine.py::AsyncLLM._run and _deliver; README "Between two threads".'
-LOOK_FAIL = 'Look at async_engine.py::AsyncLLM._run and _fail; README "Between two threads".'
-LOOK_SHUTDOWN = 'Look at async_engine.py::AsyncLLM.shutdown; README "Between two threads".'
+LOOK_QUEUE = 'Look at api/async_engine.py::AsyncLLM.generate; README "Between two threads".'
+LOOK_ABORT = 'Look at api/async_engine.py::AsyncLLM.abort and _take_inbox; README "Between two threads".'
+LOOK_STREAM = 'Look at api/async_engine.py::RequestStream; README "Between two threads".'
+LOOK_RUN = 'Look at api/async_engine.py::AsyncLLM._run and _deliver; README "Between two threads".'
+LOOK_FAIL = 'Look at api/async_engine.py::AsyncLLM._run and _fail; README "Between two threads".'
+LOOK_SHUTDOWN = 'Look at api/async_engine.py::AsyncLLM.shutdown; README "Between two threads".'
 NUM_TOKENS = 6  # of an answer, and of a prompt
 MakeEngine = Callable[..., LLMEngine]
 
@@ -458,14 +458,14 @@ async def test_a_reader_whose_event_loop_is_closed(gate: Gate, engine: AsyncLLM)
 @on_an_event_loop(max_num_seqs=2, num_kv_blocks=1 + 10)
 async def test_stats(gate: Gate, engine: AsyncLLM) -> None:
     idle = {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0, "num_preemptions": 0}
-    assert engine.stats() == idle, f"idle: got {engine.stats()}. Look at async_engine.py::AsyncLLM.stats."
+    assert engine.stats() == idle, f"idle: got {engine.stats()}. Look at api/async_engine.py::AsyncLLM.stats."
     for name in range(5):
         generate(engine, name)
     await until(lambda: gate.begun, f"a step. {LOOK_RUN}")
     expected = {**idle, "num_requests_running": 2, "num_requests_waiting": 3, "kv_cache_usage_perc": 0.2}
     assert engine.stats() == expected, (
         f"two of five run, a block of ten each: expected {expected}, got {engine.stats()}. "
-        "Look at async_engine.py::AsyncLLM.stats."
+        "Look at api/async_engine.py::AsyncLLM.stats."
     )
 
 

@@ -15,24 +15,26 @@ from common.errors import FieldError
 from common.outputs import CompletionOutput
 from common.sampling_params import SamplingParams
 from common.testing import assert_same_greedy, reference_greedy
-from part04_continuous_batching.block_manager import BlockManager
-from part04_continuous_batching.engine import LLM, LLMEngine, join_outputs
-from part04_continuous_batching.request import Request, RequestStatus
-from part04_continuous_batching.static_batches import use_static_batches
+from part04_continuous_batching.core.block_manager import BlockManager
+from part04_continuous_batching.core.engine import LLM, LLMEngine, join_outputs
+from part04_continuous_batching.core.request import Request, RequestStatus
+from part04_continuous_batching.lab.static_batches import use_static_batches
 
-LOOK_ORACLE = 'Look at model_runner.py::ModelRunner.execute and _metadata; README "One pass for both kinds".'
-LOOK_PASS = 'Look at model_runner.py::ModelRunner._metadata and attention.py; README "One pass for both kinds".'
-LOOK_UPDATE = 'Look at engine.py::LLMEngine._update; README "One number for all work".'
-LOOK_STEP = 'Look at engine.py::LLMEngine.step and scheduler.py; README "The idea".'
-LOOK_PREEMPT = 'Look at scheduler.py::Scheduler.preempt; README "The running come first".'
+LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner.execute and _metadata; README "One pass for both kinds".'
+LOOK_PASS = (
+    'Look at worker/model_runner.py::ModelRunner._metadata and worker/attention.py; README "One pass for both kinds".'
+)
+LOOK_UPDATE = 'Look at core/engine.py::LLMEngine._update; README "One number for all work".'
+LOOK_STEP = 'Look at core/engine.py::LLMEngine.step and core/scheduler.py; README "The idea".'
+LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README "The running come first".'
 LOOK_KEPT = (
-    "Look at what a preempted request keeps, scheduler.py::Scheduler.preempt, and at sampler.py::Sampler; "
+    "Look at what a preempted request keeps, core/scheduler.py::Scheduler.preempt, and at worker/sampler.py::Sampler; "
     'README "One pass for both kinds".'
 )
-LOOK_ABORT = 'Look at scheduler.py::Scheduler.abort; README "Between two threads".'
-LOOK_CHECK = 'Look at engine.py::LLMEngine.__init__ and check_request; README "Who may join".'
-LOOK_STOP = 'Look at engine.py::LLMEngine._append and check_stop; README of part 1, "When to stop".'
-LOOK_LLM = "Look at engine.py::LLM.generate."
+LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "Between two threads".'
+LOOK_CHECK = 'Look at core/engine.py::LLMEngine.__init__ and check_request; README "Who may join".'
+LOOK_STOP = 'Look at core/engine.py::LLMEngine._append and check_stop; README of part 1, "When to stop".'
+LOOK_LLM = "Look at core/engine.py::LLM.generate."
 MAX_STEPS = 1_000  # far more than any of these tests needs
 
 MakeEngine = Callable[..., LLMEngine]

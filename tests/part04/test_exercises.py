@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from part04_continuous_batching import scheduler
+from part04_continuous_batching.core import scheduler
 from tests.exercise_checks import check_body, check_names, check_task, read_tasks
 
-PART_DIR = Path(scheduler.__file__).parent
+PART_DIR = Path(scheduler.__file__).parents[1]
 NAMES = {"schedule_running", "schedule_waiting", "admit", "preempt", "update"}
 
 

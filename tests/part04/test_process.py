@@ -14,7 +14,7 @@ from tests.process_checks import check_loading_starts_no_helpers, course_environ
 PART_DIR = Path(config.__file__).parent
 COMPLETIONS = "/v1/completions"
 LOOK = 'Look at __main__.py and common/serve.py; README "What you will see".'
-LOOK_DRAIN = 'Look at async_engine.py::AsyncLLM.shutdown and common/serve.py; README "Between two threads".'
+LOOK_DRAIN = 'Look at api/async_engine.py::AsyncLLM.shutdown and common/serve.py; README "Between two threads".'
 READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, 300 tokens of context, 40 KV blocks of 8 tokens\)\n"
 
 
@@ -34,7 +34,7 @@ def test_it_serves_drains_and_leaves_a_complete_trace(tmp_path: Path) -> None:
     finished = [request_id for step in trace.steps for request_id in step.finished]
     assert (trace.note, trace.header["part"], len(finished)) == (None, PART_DIR.name, 2), (
         f"both requests have ended, and the trace says {finished}, {trace.note}, {trace.header}. "
-        'Look at step_tracer.py::StepTracer.close and async_engine.py::AsyncLLM._run; README "What you will see".'
+        'Look at core/step_tracer.py::StepTracer.close and api/async_engine.py::AsyncLLM._run; README "What you will see".'  # noqa: E501
     )
     num_tokens = sum(request.num_scheduled for step in trace.steps for request in step.requests)
     assert num_tokens == (7 + 4 - 1) + (10 + 100 - 1), f"expected 10 + 109 tokens computed, got {num_tokens}. {LOOK}"

@@ -1,4 +1,4 @@
-"""scheduler.py: who is in the next step, with requests that nobody computes and with a model that follows a script."""
+"""core/scheduler.py: who is in the next step, with requests that nobody computes and with a model that follows a script."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hypothesis.stateful import (
 )
 
 from common.sampling_params import SamplingParams
-from part04_continuous_batching.block_manager import NULL_BLOCK, BlockManager
-from part04_continuous_batching.request import Request, RequestStatus
-from part04_continuous_batching.scheduler import Scheduler, SchedulerOutput
+from part04_continuous_batching.core.block_manager import NULL_BLOCK, BlockManager
+from part04_continuous_batching.core.request import Request, RequestStatus
+from part04_continuous_batching.core.scheduler import Scheduler, SchedulerOutput
 from tests.lives import run_lives
 
-LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README "The running come first".'
-LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README "Who may join".'
-LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit; README "Who may join".'
-LOOK_PREEMPT = 'Look at scheduler.py::Scheduler.preempt; README "The running come first".'
-LOOK_FINISH = 'Look at scheduler.py::Scheduler.finish; README "The idea".'
-LOOK_ABORT = 'Look at scheduler.py::Scheduler.abort; README "Between two threads".'
-LOOK_LIFE = 'Look at scheduler.py::Scheduler; README "The idea".'
+LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README "The running come first".'
+LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "Who may join".'
+LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit; README "Who may join".'
+LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README "The running come first".'
+LOOK_FINISH = 'Look at core/scheduler.py::Scheduler.finish; README "The idea".'
+LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "Between two threads".'
+LOOK_LIFE = 'Look at core/scheduler.py::Scheduler; README "The idea".'
 
 
 def make_scheduler(

@@ -20,14 +20,14 @@ import pytest
 from common.load_client import SseParser
 from common.sampling_params import SamplingParams
 from common.serve import running_app
-from part04_continuous_batching import server
-from part04_continuous_batching.async_engine import AsyncLLM, RequestStream
+from part04_continuous_batching.api import server
+from part04_continuous_batching.api.async_engine import AsyncLLM, RequestStream
 from part04_continuous_batching.config import EngineConfig
-from part04_continuous_batching.engine import LLM, LLMEngine
-from part04_continuous_batching.request import Request
+from part04_continuous_batching.core.engine import LLM, LLMEngine
+from part04_continuous_batching.core.request import Request
 from tests.http_checks import Watched
 
-LOOK = 'Look at async_engine.py and scheduler.py::Scheduler.abort; README "Between two threads".'
+LOOK = 'Look at api/async_engine.py and core/scheduler.py::Scheduler.abort; README "Between two threads".'
 DEADLINE_S = 120  # for what takes milliseconds; only a leak makes the test wait this long
 NUM_REQUESTS, NUM_AT_ONCE = 300, 12
 ENDLESS = 80  # tokens, so that whoever is cut off is so in the middle

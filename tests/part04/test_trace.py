@@ -12,12 +12,12 @@ import pytest
 from common.errors import FieldError
 from common.sampling_params import SamplingParams
 from common.trace import Phase, RequestTrace, Trace, read_trace, step_phases
-from part04_continuous_batching.async_engine import AsyncLLM
-from part04_continuous_batching.engine import LLMEngine
-from part04_continuous_batching.request import Request
-from part04_continuous_batching.step_tracer import PART
+from part04_continuous_batching.api.async_engine import AsyncLLM
+from part04_continuous_batching.core.engine import LLMEngine
+from part04_continuous_batching.core.request import Request
+from part04_continuous_batching.core.step_tracer import PART
 
-LOOK = 'Look at step_tracer.py::StepTracer; README "What you will see".'
+LOOK = 'Look at core/step_tracer.py::StepTracer; README "What you will see".'
 MakeEngine = Callable[..., LLMEngine]
 PromptOf = Callable[..., list[int]]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from part05_async_scheduling.engine import LLMEngine
-from part05_async_scheduling.request import Request, RequestStatus
-from part05_async_scheduling.scheduler import SchedulerOutput
+from part05_async_scheduling.core.engine import LLMEngine
+from part05_async_scheduling.core.request import Request, RequestStatus
+from part05_async_scheduling.core.scheduler import SchedulerOutput
 from tests.engine_checks import EngineChecks
 from tests.scripted import Part, ScriptedRunner, make_scripted_engine, next_token
 
@@ -30,9 +30,9 @@ def scripted_engine(
 
 
 class Checks(EngineChecks):
-    LOOK_STEP = 'Look at engine.py::LLMEngine.step, _append and scheduler.py; README "One step ahead".'
-    LOOK_LATE = 'Look at engine.py::LLMEngine._append; README "A token too late".'
-    LOOK_ROWS = 'Look at token_buffer.py::TokenBuffer and scheduler.py::Scheduler._release; README "A token too late".'
+    LOOK_STEP = 'Look at core/engine.py::LLMEngine.step, _append and core/scheduler.py; README "One step ahead".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README "A token too late".'
+    LOOK_ROWS = 'Look at worker/token_buffer.py::TokenBuffer and core/scheduler.py::Scheduler._release; README "A token too late".'  # noqa: E501
 
     def check_running(self, request: Request, where: str) -> None:
         state = (request.status, request.num_computed_tokens)
@@ -40,14 +40,14 @@ class Checks(EngineChecks):
         assert state == expected, (
             f"{where}: request {request.request_id} has {request.num_tokens} tokens and "
             f"{request.num_output_placeholders} placeholders: expected (status, num_computed_tokens) {expected}, got "
-            f'{state}. Look at scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
+            f'{state}. Look at core/scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
         )
 
     def check_placeholders(self, engine: LLMEngine, request: Request, where: str) -> None:
         num_in_flight = sum(request in step.scheduled.requests for step in engine.in_flight)
         assert request.num_output_placeholders == num_in_flight, (
             f"{where}: request {request.request_id} is in {num_in_flight} of the steps in flight: expected as many "
-            f"placeholders, got {request.num_output_placeholders}. Look at engine.py::LLMEngine._append; "
+            f"placeholders, got {request.num_output_placeholders}. Look at core/engine.py::LLMEngine._append; "
             'README "Tokens that nobody has seen yet".'
         )
 

@@ -27,7 +27,9 @@ import torch
 
 from common.checkpoint import load_tokenizer, resolve_checkpoint
 from part05_async_scheduling import __main__ as part
-from part05_async_scheduling import async_engine, core_client, engine, engine_core, model_runner
+from part05_async_scheduling.api import async_engine, core_client
+from part05_async_scheduling.core import engine, engine_core
+from part05_async_scheduling.worker import model_runner
 
 POISON = 4_000  # a prompt with this token makes a step of the model fail
 FORK = multiprocessing.get_context("fork")

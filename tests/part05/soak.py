@@ -13,9 +13,9 @@ import httpx
 
 from common.load_client import SseParser
 from common.sampling_params import SamplingParams
-from part05_async_scheduling.engine import LLM
+from part05_async_scheduling.core.engine import LLM
 
-LOOK = 'Look at async_engine.py and engine_core.py; README "Two processes".'
+LOOK = 'Look at api/async_engine.py and core/engine_core.py; README "Two processes".'
 DEADLINE_S = 300  # for what takes milliseconds; only a leak makes the test wait this long
 NUM_REQUESTS, NUM_AT_ONCE = 100, 12
 ENDLESS = 80  # tokens, so that whoever is cut off is so in the middle

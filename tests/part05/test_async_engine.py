@@ -15,10 +15,10 @@ from common.errors import FieldError
 from common.outputs import CompletionOutput, Logprob
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError, QueueFullError
-from part05_async_scheduling import async_engine
-from part05_async_scheduling.async_engine import AsyncLLM, RequestStream
-from part05_async_scheduling.core_client import CoreClient
-from part05_async_scheduling.output_processor import join_outputs
+from part05_async_scheduling.api import async_engine
+from part05_async_scheduling.api.async_engine import AsyncLLM, RequestStream
+from part05_async_scheduling.api.core_client import CoreClient
+from part05_async_scheduling.api.output_processor import join_outputs
 from tests import gated
 from tests.async_checks import read_error, until, within_deadline
 from tests.gated import NUM_TOKENS, CoreThread, Gate, gated_engine, prompt_of
@@ -26,15 +26,15 @@ from tests.part05.scripted import PART, check_engine, scripted_engine
 from tests.scripted import ids, runner_of
 
 LESSON = 'README "Two processes"'
-LOOK_QUEUE = f"Look at async_engine.py::AsyncLLM.generate; {LESSON}."
-LOOK_ABORT = f"Look at async_engine.py::AsyncLLM.abort and engine_core.py::EngineCore.handle; {LESSON}."
-LOOK_STREAM = f"Look at async_engine.py::RequestStream; {LESSON}."
-LOOK_DELIVER = f"Look at async_engine.py::AsyncLLM._deliver and _read_outputs; {LESSON}."
-LOOK_FAIL = 'Look at async_engine.py::AsyncLLM._deliver and engine_core.py::EngineCore.step; README "A token too late".'
-LOOK_DEATH = 'Look at async_engine.py::AsyncLLM._core_died and _die; README "When one of them dies".'
-LOOK_SHUTDOWN = 'Look at async_engine.py::AsyncLLM.shutdown; README "When one of them dies".'
-LOOK_START = 'Look at core_client.py::CoreClient; README "When one of them dies".'
-LOOK_STATS = f"Look at async_engine.py::AsyncLLM.stats; {LESSON}."
+LOOK_QUEUE = f"Look at api/async_engine.py::AsyncLLM.generate; {LESSON}."
+LOOK_ABORT = f"Look at api/async_engine.py::AsyncLLM.abort and core/engine_core.py::EngineCore.handle; {LESSON}."
+LOOK_STREAM = f"Look at api/async_engine.py::RequestStream; {LESSON}."
+LOOK_DELIVER = f"Look at api/async_engine.py::AsyncLLM._deliver and _read_outputs; {LESSON}."
+LOOK_FAIL = 'Look at api/async_engine.py::AsyncLLM._deliver and core/engine_core.py::EngineCore.step; README "A token too late".'  # noqa: E501
+LOOK_DEATH = 'Look at api/async_engine.py::AsyncLLM._core_died and _die; README "When one of them dies".'
+LOOK_SHUTDOWN = 'Look at api/async_engine.py::AsyncLLM.shutdown; README "When one of them dies".'
+LOOK_START = 'Look at api/core_client.py::CoreClient; README "When one of them dies".'
+LOOK_STATS = f"Look at api/async_engine.py::AsyncLLM.stats; {LESSON}."
 
 
 def make_gate(**flags: Any) -> Gate:

@@ -17,24 +17,24 @@ from common.outputs import CompletionOutput, Logprob, RequestOutput
 from common.sampling_params import SamplingParams
 from common.testing import assert_same_greedy, reference_greedy, small_model
 from part05_async_scheduling.config import EngineConfig
-from part05_async_scheduling.engine import LLM, LLMEngine, StepFailedError
+from part05_async_scheduling.core.engine import LLM, LLMEngine, StepFailedError
+from part05_async_scheduling.core.request import Request, RequestStatus
 from part05_async_scheduling.messages import EngineCoreOutput
-from part05_async_scheduling.request import Request, RequestStatus
 from tests.part05.scripted import check_engine, merge, run_dry, scripted_engine, take_step
 from tests.scripted import END, answer_alone, params_for, runner_of
 
-LOOK_STEP = 'Look at engine.py::LLMEngine.step; README "One step ahead".'
-LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "A token too late".'
-LOOK_ORACLE = 'Look at model_runner.py::ModelRunner._prepare and _run; README "Tokens that nobody has seen yet".'
+LOOK_STEP = 'Look at core/engine.py::LLMEngine.step; README "One step ahead".'
+LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "A token too late".'
+LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner._prepare and _run; README "Tokens that nobody has seen yet".'
 LOOK_LAGGING = (
-    "Look at model_runner.py::ModelRunner._prepare and sampler.py::Sampler._change_logits; "
+    "Look at worker/model_runner.py::ModelRunner._prepare and worker/sampler.py::Sampler._change_logits; "
     'README "Tokens that nobody has seen yet".'
 )
-LOOK_LENGTH = 'Look at scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
-LOOK_FAIL = 'Look at engine.py::LLMEngine._launch, _update and blaming; README "A token too late".'
-LOOK_STOP = 'Look at engine.py::LLMEngine._append and check_stop; README "A token too late".'
-LOOK_CHECK = 'Look at engine.py::LLMEngine.__init__ and check_request; README of part 4, "Who may join".'
-LOOK_LLM = 'Look at engine.py::LLM.generate; README "A token too late".'
+LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
+LOOK_FAIL = 'Look at core/engine.py::LLMEngine._launch, _update and blaming; README "A token too late".'
+LOOK_STOP = 'Look at core/engine.py::LLMEngine._append and check_stop; README "A token too late".'
+LOOK_CHECK = 'Look at core/engine.py::LLMEngine.__init__ and check_request; README of part 4, "Who may join".'
+LOOK_LLM = 'Look at core/engine.py::LLM.generate; README "A token too late".'
 BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 
 MakeLLM = Callable[..., LLM]
@@ -282,7 +282,7 @@ def test_a_preempted_request_ends_by_the_token_in_flight(is_end: bool) -> None:
     assert outputs["1"].finish_reason == ("stop" if is_end else "length"), f"got {outputs}. {LOOK_APPEND}"
     assert not engine.scheduler.waiting, (
         "1 was preempted and has ended by the token in flight: it waits no more. "
-        'Look at scheduler.py::Scheduler.finish; README "A token too late".'
+        'Look at core/scheduler.py::Scheduler.finish; README "A token too late".'
     )
     run_dry(engine)
     assert runner_of(engine).num_samples("1") == 1, f"sampled {runner_of(engine).num_samples('1')} times. {LOOK_APPEND}"
@@ -552,7 +552,9 @@ def test_one_alone_is_what_the_definition_says(
         f"{LOOK_LAGGING}"
     )
     if "logprobs" in MIXED[number]:
-        check_logprobs(answer.logprobs, logprobs, f"{where}. Look at sampler.py::top_logprobs and LogprobsTensors.of")
+        check_logprobs(
+            answer.logprobs, logprobs, f"{where}. Look at worker/sampler.py::top_logprobs and LogprobsTensors.of"
+        )
     else:
         assert answer.logprobs is None, f"{where}: nobody asked for logprobs, got {answer.logprobs}"
 
@@ -811,7 +813,7 @@ def test_a_request_is_what_the_engine_makes_of_it() -> None:
     first, second = engine.scheduler.waiting
     assert (first.max_num_tokens, second.max_num_tokens) == (8, 20), (
         f"prompts of 5, max_tokens of 3 and 30, a context of 20: expected max_num_tokens 8 and 20, got "
-        f"{first.max_num_tokens} and {second.max_num_tokens}. Look at engine.py::LLMEngine.add_request."
+        f"{first.max_num_tokens} and {second.max_num_tokens}. Look at core/engine.py::LLMEngine.add_request."
     )
     assert isinstance(first, Request) and first.generator is not None and second.generator is None
     assert first.generator.initial_seed() == 7, f"got {first.generator.initial_seed()}"

@@ -1,4 +1,4 @@
-"""engine_core.py: the core's loop, with a scripted engine and sockets that are lists."""
+"""core/engine_core.py: the core's loop, with a scripted engine and sockets that are lists."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import zmq
 
 from common.sampling_params import SamplingParams
-from part05_async_scheduling import engine_core
-from part05_async_scheduling.engine import LLMEngine
-from part05_async_scheduling.engine_core import EngineCore
+from part05_async_scheduling.core import engine_core
+from part05_async_scheduling.core.engine import LLMEngine
+from part05_async_scheduling.core.engine_core import EngineCore
 from part05_async_scheduling.messages import (
     AbortRequests,
     AddRequest,
@@ -28,9 +28,9 @@ from part05_async_scheduling.messages import (
 from tests.part05.scripted import check_engine, scripted_engine
 from tests.scripted import answer_alone, params_for, runner_of
 
-LOOK = 'Look at engine_core.py::EngineCore.run and receive; README "Two processes".'
-LOOK_FAIL = 'Look at engine_core.py::EngineCore.step; README "A token too late".'
-LOOK_SERVE = 'Look at engine_core.py::_serve; README "When one of them dies".'
+LOOK = 'Look at core/engine_core.py::EngineCore.run and receive; README "Two processes".'
+LOOK_FAIL = 'Look at core/engine_core.py::EngineCore.step; README "A token too late".'
+LOOK_SERVE = 'Look at core/engine_core.py::_serve; README "When one of them dies".'
 
 
 class Idle(Exception):
@@ -131,7 +131,7 @@ def test_gauges() -> None:
     expected = {"num_requests_running": 2, "num_requests_waiting": 3, "kv_cache_usage_perc": 0.2, "num_preemptions": 0}
     assert messages[0].stats == expected, (
         f"two of five run, a block of ten each: expected {expected}, got {messages[0].stats}. "
-        "Look at engine_core.py::EngineCore.stats."
+        "Look at core/engine_core.py::EngineCore.stats."
     )
 
 

@@ -14,7 +14,7 @@ from common.outputs import Logprob
 from common.sampling_params import SamplingParams
 from part05_async_scheduling import messages
 from part05_async_scheduling.config import EngineConfig
-from part05_async_scheduling.engine import SAMPLING_FIELDS
+from part05_async_scheduling.core.engine import SAMPLING_FIELDS
 from part05_async_scheduling.messages import (
     AbortRequests,
     AddRequest,

@@ -1,4 +1,4 @@
-"""model_runner.py: what a step takes from the requests when it is launched, and what it does when its turn comes."""
+"""worker/model_runner.py: what a step takes from the requests when it is launched, and what it does when its turn comes."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from common.checkpoint import MODELS_DIR, resolve_checkpoint
 from common.sampling_params import SamplingParams
 from common.testing import reference_greedy, small_model
-from part05_async_scheduling.block_manager import BlockManager
 from part05_async_scheduling.config import EngineConfig
-from part05_async_scheduling.model_runner import Batch, ModelRunner
-from part05_async_scheduling.request import Request
-from part05_async_scheduling.sampler import SamplingState
-from part05_async_scheduling.scheduler import SchedulerOutput
+from part05_async_scheduling.core.block_manager import BlockManager
+from part05_async_scheduling.core.request import Request
+from part05_async_scheduling.core.scheduler import SchedulerOutput
+from part05_async_scheduling.worker.model_runner import Batch, ModelRunner
+from part05_async_scheduling.worker.sampler import SamplingState
 from tests.part05.no_reads import reads_of
 
 LESSON = 'README "Tokens that nobody has seen yet"'
-LOOK_PREPARE = f"Look at model_runner.py::ModelRunner._prepare; {LESSON}."
-LOOK_RUN = f"Look at model_runner.py::ModelRunner._run; {LESSON}."
-LOOK_LAUNCH = 'Look at model_runner.py::ModelRunner.launch; README "One step ahead".'
+LOOK_PREPARE = f"Look at worker/model_runner.py::ModelRunner._prepare; {LESSON}."
+LOOK_RUN = f"Look at worker/model_runner.py::ModelRunner._run; {LESSON}."
+LOOK_LAUNCH = 'Look at worker/model_runner.py::ModelRunner.launch; README "One step ahead".'
 MAX_LEN, MAX_NUM_SEQS = 32, 3
 DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 WORDS = [11, 12, 13, 14, 15, 16, 17]

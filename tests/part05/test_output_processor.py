@@ -1,4 +1,4 @@
-"""output_processor.py: tokens become text, stop strings end an answer, and what comes after is ignored."""
+"""api/output_processor.py: tokens become text, stop strings end an answer, and what comes after is ignored."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from common.checkpoint import load_tokenizer, resolve_checkpoint
 from common.outputs import CompletionOutput, FinishReason, Logprob
 from common.sampling_params import SamplingParams
+from part05_async_scheduling.api.output_processor import OutputProcessor, join_outputs
 from part05_async_scheduling.messages import EngineCoreOutput
-from part05_async_scheduling.output_processor import OutputProcessor, join_outputs
 
-LOOK = 'Look at output_processor.py::OutputProcessor.process; README "A token too late".'
-LOOK_JOIN = "Look at output_processor.py::join_outputs."
+LOOK = 'Look at api/output_processor.py::OutputProcessor.process; README "A token too late".'
+LOOK_JOIN = "Look at api/output_processor.py::join_outputs."
 WORDS = ["Nora", " met", " a", " fox", " on", " the", " way", " home", ".", " Good", " day", "!"]
 
 

@@ -28,11 +28,11 @@ from tests.process_checks import TIMEOUT_S, ServerProcess, course_environment, r
 PART_DIR = Path(config.__file__).parent
 ROOT = PART_DIR.parent
 COMPLETIONS = "/v1/completions"
-LOOK = 'Look at __main__.py, core_client.py::CoreClient and common/serve.py; README "Two processes".'
-LOOK_DRAIN = 'Look at async_engine.py::AsyncLLM.shutdown and common/serve.py; README "When one of them dies".'
-LOOK_DEATH = 'Look at async_engine.py::AsyncLLM._core_died and common/serve.py; README "When one of them dies".'
-LOOK_PARENT = 'Look at engine_core.py::run_engine_core and _end_with_parent; README "When one of them dies".'
-LOOK_START = 'Look at core_client.py::CoreClient.__init__; README "When one of them dies".'
+LOOK = 'Look at __main__.py, api/core_client.py::CoreClient and common/serve.py; README "Two processes".'
+LOOK_DRAIN = 'Look at api/async_engine.py::AsyncLLM.shutdown and common/serve.py; README "When one of them dies".'
+LOOK_DEATH = 'Look at api/async_engine.py::AsyncLLM._core_died and common/serve.py; README "When one of them dies".'
+LOOK_PARENT = 'Look at core/engine_core.py::run_engine_core and _end_with_parent; README "When one of them dies".'
+LOOK_START = 'Look at api/core_client.py::CoreClient.__init__; README "When one of them dies".'
 FLAGS = ["--port", "0", "--device", "cpu", "--max-model-len", "300", "--block-size", "8"]
 READY = (
     r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, 300 tokens of context, [\d,]+ KV blocks of 8 tokens, "
@@ -109,7 +109,7 @@ def test_it_serves_from_two_processes(server: ServerProcess, temporary: Path) ->
 
 
 def test_a_chat_needs_no_max_tokens(server: ServerProcess) -> None:
-    server.check_a_chat_needs_no_max_tokens("Look at async_engine.py::AsyncLLM.__init__.")
+    server.check_a_chat_needs_no_max_tokens("Look at api/async_engine.py::AsyncLLM.__init__.")
 
 
 def test_nothing_is_left_of_many_requests(server: ServerProcess, llm: Any, prompt_of: Any) -> None:

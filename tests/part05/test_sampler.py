@@ -1,4 +1,4 @@
-"""sampler.py: from the token buffer's rows, for a whole batch, and without reading anything back from the device."""
+"""worker/sampler.py: from the token buffer's rows, for a whole batch, and without reading anything back from the device."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from common.outputs import Logprob
 from common.sampling_params import SamplingParams
-from part05_async_scheduling import sampler as sampler_module
-from part05_async_scheduling.sampler import (
+from part05_async_scheduling.worker import sampler as sampler_module
+from part05_async_scheduling.worker.sampler import (
     LogprobsTensors,
     Sampler,
     SamplerOutput,
@@ -28,11 +28,11 @@ from part05_async_scheduling.sampler import (
 from tests.part05.no_reads import reads_of
 
 LESSON = 'README "Tokens that nobody has seen yet"'
-LOOK_PENALTIES = 'Look at sampler.py::apply_penalties; README "One step ahead".'
-LOOK_CHANGE = 'Look at sampler.py::Sampler._change_logits; README "One step ahead".'
-LOOK_CHOOSE = "Look at sampler.py::Sampler._choose and draw."
-LOOK_LOGPROBS = f"Look at sampler.py::top_logprobs and LogprobsTensors.of; {LESSON}."
-LOOK_READS = f"Look at sampler.py::Sampler.sample and what it calls; {LESSON}."
+LOOK_PENALTIES = 'Look at worker/sampler.py::apply_penalties; README "One step ahead".'
+LOOK_CHANGE = 'Look at worker/sampler.py::Sampler._change_logits; README "One step ahead".'
+LOOK_CHOOSE = "Look at worker/sampler.py::Sampler._choose and draw."
+LOOK_LOGPROBS = f"Look at worker/sampler.py::top_logprobs and LogprobsTensors.of; {LESSON}."
+LOOK_READS = f"Look at worker/sampler.py::Sampler.sample and what it calls; {LESSON}."
 VOCAB_SIZE = 50
 EOS = frozenset({2, 3})
 MAX_LEN = 40
@@ -233,9 +233,9 @@ def test_a_batch_is_each_row_by_the_definition(seed: int) -> None:
         alone = probabilities(logits[row : row + 1], states[row : row + 1])[0]
         for got, what in ((batch[row], f"in row {row} of a mixed batch"), (alone, "alone")):
             assert torch.allclose(got, expected, atol=1e-5), (
-                f"{fields} {what}: expected {expected}, got {got}. Look at sampler.py::probabilities."
+                f"{fields} {what}: expected {expected}, got {got}. Look at worker/sampler.py::probabilities."
             )
-    assert torch.equal(logits, before), "probabilities() changed the logits it was given. Look at sampler.py."
+    assert torch.equal(logits, before), "probabilities() changed the logits it was given. Look at worker/sampler.py."
 
 
 def test_greedy_and_drawn_rows() -> None:
@@ -397,7 +397,7 @@ def test_sampling_reads_nothing_back() -> None:
     assert not found, f"{found} ask a tensor for its values. {LOOK_READS}"
     for name in (".item(", ".tolist(", ".nonzero(", ".cpu("):  # what a mode of torch cannot see
         where = inspect.getsource(sampler_module).replace(inspect.getsource(LogprobsTensors), "")
-        assert name not in where, f"sampler.py has a {name}…) outside of LogprobsTensors.of. {LOOK_READS}"
+        assert name not in where, f"worker/sampler.py has a {name}…) outside of LogprobsTensors.of. {LOOK_READS}"
 
 
 def test_the_watch_for_reads_sees_them() -> None:

@@ -1,4 +1,4 @@
-"""scheduler.py: what may be decided about a step while the one before it still runs. No model: tokens are counted."""
+"""core/scheduler.py: what may be decided about a step while the one before it still runs. No model: tokens are counted."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from part05_async_scheduling.block_manager import BlockManager
-from part05_async_scheduling.request import Request, RequestStatus
-from part05_async_scheduling.scheduler import Scheduler, SchedulerOutput
+from part05_async_scheduling.core.block_manager import BlockManager
+from part05_async_scheduling.core.request import Request, RequestStatus
+from part05_async_scheduling.core.scheduler import Scheduler, SchedulerOutput
 from tests.scripted import END, ids, params_for
 
-LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
-LOOK_LENGTH = 'Look at scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
-LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README "Tokens that nobody has seen yet".'
-LOOK_PREEMPT = 'Look at scheduler.py::Scheduler.preempt; README "What the future may assume".'
-LOOK_FINISH = 'Look at scheduler.py::Scheduler.finish; README "A token too late".'
-LOOK_LEFT = 'Look at scheduler.py::Scheduler.schedule and _release; README "A token too late".'
-LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README of part 4, "Who may join".'
+LOOK_ADD = 'Look at core/scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
+LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
+LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Tokens that nobody has seen yet".'
+LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README "What the future may assume".'
+LOOK_FINISH = 'Look at core/scheduler.py::Scheduler.finish; README "A token too late".'
+LOOK_LEFT = 'Look at core/scheduler.py::Scheduler.schedule and _release; README "A token too late".'
+LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README of part 4, "Who may join".'
 WORD = 9  # any token but END
 
 
@@ -361,7 +361,7 @@ def test_abort_wherever_it_is(state: str) -> None:
         for request in (requests[2], requests[1]):
             scheduler.preempt(request)
     found = scheduler.abort(iter([name, "nobody"]))
-    case, look = f"request {name} is aborted, {state}", "Look at scheduler.py::Scheduler.abort."
+    case, look = f"request {name} is aborted, {state}", "Look at core/scheduler.py::Scheduler.abort."
     assert found == [requests[int(name)]], f"{case}: expected it back, got {ids(found)}. {look}"
     assert found[0].status is RequestStatus.FINISHED_ABORTED, f"{case}: its status is {found[0].status}. {look}"
     left = ids([*scheduler.running, *scheduler.waiting])

@@ -1,4 +1,4 @@
-"""stream.py: steps run in the order of their launch, one at a time, while whoever launched them goes on."""
+"""worker/stream.py: steps run in the order of their launch, one at a time, while whoever launched them goes on."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ import torch
 from common.checkpoint import MODELS_DIR
 from common.sampling_params import SamplingParams
 from common.testing import small_model
-from part05_async_scheduling import model_runner
-from part05_async_scheduling import stream as stream_module
 from part05_async_scheduling.config import EngineConfig
-from part05_async_scheduling.engine import LLMEngine
-from part05_async_scheduling.sampler import LogprobsTensors, SamplerOutput
-from part05_async_scheduling.stream import CudaStream, StepResult, ThreadStream, make_stream
+from part05_async_scheduling.core.engine import LLMEngine
+from part05_async_scheduling.worker import model_runner
+from part05_async_scheduling.worker import stream as stream_module
+from part05_async_scheduling.worker.sampler import LogprobsTensors, SamplerOutput
+from part05_async_scheduling.worker.stream import CudaStream, StepResult, ThreadStream, make_stream
 from tests.part05.scripted import run_dry
 
-LOOK = 'Look at stream.py::ThreadStream; README "One step ahead".'
-LOOK_CUDA = 'Look at stream.py::CudaStream and model_runner.py::ModelRunner.launch; README "One step ahead".'
+LOOK = 'Look at worker/stream.py::ThreadStream; README "One step ahead".'
+LOOK_CUDA = (
+    'Look at worker/stream.py::CudaStream and worker/model_runner.py::ModelRunner.launch; README "One step ahead".'
+)
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and events")
@@ -130,7 +132,7 @@ def test_only_the_streams_thread_computes() -> None:
         "import os, torch\n"
         "torch.set_num_threads(2)\n"
         "from part05_async_scheduling.config import EngineConfig\n"
-        "from part05_async_scheduling.engine import LLMEngine\n"
+        "from part05_async_scheduling.core.engine import LLMEngine\n"
         "from common.sampling_params import SamplingParams\n"
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         "before = count()\n"
@@ -144,12 +146,12 @@ def test_only_the_streams_thread_computes() -> None:
     got = run.stdout.strip()
     assert got == "2", (
         f"the stream's thread and its one helper: expected 2 more threads than before, got {got} {run.stderr[-400:]}. "
-        "Look at model_runner.py::ModelRunner.__init__: what it computes before the first step belongs on the stream."
+        "Look at worker/model_runner.py::ModelRunner.__init__: what it computes before the first step belongs on the stream."  # noqa: E501
     )
 
 
 def test_which_stream() -> None:
-    assert isinstance(make_stream("cpu"), ThreadStream), "Look at stream.py::make_stream."
+    assert isinstance(make_stream("cpu"), ThreadStream), "Look at worker/stream.py::make_stream."
 
 
 # A GPU's stream, with stand-ins for CUDA
@@ -317,4 +319,4 @@ def test_a_launch_on_a_gpu_reads_nothing_back() -> None:
 
 @needs_gpu
 def test_make_stream_on_a_gpu() -> None:
-    assert isinstance(make_stream("cuda:0"), stream_module.CudaStream), "Look at stream.py::make_stream."
+    assert isinstance(make_stream("cuda:0"), stream_module.CudaStream), "Look at worker/stream.py::make_stream."

@@ -1,4 +1,4 @@
-"""token_buffer.py: rows have one owner each, and a token is where its row and position say."""
+"""worker/token_buffer.py: rows have one owner each, and a token is where its row and position say."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from part05_async_scheduling.device import upload
-from part05_async_scheduling.token_buffer import TokenBuffer
+from part05_async_scheduling.worker.device import upload
+from part05_async_scheduling.worker.token_buffer import TokenBuffer
 
-LOOK = 'Look at token_buffer.py::TokenBuffer; README "Tokens that nobody has seen yet".'
+LOOK = 'Look at worker/token_buffer.py::TokenBuffer; README "Tokens that nobody has seen yet".'
 
 
 def check_rows(buffer: TokenBuffer, where: str) -> None:
@@ -104,7 +104,7 @@ def test_what_was_read_does_not_change_with_the_buffer() -> None:
 )
 def test_upload(values: list, dtype: torch.dtype | None, expected: torch.Tensor) -> None:
     got = upload(values, "cpu", dtype)
-    look = "Look at device.py::upload."
+    look = "Look at worker/device.py::upload."
     assert got.dtype is expected.dtype and torch.equal(got, expected), f"expected {expected}, got {got}. {look}"
     assert torch.equal(upload(values, torch.device("cpu"), dtype), expected), f"a torch.device does as well. {look}"
 
@@ -116,7 +116,7 @@ def test_upload_to_a_gpu_waits_for_nobody() -> None:
         got = upload([1, 2, 3], "cuda", torch.int32)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert got.device.type == "cuda" and got.tolist() == [1, 2, 3], f"got {got}. Look at device.py::upload."
+    assert got.device.type == "cuda" and got.tolist() == [1, 2, 3], f"got {got}. Look at worker/device.py::upload."
 
 
 def test_upload_to_a_gpu_goes_by_way_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,5 +136,5 @@ def test_upload_to_a_gpu_goes_by_way_of_pinned_memory(monkeypatch: pytest.Monkey
     assert upload([1, 2], "cuda:0", torch.int32) == "there"
     assert calls[0] == ("tensor", ([1, 2],), {"dtype": torch.int32, "pin_memory": True}), f"got {calls[0]}"
     assert calls[1] == ("to", ("cuda:0",), {"non_blocking": True}), (
-        f"from pinned memory, and without waiting: got {calls[1]}. Look at device.py::upload."
+        f"from pinned memory, and without waiting: got {calls[1]}. Look at worker/device.py::upload."
     )

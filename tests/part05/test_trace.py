@@ -10,15 +10,15 @@ import pytest
 
 from common.errors import FieldError
 from common.trace import Phase, RequestTrace, Trace, read_trace, step_phases
-from part05_async_scheduling.engine import LLMEngine, StepFailedError
-from part05_async_scheduling.request import Request
-from part05_async_scheduling.scheduler import SchedulerOutput
-from part05_async_scheduling.step_tracer import PART
-from part05_async_scheduling.stream import StepResult
+from part05_async_scheduling.core.engine import LLMEngine, StepFailedError
+from part05_async_scheduling.core.request import Request
+from part05_async_scheduling.core.scheduler import SchedulerOutput
+from part05_async_scheduling.core.step_tracer import PART
+from part05_async_scheduling.worker.stream import StepResult
 from tests.part05.scripted import run_dry, scripted_engine, take_step
 from tests.scripted import END, ScriptedStep, params_for, runner_of
 
-LOOK = 'Look at step_tracer.py::StepTracer; README "Check it".'
+LOOK = 'Look at core/step_tracer.py::StepTracer; README "Check it".'
 
 
 def close(engine: LLMEngine, path: Path) -> Trace:

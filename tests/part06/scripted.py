@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from part06_chunked_prefill.engine import LLMEngine
+from part06_chunked_prefill.core.engine import LLMEngine
 from tests.engine_checks import ChunkChecks
 from tests.scripted import Part, ScriptedRunner, make_scripted_engine, next_token
 
@@ -13,13 +13,15 @@ PART = Part("part06_chunked_prefill")
 
 
 class Checks(ChunkChecks):
-    LOOK_STEP = 'Look at engine.py::LLMEngine.step, _update and scheduler.py; README "A chunk is not an answer".'
-    LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README "A chunk is not an answer".'
-    LOOK_SIZE = 'Look at scheduler.py::Scheduler._chunk_size; README "Decodes first".'
-    LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README "Decodes first".'
-    LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit and _schedule_waiting; README "Decodes first".'
-    LOOK_LATE = 'Look at engine.py::LLMEngine._append; README of part 5, "A token too late".'
-    LOOK_ROWS = 'Look at token_buffer.py and scheduler.py::Scheduler._release; README of part 5, "A token too late".'
+    LOOK_STEP = (
+        'Look at core/engine.py::LLMEngine.step, _update and core/scheduler.py; README "A chunk is not an answer".'
+    )
+    LOOK_ADD = 'Look at core/scheduler.py::SchedulerOutput.add; README "A chunk is not an answer".'
+    LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README "Decodes first".'
+    LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Decodes first".'
+    LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit and _schedule_waiting; README "Decodes first".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "A token too late".'
+    LOOK_ROWS = 'Look at worker/token_buffer.py and core/scheduler.py::Scheduler._release; README of part 5, "A token too late".'  # noqa: E501
 
 
 checks = Checks(PART)

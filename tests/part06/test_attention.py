@@ -1,4 +1,4 @@
-"""attention.py: decodes, first chunks and later chunks in one batch equal dense attention, whatever lies elsewhere."""
+"""worker/attention.py: decodes, first chunks and later chunks in one batch equal dense attention, whatever lies elsewhere."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from common.checkpoint import Checkpoint
 from common.testing import FAMILIES
-from part06_chunked_prefill import attention as attention_module
-from part06_chunked_prefill.attention import (
+from part06_chunked_prefill.worker import attention as attention_module
+from part06_chunked_prefill.worker.attention import (
     AttentionMetadata,
     PagedAttention,
     causal_mask,
@@ -22,17 +22,17 @@ from part06_chunked_prefill.attention import (
     chunk_attention,
     decode_attention,
 )
-from part06_chunked_prefill.kv_cache import KVCache
-from part06_chunked_prefill.model import DecoderModel
-from part06_chunked_prefill.weights import load_decoder
+from part06_chunked_prefill.worker.kv_cache import KVCache
+from part06_chunked_prefill.worker.model import DecoderModel
+from part06_chunked_prefill.worker.weights import load_decoder
 
-LOOK_MASK = 'Look at attention.py::causal_mask; README "The mask\'s other corner".'
-LOOK_CHUNK = 'Look at attention.py::chunk_attention; README "The mask\'s other corner".'
-LOOK_ATTEND = 'Look at attention.py::PagedAttention.attend; README "The mask\'s other corner".'
-LOOK_GATHER = 'Look at attention.py::PagedAttention._gather; README "The mask\'s other corner".'
-LOOK_SLOTS = 'Look at attention.py::AttentionMetadata; README of part 3, "Attention through a table".'
-LOOK_DECODE = 'Look at attention.py::decode_attention; README of part 3, "Attention through a table".'
-LOOK_TRITON = 'Look at attention.py::PagedAttention.attend; README "One kernel for decodes and chunks".'
+LOOK_MASK = 'Look at worker/attention.py::causal_mask; README "The mask\'s other corner".'
+LOOK_CHUNK = 'Look at worker/attention.py::chunk_attention; README "The mask\'s other corner".'
+LOOK_ATTEND = 'Look at worker/attention.py::PagedAttention.attend; README "The mask\'s other corner".'
+LOOK_GATHER = 'Look at worker/attention.py::PagedAttention._gather; README "The mask\'s other corner".'
+LOOK_SLOTS = 'Look at worker/attention.py::AttentionMetadata; README of part 3, "Attention through a table".'
+LOOK_DECODE = 'Look at worker/attention.py::decode_attention; README of part 3, "Attention through a table".'
+LOOK_TRITON = 'Look at worker/attention.py::PagedAttention.attend; README "One kernel for decodes and chunks".'
 HEAD_DIM, SCALE = 8, 0.3  # a scale that is no default
 TOLERANCE = 1e-5
 MIXED = [(1, 33), (1, 1), (1, 16), (7, 7), (5, 20), (1, 18), (16, 48), (3, 17), (1, 1), (17, 17)]  # new, context
@@ -420,7 +420,9 @@ def test_what_the_triton_kernel_is_given(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_choose_backend(name: str, device: str, expected: str) -> None:
     got = choose_backend(name, device)
-    assert got == expected, f"{name} on {device}: expected {expected}, got {got}. Look at attention.py::choose_backend."
+    assert got == expected, (
+        f"{name} on {device}: expected {expected}, got {got}. Look at worker/attention.py::choose_backend."
+    )
 
 
 # A whole model

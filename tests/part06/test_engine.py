@@ -16,21 +16,21 @@ from common.sampling_params import SamplingParams
 from common.testing import FAMILIES, assert_same_greedy, reference_greedy
 from common.trace import Phase, read_trace, step_phases
 from part06_chunked_prefill.config import EngineConfig
-from part06_chunked_prefill.engine import LLM, LLMEngine, StepFailedError
+from part06_chunked_prefill.core.engine import LLM, LLMEngine, StepFailedError
+from part06_chunked_prefill.core.request import Request
+from part06_chunked_prefill.core.scheduler import SchedulerOutput
 from part06_chunked_prefill.messages import EngineCoreOutput
-from part06_chunked_prefill.model_runner import Batch
-from part06_chunked_prefill.request import Request
-from part06_chunked_prefill.scheduler import SchedulerOutput
+from part06_chunked_prefill.worker.model_runner import Batch
 from tests.part06.scripted import run_dry, scripted_engine, take_step, watch
 from tests.scripted import END, answer_alone, ids, params_for, runner_of
 
-LOOK_PREPARE = 'Look at model_runner.py::ModelRunner._prepare; README "A chunk is not an answer".'
-LOOK_METADATA = 'Look at model_runner.py::ModelRunner._metadata; README "The mask\'s other corner".'
-LOOK_CHUNK = 'Look at engine.py::LLMEngine._update; README "A chunk is not an answer".'
-LOOK_FAIL = 'Look at engine.py::LLMEngine._launch, _update and blaming; README of part 5, "A token too late".'
-LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README of part 5, "What the future may assume".'
-LOOK_TRACE = 'Look at step_tracer.py::StepTracer; README "A chunk is not an answer".'
-LOOK_LLM = 'Look at engine.py::LLM.generate; README "A chunk is not an answer".'
+LOOK_PREPARE = 'Look at worker/model_runner.py::ModelRunner._prepare; README "A chunk is not an answer".'
+LOOK_METADATA = 'Look at worker/model_runner.py::ModelRunner._metadata; README "The mask\'s other corner".'
+LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update; README "A chunk is not an answer".'
+LOOK_FAIL = 'Look at core/engine.py::LLMEngine._launch, _update and blaming; README of part 5, "A token too late".'
+LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README of part 5, "What the future may assume".'
+LOOK_TRACE = 'Look at core/step_tracer.py::StepTracer; README "A chunk is not an answer".'
+LOOK_LLM = 'Look at core/engine.py::LLM.generate; README "A chunk is not an answer".'
 BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 
 MakeLLM = Callable[..., LLM]
@@ -113,7 +113,7 @@ def test_a_step_of_chunks_only_samples_nothing(make_engine: MakeEngine) -> None:
     same("a chunk of 4 of 12 tokens: (last_rows, output_places, sampling)", got, ([], [], []))
     same("last_rows, dtype", batch.last_rows.dtype, torch.int64)
     sampled = engine.runner._run(batch)
-    same("tokens sampled", sampled.token_ids.tolist(), [], "Look at model_runner.py::ModelRunner._run.")
+    same("tokens sampled", sampled.token_ids.tolist(), [], "Look at worker/model_runner.py::ModelRunner._run.")
 
 
 def test_rows_of_who_left_half_way_go_on(make_engine: MakeEngine) -> None:

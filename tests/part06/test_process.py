@@ -13,14 +13,14 @@ from pathlib import Path
 from common.sampling_params import SamplingParams
 from common.trace import read_trace
 from part06_chunked_prefill import config
-from part06_chunked_prefill.engine import LLM
+from part06_chunked_prefill.core.engine import LLM
 from tests.http_checks import COMPLETIONS, request_bytes, send_raw
 from tests.process_checks import ServerProcess, course_environment, serve
 
 PART_DIR = Path(config.__file__).parent
-LOOK = 'Look at engine.py::LLMEngine.__init__ and scheduler.py; README "Decodes first".'
-LOOK_CHUNK = 'Look at engine.py::LLMEngine._update; README "A chunk is not an answer".'
-LOOK_ABORT = 'Look at scheduler.py::Scheduler.abort; README "A chunk is not an answer".'
+LOOK = 'Look at core/engine.py::LLMEngine.__init__ and core/scheduler.py; README "Decodes first".'
+LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update; README "A chunk is not an answer".'
+LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "A chunk is not an answer".'
 DEADLINE_S = 60  # for what takes a second at most
 BUDGET, BLOCK_SIZE, NUM_BLOCKS = 8, 16, 160
 FLAGS = {

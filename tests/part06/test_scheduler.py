@@ -1,4 +1,4 @@
-"""scheduler.py: one budget of tokens a step, decodes first, prompts in chunks. No model: tokens are counted."""
+"""core/scheduler.py: one budget of tokens a step, decodes first, prompts in chunks. No model: tokens are counted."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 
 from common.errors import FieldError
-from part06_chunked_prefill.block_manager import BlockManager
 from part06_chunked_prefill.config import EngineConfig
-from part06_chunked_prefill.engine import token_budget
-from part06_chunked_prefill.request import Request, RequestStatus
-from part06_chunked_prefill.scheduler import Scheduler, SchedulerOutput
+from part06_chunked_prefill.core.block_manager import BlockManager
+from part06_chunked_prefill.core.engine import token_budget
+from part06_chunked_prefill.core.request import Request, RequestStatus
+from part06_chunked_prefill.core.scheduler import Scheduler, SchedulerOutput
 from tests.part06.scripted import scripted_engine, watch
 from tests.scripted import END, ids, params_for
 
-LOOK_SIZE = 'Look at scheduler.py::Scheduler._chunk_size; README "Decodes first".'
-LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README "Decodes first".'
-LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README "Decodes first".'
-LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit; README "Decodes first".'
-LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README "A chunk is not an answer".'
-LOOK_SAMPLED = 'Look at scheduler.py::SchedulerOutput.sampled_requests; README "A chunk is not an answer".'
-LOOK_LENGTH = 'Look at scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
-LOOK_PREEMPT = 'Look at scheduler.py::Scheduler.preempt; README of part 5, "What the future may assume".'
-LOOK_LATE = 'Look at scheduler.py::Scheduler.finish, abort and _release; README of part 5, "A token too late".'
-LOOK_BUDGET = 'Look at engine.py::token_budget; README "Decodes first".'
+LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README "Decodes first".'
+LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Decodes first".'
+LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "Decodes first".'
+LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit; README "Decodes first".'
+LOOK_ADD = 'Look at core/scheduler.py::SchedulerOutput.add; README "A chunk is not an answer".'
+LOOK_SAMPLED = 'Look at core/scheduler.py::SchedulerOutput.sampled_requests; README "A chunk is not an answer".'
+LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
+LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README of part 5, "What the future may assume".'
+LOOK_LATE = 'Look at core/scheduler.py::Scheduler.finish, abort and _release; README of part 5, "A token too late".'
+LOOK_BUDGET = 'Look at core/engine.py::token_budget; README "Decodes first".'
 WORD = 9  # any token but END
 Step = dict[str, tuple[int, int]]  # request → tokens computed before, tokens in this step
 
@@ -631,14 +631,14 @@ def test_the_budget(flags: dict[str, Any], max_model_len: int, expected: int) ->
     made = (scheduler.max_num_batched_tokens, scheduler.enable_chunked_prefill, scheduler.long_prefill_token_threshold)
     wanted = (expected, flags.get("enable_chunked_prefill", True), flags.get("long_prefill_token_threshold", 0))
     assert made == wanted, (
-        f"{flags}: the scheduler got {made}, expected {wanted}. Look at engine.py::LLMEngine.__init__."
+        f"{flags}: the scheduler got {made}, expected {wanted}. Look at core/engine.py::LLMEngine.__init__."
     )
 
 
 def test_the_threshold_reaches_the_scheduler() -> None:
     scheduler = scripted_engine(100, long_prefill_token_threshold=9).scheduler
     got = scheduler.long_prefill_token_threshold
-    assert got == 9, f"expected 9, got {got}. Look at engine.py::LLMEngine.__init__."
+    assert got == 9, f"expected 9, got {got}. Look at core/engine.py::LLMEngine.__init__."
 
 
 def test_a_scheduler_without_room_for_all_is_no_scheduler() -> None:

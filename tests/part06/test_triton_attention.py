@@ -1,4 +1,4 @@
-"""triton_attention.py: right in Triton's interpreter, and it compiles for GPUs. No GPU is needed for either.
+"""worker/triton_attention.py: right in Triton's interpreter, and it compiles for GPUs. No GPU is needed for either.
 
 Whether a kernel is interpreted is settled when it is decorated, so each mode runs this file in a process of its own.
 """
@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from part06_chunked_prefill import triton_attention
+from part06_chunked_prefill.worker import triton_attention
 
 ROOT = Path(__file__).resolve().parents[2]
-WHERE = 'Look at triton_attention.py::_paged_attention_kernel; README "One kernel for decodes and chunks".'
-LAUNCH = 'Look at triton_attention.py::paged_attention; README "One kernel for decodes and chunks".'
+WHERE = 'Look at worker/triton_attention.py::_paged_attention_kernel; README "One kernel for decodes and chunks".'
+LAUNCH = 'Look at worker/triton_attention.py::paged_attention; README "One kernel for decodes and chunks".'
 NOWHERE = 10**6  # a stale table entry: no pool is that large
 
 # of each sequence its new tokens, and its context with these included

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from part07_prefix_caching.engine import LLMEngine
+from part07_prefix_caching.core.engine import LLMEngine
 from tests.engine_checks import PrefixChecks
 from tests.scripted import Part, PrefixRunner, make_scripted_engine, next_token
 
@@ -13,24 +13,22 @@ PART = Part("part07_prefix_caching")
 
 
 class Checks(PrefixChecks):
-    LOOK_STEP = (
-        'Look at engine.py::LLMEngine.step, _update and scheduler.py; README of part 6, "A chunk is not an answer".'
-    )
-    LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README of part 6, "A chunk is not an answer".'
-    LOOK_SIZE = 'Look at scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
-    LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
-    LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
-    LOOK_LATE = 'Look at engine.py::LLMEngine._append; README of part 5, "A token too late".'
-    LOOK_ROWS = 'Look at token_buffer.py::TokenBuffer and scheduler.py::Scheduler._release; part 5, "A token too late".'
-    LOOK_HIT = 'Look at scheduler.py::Scheduler._schedule_waiting; README "A block\'s name".'
-    LOOK_HASH = 'Look at block_manager.py::hash_block and hash_blocks; README "A block\'s name".'
+    LOOK_STEP = 'Look at core/engine.py::LLMEngine.step, _update and core/scheduler.py; README of part 6, "A chunk is not an answer".'  # noqa: E501
+    LOOK_ADD = 'Look at core/scheduler.py::SchedulerOutput.add; README of part 6, "A chunk is not an answer".'
+    LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
+    LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
+    LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "A token too late".'
+    LOOK_ROWS = 'Look at worker/token_buffer.py::TokenBuffer and core/scheduler.py::Scheduler._release; part 5, "A token too late".'  # noqa: E501
+    LOOK_HIT = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "A block\'s name".'
+    LOOK_HASH = 'Look at core/block_manager.py::hash_block and hash_blocks; README "A block\'s name".'
     LOOK_NAME = (
-        "Look at block_manager.py::BlockManager and scheduler.py::Scheduler._add, _release; "
+        "Look at core/block_manager.py::BlockManager and core/scheduler.py::Scheduler._add, _release; "
         'README "When a name is given".'
     )
-    LOOK_FREE = 'Look at block_manager.py::BlockManager.allocate and free; README "Free, and still there".'
-    LOOK_QUEUE = 'Look at free_queue.py::FreeBlockQueue; README "Free, and still there".'
-    LOOK_TOLD = 'Look at engine.py::LLMEngine._update; README "What a client sees".'
+    LOOK_FREE = 'Look at core/block_manager.py::BlockManager.allocate and free; README "Free, and still there".'
+    LOOK_QUEUE = 'Look at core/free_queue.py::FreeBlockQueue; README "Free, and still there".'
+    LOOK_TOLD = 'Look at core/engine.py::LLMEngine._update; README "What a client sees".'
 
 
 checks = Checks(PART)

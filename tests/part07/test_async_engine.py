@@ -10,7 +10,8 @@ import pytest
 from common.outputs import CompletionOutput
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError
-from part07_prefix_caching.async_engine import AsyncLLM, RequestStream
+from part07_prefix_caching.api.async_engine import AsyncLLM, RequestStream
+from part07_prefix_caching.api.output_processor import join_outputs
 from part07_prefix_caching.messages import (
     AddRequest,
     EngineCoreOutput,
@@ -21,17 +22,16 @@ from part07_prefix_caching.messages import (
     decode_to_core,
     encode,
 )
-from part07_prefix_caching.output_processor import join_outputs
 from tests import gated
 from tests.async_checks import until, within_deadline
 from tests.gated import Gate
 from tests.part07.scripted import PART, scripted_engine
 
 LESSON = 'README "What a client sees"'
-LOOK_RESET = f"Look at async_engine.py::AsyncLLM.reset_prefix_cache and _read_outputs; {LESSON}."
-LOOK_CORE = f"Look at engine_core.py::EngineCore.handle; {LESSON}."
-LOOK_DEATH = f'Look at async_engine.py::AsyncLLM._die; README of part 5, "When one of them dies", and {LESSON}.'
-LOOK_STATS = f"Look at engine_core.py::EngineCore.stats; {LESSON}."
+LOOK_RESET = f"Look at api/async_engine.py::AsyncLLM.reset_prefix_cache and _read_outputs; {LESSON}."
+LOOK_CORE = f"Look at core/engine_core.py::EngineCore.handle; {LESSON}."
+LOOK_DEATH = f'Look at api/async_engine.py::AsyncLLM._die; README of part 5, "When one of them dies", and {LESSON}.'
+LOOK_STATS = f"Look at core/engine_core.py::EngineCore.stats; {LESSON}."
 LOOK_MESSAGES = f"Look at messages.py; {LESSON}."
 
 
@@ -157,7 +157,7 @@ async def test_a_slow_reader_is_told_what_was_found(gate: Gate, engine: AsyncLLM
     await until(lambda: not engine._streams, "the whole answer to have come")
     [output] = await read(stream)
     assert (output.num_cached_tokens, len(output.token_ids)) == (8, 4), (
-        f"expected 4 tokens, and 8 found, got {output}. Look at output_processor.py::join_outputs; {LESSON}."
+        f"expected 4 tokens, and 8 found, got {output}. Look at api/output_processor.py::join_outputs; {LESSON}."
     )
 
 
@@ -178,6 +178,6 @@ def test_joined_outputs_keep_the_first_count() -> None:
     outputs = [CompletionOutput(0, "a", [1], None, None, None, 16), CompletionOutput(0, "b", [2], "length", None)]
     got = join_outputs(outputs).num_cached_tokens
     assert got == 16, (
-        f"told with the first of two outputs: expected 16, got {got}. Look at output_processor.py; {LESSON}."
+        f"told with the first of two outputs: expected 16, got {got}. Look at api/output_processor.py; {LESSON}."
     )
     assert join_outputs(outputs[1:]).num_cached_tokens is None

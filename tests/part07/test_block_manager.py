@@ -1,4 +1,4 @@
-"""block_manager.py: what is in a block has a name, may be in many tables, and stays until the block is needed."""
+"""core/block_manager.py: what is in a block has a name, may be in many tables, and stays until the block is needed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hypothesis.stateful import (
     rule,
 )
 
-from part07_prefix_caching import block_manager
-from part07_prefix_caching.block_manager import BlockManager, RegisteredBlock, hash_block
-from part07_prefix_caching.free_queue import KVBlock
-from part07_prefix_caching.request import Request
+from part07_prefix_caching.core import block_manager
+from part07_prefix_caching.core.block_manager import BlockManager, RegisteredBlock, hash_block
+from part07_prefix_caching.core.free_queue import KVBlock
+from part07_prefix_caching.core.request import Request
 from tests.lives import run_lives
 from tests.part07.scripted import check_blocks
 from tests.scripted import params_for
 
-LOOK_FIND = 'Look at block_manager.py::BlockManager.find_cached; README "A block\'s name".'
-LOOK_HASH = 'Look at block_manager.py::BlockManager.hash_blocks and hash_block; README "A block\'s name".'
-LOOK_NEEDED = 'Look at block_manager.py::BlockManager.num_blocks_needed; README "Free, and still there".'
-LOOK_ALLOCATE = 'Look at block_manager.py::BlockManager.allocate; README "Free, and still there".'
-LOOK_REGISTER = 'Look at block_manager.py::BlockManager.register; README "When a name is given".'
-LOOK_FREE = 'Look at block_manager.py::BlockManager.free; README "Free, and still there".'
-LOOK_FORGET = 'Look at block_manager.py::BlockManager.forget; README "When a name is given".'
-LOOK_RESET = 'Look at block_manager.py::BlockManager.reset; README "What a client sees".'
+LOOK_FIND = 'Look at core/block_manager.py::BlockManager.find_cached; README "A block\'s name".'
+LOOK_HASH = 'Look at core/block_manager.py::BlockManager.hash_blocks and hash_block; README "A block\'s name".'
+LOOK_NEEDED = 'Look at core/block_manager.py::BlockManager.num_blocks_needed; README "Free, and still there".'
+LOOK_ALLOCATE = 'Look at core/block_manager.py::BlockManager.allocate; README "Free, and still there".'
+LOOK_REGISTER = 'Look at core/block_manager.py::BlockManager.register; README "When a name is given".'
+LOOK_FREE = 'Look at core/block_manager.py::BlockManager.free; README "Free, and still there".'
+LOOK_FORGET = 'Look at core/block_manager.py::BlockManager.forget; README "When a name is given".'
+LOOK_RESET = 'Look at core/block_manager.py::BlockManager.reset; README "What a client sees".'
 COMMON = list(range(100, 148))  # 48 tokens: three blocks of 16
 
 
@@ -255,7 +255,7 @@ def test_tokens_between(start: int, end: int) -> None:
     request.output_token_ids += [5, 6, 7]
     got = request.tokens_between(start, end)
     assert got == list(range(start, end)), (
-        f"5 tokens and 3 more, those from {start} to {end}: got {got}. Look at request.py::Request.tokens_between; "
+        f"5 tokens and 3 more, those from {start} to {end}: got {got}. Look at core/request.py::Request.tokens_between; "  # noqa: E501
         'README "A block\'s name".'
     )
 

@@ -17,16 +17,16 @@ from common.sampling_params import SamplingParams, check_supported
 from common.testing import assert_same_greedy, reference_greedy
 from common.trace import read_trace
 from part07_prefix_caching.config import EngineConfig
-from part07_prefix_caching.engine import LLM, LLMEngine
+from part07_prefix_caching.core.engine import LLM, LLMEngine
 from part07_prefix_caching.messages import EngineCoreOutput
 from tests.part07.scripted import check_blocks, run_dry, scripted_engine, take_step, watch
 from tests.scripted import params_for, runner_of
 
-LOOK = 'Look at scheduler.py::Scheduler._schedule_waiting and model_runner.py; README "A block\'s name".'
-LOOK_PREPARE = 'Look at model_runner.py::ModelRunner._prepare; README "A block\'s name".'
-LOOK_TOLD = 'Look at engine.py::LLMEngine._update and output_processor.py; README "What a client sees".'
-LOOK_RESET = 'Look at engine.py::LLMEngine.reset_prefix_cache; README "What a client sees".'
-LOOK_TRACE = 'Look at step_tracer.py::StepTracer.launched; README "What a client sees".'
+LOOK = 'Look at core/scheduler.py::Scheduler._schedule_waiting and worker/model_runner.py; README "A block\'s name".'
+LOOK_PREPARE = 'Look at worker/model_runner.py::ModelRunner._prepare; README "A block\'s name".'
+LOOK_TOLD = 'Look at core/engine.py::LLMEngine._update and api/output_processor.py; README "What a client sees".'
+LOOK_RESET = 'Look at core/engine.py::LLMEngine.reset_prefix_cache; README "What a client sees".'
+LOOK_TRACE = 'Look at core/step_tracer.py::StepTracer.launched; README "What a client sees".'
 BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 FAMILY = "qwen3"
 
@@ -253,7 +253,7 @@ def test_salts_keep_requests_apart(make_llm: MakeLLM, prompt_of: PromptOf) -> No
         texts.add(output.text)
     assert told == [0, 0, 32, 0, 32, 32], (
         f"40 tokens with salts None, a, a, b, None, b: expected [0, 0, 32, 0, 32, 32] to be found, got {told}. Look at "
-        'block_manager.py::BlockManager.hash_blocks; README "A block\'s name".'
+        'core/block_manager.py::BlockManager.hash_blocks; README "A block\'s name".'
     )
     assert len(texts) == 1, f"a salt changes no token, got {texts}"
 
@@ -374,8 +374,8 @@ def test_a_salt_is_checked_and_taken(make_engine: MakeEngine) -> None:
 
 
 EARLIER = {
-    "part01_simple_server.server", "part02_streaming.engine", "part03_paged_attention.engine",
-    "part04_continuous_batching.engine", "part05_async_scheduling.engine", "part06_chunked_prefill.engine",
+    "part01_simple_server.server", "part02_streaming.engine", "part03_paged_attention.core.engine",
+    "part04_continuous_batching.core.engine", "part05_async_scheduling.core.engine", "part06_chunked_prefill.core.engine",  # noqa: E501
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""free_queue.py: a linked list whose links are in the blocks, out of the middle of which a block comes at once."""
+"""core/free_queue.py: a linked list whose links are in the blocks, out of the middle of which a block comes at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from part07_prefix_caching.free_queue import FreeBlockQueue, KVBlock
+from part07_prefix_caching.core.free_queue import FreeBlockQueue, KVBlock
 
 LESSON = 'README "Free, and still there"'
-LOOK_REMOVE = f"Look at free_queue.py::FreeBlockQueue.remove; {LESSON}."
-LOOK_LINK = f"Look at free_queue.py::FreeBlockQueue._link; {LESSON}."
+LOOK_REMOVE = f"Look at core/free_queue.py::FreeBlockQueue.remove; {LESSON}."
+LOOK_LINK = f"Look at core/free_queue.py::FreeBlockQueue._link; {LESSON}."
 
 
 def blocks_and_queue(number: int) -> tuple[list[KVBlock], FreeBlockQueue]:
@@ -171,7 +171,7 @@ class Queue(RuleBasedStateMachine):
     @invariant()
     def is_the_list(self) -> None:
         if hasattr(self, "queue"):
-            check(self.queue, self.model, "after some calls", f"Look at free_queue.py::FreeBlockQueue; {LESSON}.")
+            check(self.queue, self.model, "after some calls", f"Look at core/free_queue.py::FreeBlockQueue; {LESSON}.")
             for block in self.outside():
                 check_unlinked(block, "after some calls")
 

@@ -16,11 +16,13 @@ SEED = 0x7FC73DBF34937503C86A66267D89319C7CA6C86442D3DF1D07292F00622232CF3D44ACA
 
 class Life(PrefixLife):
     checks, counts = checks, Counter[str]()
-    LOOK = 'Look at engine.py::LLMEngine.step, _update, _append and scheduler.py; README "When a name is given".'
-    LOOK_FAIL = (
-        'Look at engine.py::LLMEngine._blaming and scheduler.py::Scheduler.fail_step; README "When a name is given".'
+    LOOK = (
+        'Look at core/engine.py::LLMEngine.step, _update, _append and core/scheduler.py; README "When a name is given".'
     )
-    LOOK_LENGTH = 'Look at scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
+    LOOK_FAIL = 'Look at core/engine.py::LLMEngine._blaming and core/scheduler.py::Scheduler.fail_step; README "When a name is given".'  # noqa: E501
+    LOOK_LENGTH = (
+        'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
+    )
 
     @initialize(
         num_tokens_kv=st.integers(4, 64),

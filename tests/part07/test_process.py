@@ -16,8 +16,8 @@ from common.checkpoint import load_tokenizer, resolve_checkpoint
 from common.cli import parse_config
 from common.serving import GenerationError
 from part07_prefix_caching import config
+from part07_prefix_caching.api.server import create_app
 from part07_prefix_caching.config import EngineConfig
-from part07_prefix_caching.server import create_app
 from tests.common.openai_fakes import FakeEngine
 from tests.process_checks import TIMEOUT_S, ServerProcess, course_environment, serve
 
@@ -25,13 +25,11 @@ PART_DIR = Path(config.__file__).parent
 COMPLETIONS, CHAT, RESET = "/v1/completions", "/v1/chat/completions", "/reset_prefix_cache"
 KEY = {"Authorization": "Bearer sesame"}
 LESSON = 'README "What a client sees"'
-LOOK = f"Look at __main__.py and server.py::create_app; {LESSON}."
-LOOK_USAGE = f"Look at engine.py::LLMEngine._update and output_processor.py; {LESSON}."
-LOOK_RESET = f"Look at server.py::create_app and async_engine.py::AsyncLLM.reset_prefix_cache; {LESSON}."
-LOOK_SALT = (
-    'Look at engine.py::SAMPLING_FIELDS and block_manager.py::BlockManager.hash_blocks; README "A block\'s name".'
-)
-LOOK_STATS = f"Look at engine_core.py::EngineCore.stats; {LESSON}."
+LOOK = f"Look at __main__.py and api/server.py::create_app; {LESSON}."
+LOOK_USAGE = f"Look at core/engine.py::LLMEngine._update and api/output_processor.py; {LESSON}."
+LOOK_RESET = f"Look at api/server.py::create_app and api/async_engine.py::AsyncLLM.reset_prefix_cache; {LESSON}."
+LOOK_SALT = 'Look at core/engine.py::SAMPLING_FIELDS and core/block_manager.py::BlockManager.hash_blocks; README "A block\'s name".'  # noqa: E501
+LOOK_STATS = f"Look at core/engine_core.py::EngineCore.stats; {LESSON}."
 FLAGS = ["--port", "0", "--device", "cpu", "--block-size", "8", "--num-kv-blocks", "101", "--api-key", "sesame"]
 READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, .*100 KV blocks of 8 tokens, engine core .*\)\n"
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 3}

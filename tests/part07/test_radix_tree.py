@@ -1,4 +1,4 @@
-"""radix_tree.py: the other way to find a common beginning, beside a plain dictionary of beginnings."""
+"""lab/radix_tree.py: the other way to find a common beginning, beside a plain dictionary of beginnings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from part07_prefix_caching import radix_tree
-from part07_prefix_caching.radix_tree import Node, RadixTree
+from part07_prefix_caching.lab import radix_tree
+from part07_prefix_caching.lab.radix_tree import Node, RadixTree
 from tests.lives import run_lives
 
 LESSON = 'README "A tree instead"'
-LOOK_MATCH = f"Look at radix_tree.py::RadixTree.match_prefix and _split; {LESSON}."
-LOOK_INSERT = f"Look at radix_tree.py::RadixTree.insert; {LESSON}."
-LOOK_LOCK = f"Look at radix_tree.py::RadixTree.lock, unlock and _split; {LESSON}."
-LOOK_EVICT = f"Look at radix_tree.py::RadixTree.evict; {LESSON}."
+LOOK_MATCH = f"Look at lab/radix_tree.py::RadixTree.match_prefix and _split; {LESSON}."
+LOOK_INSERT = f"Look at lab/radix_tree.py::RadixTree.insert; {LESSON}."
+LOOK_LOCK = f"Look at lab/radix_tree.py::RadixTree.lock, unlock and _split; {LESSON}."
+LOOK_EVICT = f"Look at lab/radix_tree.py::RadixTree.evict; {LESSON}."
 
 
 def match(tree: RadixTree, tokens: list[int], expected: list[int]) -> Node:
@@ -114,7 +114,7 @@ def test_a_lock_protects_all_above() -> None:
 
 def test_the_file_is_short() -> None:
     num_lines = len(Path(radix_tree.__file__).read_text(encoding="utf-8").splitlines())
-    assert num_lines <= 150, f"radix_tree.py is there to compare, in at most 150 lines; it has {num_lines}"
+    assert num_lines <= 150, f"lab/radix_tree.py is there to compare, in at most 150 lines; it has {num_lines}"
 
 
 class Texts(RuleBasedStateMachine):

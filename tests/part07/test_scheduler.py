@@ -1,4 +1,4 @@
-"""scheduler.py: what is found is not computed, with everything that can happen to those who share it."""
+"""core/scheduler.py: what is found is not computed, with everything that can happen to those who share it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from typing import Any
 
 import pytest
 
-from part07_prefix_caching.block_manager import BlockManager
-from part07_prefix_caching.engine import LLMEngine, StepFailedError
-from part07_prefix_caching.request import Request
-from part07_prefix_caching.scheduler import Scheduler, SchedulerOutput
+from part07_prefix_caching.core.block_manager import BlockManager
+from part07_prefix_caching.core.engine import LLMEngine, StepFailedError
+from part07_prefix_caching.core.request import Request
+from part07_prefix_caching.core.scheduler import Scheduler, SchedulerOutput
 from tests.part07.scripted import check_engine, run_dry, scripted_engine, take_step, watch
 from tests.scripted import END, answer_alone, ids, params_for, runner_of
 
-LOOK_WAITING = 'Look at scheduler.py::Scheduler._schedule_waiting; README "A block\'s name".'
-LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit; README "Free, and still there".'
-LOOK_ADD = 'Look at scheduler.py::Scheduler._add; README "When a name is given".'
-LOOK_RELEASE = 'Look at scheduler.py::Scheduler._release; README "When a name is given".'
-LOOK_FAIL = (
-    'Look at scheduler.py::Scheduler.fail_step and engine.py::LLMEngine._blaming; README "When a name is given".'
-)
-LOOK_COUNT = 'Look at scheduler.py::Scheduler._schedule_waiting; README "What a client sees".'
+LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "A block\'s name".'
+LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit; README "Free, and still there".'
+LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README "When a name is given".'
+LOOK_RELEASE = 'Look at core/scheduler.py::Scheduler._release; README "When a name is given".'
+LOOK_FAIL = 'Look at core/scheduler.py::Scheduler.fail_step and core/engine.py::LLMEngine._blaming; README "When a name is given".'  # noqa: E501
+LOOK_COUNT = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "What a client sees".'
 BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 CAT = ZeroDivisionError("the cat sat on it")
 Step = dict[str, tuple[int, int, int]]  # request → tokens computed before, tokens in this step, tokens found

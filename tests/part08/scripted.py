@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from part08_speculative_decoding.block_manager import BlockManager
-from part08_speculative_decoding.engine import LLMEngine
+from part08_speculative_decoding.core.block_manager import BlockManager
+from part08_speculative_decoding.core.engine import LLMEngine
+from part08_speculative_decoding.core.request import Request, RequestStatus
+from part08_speculative_decoding.core.scheduler import Scheduler, SchedulerOutput
 from part08_speculative_decoding.messages import EngineCoreOutput
-from part08_speculative_decoding.request import Request, RequestStatus
-from part08_speculative_decoding.sampler import SamplerOutput
-from part08_speculative_decoding.scheduler import Scheduler, SchedulerOutput
+from part08_speculative_decoding.worker.sampler import SamplerOutput
 from tests.engine_checks import Before, PrefixChecks
 from tests.scripted import Part, PrefixRunner, ScriptedStep, Work, ids, make_scripted_engine, next_token
 
 PART = Part("part08_speculative_decoding")
 BY_PROMPT = "by prompt"
-LOOK_ADD = 'Look at scheduler.py::SchedulerOutput.add; README "Guess, then check".'
-LOOK_GUESS = 'Look at scheduler.py::Scheduler._schedule_running; README "Guess, then check".'
-LOOK_PROPOSE = 'Look at engine.py::LLMEngine._propose; README "Guess, then check".'
-LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "What the step brought".'
+LOOK_ADD = 'Look at core/scheduler.py::SchedulerOutput.add; README "Guess, then check".'
+LOOK_GUESS = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Guess, then check".'
+LOOK_PROPOSE = 'Look at core/engine.py::LLMEngine._propose; README "Guess, then check".'
+LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "What the step brought".'
 
 
 class GuessRunner(PrefixRunner):
@@ -135,21 +135,19 @@ class BeforeGuesses(Before):
 
 
 class Checks(PrefixChecks):
-    LOOK_STEP = 'Look at engine.py::LLMEngine.step, _update and scheduler.py; README "What the step brought".'
+    LOOK_STEP = 'Look at core/engine.py::LLMEngine.step, _update and core/scheduler.py; README "What the step brought".'
     LOOK_ADD = LOOK_ADD
-    LOOK_SIZE = 'Look at scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
-    LOOK_RUNNING = 'Look at scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
-    LOOK_ADMIT = 'Look at scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
-    LOOK_LATE = 'Look at engine.py::LLMEngine._append; README of part 5, "A token too late".'
-    LOOK_ROWS = (
-        'Look at token_buffer.py::TokenBuffer, scheduler.py::Scheduler._release; README of part 5, "A token too late".'
-    )
-    LOOK_HIT = 'Look at scheduler.py::Scheduler._schedule_waiting; README of part 7, "A block\'s name".'
-    LOOK_HASH = 'Look at block_manager.py::hash_block and hash_blocks; README of part 7, "A block\'s name".'
-    LOOK_NAME = 'Look at scheduler.py::Scheduler._add, _release; README "A cache that keeps step".'
-    LOOK_FREE = 'Look at block_manager.py::BlockManager; README of part 7, "Free, and still there".'
-    LOOK_QUEUE = 'Look at free_queue.py::FreeBlockQueue; README of part 7, "Free, and still there".'
-    LOOK_TOLD = 'Look at engine.py::LLMEngine._append_all; README of part 7, "What a client sees".'
+    LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
+    LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
+    LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "A token too late".'
+    LOOK_ROWS = 'Look at worker/token_buffer.py::TokenBuffer, core/scheduler.py::Scheduler._release; README of part 5, "A token too late".'  # noqa: E501
+    LOOK_HIT = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README of part 7, "A block\'s name".'
+    LOOK_HASH = 'Look at core/block_manager.py::hash_block and hash_blocks; README of part 7, "A block\'s name".'
+    LOOK_NAME = 'Look at core/scheduler.py::Scheduler._add, _release; README "A cache that keeps step".'
+    LOOK_FREE = 'Look at core/block_manager.py::BlockManager; README of part 7, "Free, and still there".'
+    LOOK_QUEUE = 'Look at core/free_queue.py::FreeBlockQueue; README of part 7, "Free, and still there".'
+    LOOK_TOLD = 'Look at core/engine.py::LLMEngine._append_all; README of part 7, "What a client sees".'
 
     def look_at(self, scheduler: Scheduler) -> BeforeGuesses:
         before = super().look_at(scheduler)
@@ -194,7 +192,7 @@ class Checks(PrefixChecks):
                 )
         for request in output.preempted:
             assert not request.draft_token_ids and request.draft_probs is None, (
-                f"{what}: request {request.request_id} was preempted and keeps its guesses. Look at scheduler.py::"
+                f"{what}: request {request.request_id} was preempted and keeps its guesses. Look at core/scheduler.py::"
                 f'Scheduler.preempt; README "Guess, then check".'
             )
 

@@ -1,4 +1,4 @@
-"""attention.py: sequences with equally few tokens go together, and each token sees what it would see alone."""
+"""worker/attention.py: sequences with equally few tokens go together, and each token sees what it would see alone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from part08_speculative_decoding.attention import (
+from part08_speculative_decoding.worker.attention import (
     MAX_GROUPED_QUERY_LEN,
     AttentionMetadata,
     PagedAttention,
     decode_attention,
 )
-from part08_speculative_decoding.kv_cache import KVCache
+from part08_speculative_decoding.worker.kv_cache import KVCache
 
 LESSON = 'README "Guess, then check"'
-LOOK_GROUPS = f"Look at attention.py::AttentionMetadata.groups and _group; {LESSON}."
-LOOK_DECODE = f"Look at attention.py::decode_attention; {LESSON}."
-LOOK_ATTEND = f"Look at attention.py::PagedAttention.attend; {LESSON}."
+LOOK_GROUPS = f"Look at worker/attention.py::AttentionMetadata.groups and _group; {LESSON}."
+LOOK_DECODE = f"Look at worker/attention.py::decode_attention; {LESSON}."
+LOOK_ATTEND = f"Look at worker/attention.py::PagedAttention.attend; {LESSON}."
 HEAD_DIM, SCALE, TOLERANCE = 8, 0.3, 1e-5
 MAX = MAX_GROUPED_QUERY_LEN
 BATCHES: dict[str, list[tuple[int, int]]] = {  # (tokens in the step, tokens with them)

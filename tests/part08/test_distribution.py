@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from common.sampling_params import SamplingParams
-from part08_speculative_decoding import sampler as sampler_module
 from part08_speculative_decoding.config import EngineConfig
-from part08_speculative_decoding.engine import LLMEngine
-from part08_speculative_decoding.sampler import Drafts
-from part08_speculative_decoding.spec_decode.rejection_sampler import rejection_sample
+from part08_speculative_decoding.core.engine import LLMEngine
+from part08_speculative_decoding.worker import sampler as sampler_module
+from part08_speculative_decoding.worker.rejection_sampler import rejection_sample
+from part08_speculative_decoding.worker.sampler import Drafts
 from tests.part08.chi_square import MIN_P_VALUE, p_value
 
-LOOK = 'Look at sampler.py::judge and spec_decode/rejection_sampler.py::rejection_sample; README "Drawn, not chosen".'
+LOOK = 'Look at worker/sampler.py::judge and worker/rejection_sampler.py::rejection_sample; README "Drawn, not chosen".'
 VOCAB_SIZE, NUM_TOKENS, NUM_ANSWERS, BATCH = 6, 4, 640, 64
 PROMPT = [1, 3, 1, 4, 1]  # so that n-grams have something to find
 FIELDS = dict(temperature=0.9, top_k=5)

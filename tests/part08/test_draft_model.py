@@ -1,4 +1,4 @@
-"""spec_decode/draft_model.py: a cache that keeps step with the target's, whatever happens to the blocks."""
+"""worker/draft_model.py: a cache that keeps step with the target's, whatever happens to the blocks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from common.sampling_params import SamplingParams
-from part08_speculative_decoding.block_manager import BlockManager
 from part08_speculative_decoding.config import EngineConfig
-from part08_speculative_decoding.engine import LLMEngine
-from part08_speculative_decoding.request import Request
-from part08_speculative_decoding.spec_decode.draft_model import DraftModelProposer, draws_guesses
+from part08_speculative_decoding.core.block_manager import BlockManager
+from part08_speculative_decoding.core.engine import LLMEngine
+from part08_speculative_decoding.core.request import Request
+from part08_speculative_decoding.worker.draft_model import DraftModelProposer, draws_guesses
 from tests.part08.scripted import take_step, watch
 
 LESSON = 'README "A cache that keeps step"'
-LOOK = f"Look at spec_decode/draft_model.py::DraftModelProposer.propose and _forward; {LESSON}."
+LOOK = f"Look at worker/draft_model.py::DraftModelProposer.propose and _forward; {LESSON}."
 LOOK_RELEASE = (
-    f"Look at spec_decode/draft_model.py::DraftModelProposer.release and engine.py::LLMEngine._launch; {LESSON}."
+    f"Look at worker/draft_model.py::DraftModelProposer.release and core/engine.py::LLMEngine._launch; {LESSON}."
 )
-LOOK_CHOOSE = 'Look at spec_decode/draft_model.py::DraftModelProposer._choose; README "Drawn, not chosen".'
-LOOK_DRAWS = 'Look at spec_decode/draft_model.py::draws_guesses; README "Drawn, not chosen".'
+LOOK_CHOOSE = 'Look at worker/draft_model.py::DraftModelProposer._choose; README "Drawn, not chosen".'
+LOOK_DRAWS = 'Look at worker/draft_model.py::draws_guesses; README "Drawn, not chosen".'
 VOCAB_SIZE = 40
 TIE = 1e-3
 SmallModels = Callable[..., tuple[str, Any]]
@@ -82,7 +82,7 @@ def test_both_caches_come_out_of_one_budget(small_models: SmallModels) -> None:
     per_block = sum(sizes) // caches[0].num_blocks
     assert budget - per_block < sum(sizes) <= budget, (
         f"a budget of {budget:,} bytes: the target's cache and the draft's take {sizes}, {sum(sizes):,} together. "
-        f"Look at model_runner.py::ModelRunner._num_blocks; {LESSON}."
+        f"Look at worker/model_runner.py::ModelRunner._num_blocks; {LESSON}."
     )
 
 

@@ -1,4 +1,4 @@
-"""engine.py with guesses: what a step brought, and the same answers as without them, whatever else goes on."""
+"""core/engine.py with guesses: what a step brought, and the same answers as without them, whatever else goes on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from common.sampling_params import SamplingParams
 from common.testing import FAMILIES, assert_same_greedy, reference_greedy
 from common.trace import Phase, read_trace, step_phases
 from part08_speculative_decoding.config import EngineConfig
-from part08_speculative_decoding.engine import LLM, LLMEngine, StepFailedError
-from part08_speculative_decoding.request import Request, RequestStatus
-from part08_speculative_decoding.spec_decode.speculation import Speculation
+from part08_speculative_decoding.core.engine import LLM, LLMEngine, StepFailedError
+from part08_speculative_decoding.core.request import Request, RequestStatus
+from part08_speculative_decoding.core.speculation import Speculation
 from tests.part08.scripted import proposer_of, run_dry, scripted_engine, take_step, watch
 from tests.scripted import END, answer_alone, params_for, runner_of
 
-LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "What the step brought".'
-LOOK_ALL = 'Look at engine.py::LLMEngine._append_all; README "What the step brought".'
-LOOK_PROPOSE = 'Look at engine.py::LLMEngine._propose; README "Guess, then check".'
-LOOK_JUDGE = 'Look at sampler.py::judge and model_runner.py::ModelRunner._prepare; README "Judging a guess".'
-LOOK_SEEDED = 'Look at engine.py::LLMEngine._append_all and sampler.py::draw; README "Judging a guess".'
+LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "What the step brought".'
+LOOK_ALL = 'Look at core/engine.py::LLMEngine._append_all; README "What the step brought".'
+LOOK_PROPOSE = 'Look at core/engine.py::LLMEngine._propose; README "Guess, then check".'
+LOOK_JUDGE = (
+    'Look at worker/sampler.py::judge and worker/model_runner.py::ModelRunner._prepare; README "Judging a guess".'
+)
+LOOK_SEEDED = 'Look at core/engine.py::LLMEngine._append_all and worker/sampler.py::draw; README "Judging a guess".'
 LOOK_CONFIG = 'Look at config.py::EngineConfig; README "How many guesses".'
-LOOK_DRAFT = 'Look at engine.py::make_proposer and spec_decode/draft_model.py; README "Two proposers".'
-LOOK_TRACE = 'Look at step_tracer.py::StepTracer; README "Guess, then check".'
+LOOK_DRAFT = 'Look at core/engine.py::make_proposer and worker/draft_model.py; README "Two proposers".'
+LOOK_TRACE = 'Look at core/step_tracer.py::StepTracer; README "Guess, then check".'
 
 MakeLLM = Callable[..., LLM]
 MakeEngine = Callable[..., LLMEngine]
@@ -371,7 +373,7 @@ def test_a_stop_string_inside_of_a_run(llm: LLM, make_llm: MakeLLM) -> None:
         assert (got.text, got.token_ids, got.finish_reason, got.stop_reason, len(got.logprobs or [])) == (
             expected.text, expected.token_ids, expected.finish_reason, expected.stop_reason,
             len(expected.logprobs or []),
-        ), f"stop {stop!r}: expected {expected}, got {got}. Look at output_processor.py; {LOOK_APPEND}"  # fmt: skip
+        ), f"stop {stop!r}: expected {expected}, got {got}. Look at api/output_processor.py; {LOOK_APPEND}"  # fmt: skip
     num_checked = len(stops)
     stats = guessing.engine.speculation.stats
     assert num_checked >= 5 and stats.num_accepted_tokens > 20, f"{num_checked} checked, {stats} proves nothing"

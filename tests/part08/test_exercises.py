@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from part08_speculative_decoding import scheduler
+from part08_speculative_decoding.core import scheduler
 from tests.exercise_checks import check_body, check_names, check_task, read_tasks
 
-PART_DIR = Path(scheduler.__file__).parent
+PART_DIR = Path(scheduler.__file__).parents[1]
 NAMES = {"extend", "propose", "rejection_sample", "num_tokens", "judged", "append"}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
+from part08_speculative_decoding.core.request import Request
 from part08_speculative_decoding.messages import EngineCoreOutput
-from part08_speculative_decoding.request import Request
 from tests.engine_lives import CAT, PrefixLife, beginning_of
 from tests.part08.scripted import BY_PROMPT, checks, proposer_of, scripted_engine
 from tests.scripted import runner_of
@@ -24,11 +24,11 @@ SEED = 0x1CC3CB6BE1CB465C33A6247B9AA6E8008C079FFCC871BB6632F40A08DF3CD1748BF3CE4
 
 class Life(PrefixLife):
     checks, counts = checks, Counter[str]()
-    LOOK = 'Look at engine.py::LLMEngine.step, _update, _append and scheduler.py; README "What the step brought".'
-    LOOK_FAIL = (
-        'Look at engine.py::LLMEngine._blaming and scheduler.py::Scheduler.fail_step; README "What the step brought".'
+    LOOK = 'Look at core/engine.py::LLMEngine.step, _update, _append and core/scheduler.py; README "What the step brought".'  # noqa: E501
+    LOOK_FAIL = 'Look at core/engine.py::LLMEngine._blaming and core/scheduler.py::Scheduler.fail_step; README "What the step brought".'  # noqa: E501
+    LOOK_LENGTH = (
+        'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
     )
-    LOOK_LENGTH = 'Look at scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
 
     @initialize(
         num_tokens_kv=st.integers(4, 64),

@@ -1,4 +1,4 @@
-"""spec_decode/ngram.py: what followed the first time that the text ended like this, found without a search."""
+"""core/ngram.py: what followed the first time that the text ended like this, found without a search."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.sampling_params import SamplingParams
-from part08_speculative_decoding.block_manager import BlockManager
-from part08_speculative_decoding.request import Request
-from part08_speculative_decoding.spec_decode.ngram import NgramIndex, NgramProposer
+from part08_speculative_decoding.core.block_manager import BlockManager
+from part08_speculative_decoding.core.ngram import NgramIndex, NgramProposer
+from part08_speculative_decoding.core.request import Request
 
 LESSON = 'README "Two proposers"'
-LOOK_EXTEND = f"Look at spec_decode/ngram.py::NgramIndex.extend; {LESSON}."
-LOOK_PROPOSE = f"Look at spec_decode/ngram.py::NgramIndex.propose; {LESSON}."
-LOOK_PROPOSER = f"Look at spec_decode/ngram.py::NgramProposer.propose; {LESSON}."
-LOOK_RELEASE = f"Look at spec_decode/ngram.py::NgramProposer.release; {LESSON}."
+LOOK_EXTEND = f"Look at core/ngram.py::NgramIndex.extend; {LESSON}."
+LOOK_PROPOSE = f"Look at core/ngram.py::NgramIndex.propose; {LESSON}."
+LOOK_PROPOSER = f"Look at core/ngram.py::NgramProposer.propose; {LESSON}."
+LOOK_RELEASE = f"Look at core/ngram.py::NgramProposer.release; {LESSON}."
 BLOCKS = BlockManager(2, 16)
 
 

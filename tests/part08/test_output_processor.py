@@ -1,4 +1,4 @@
-"""output_processor.py: several tokens of a request in one step, and a stop string that ends among them."""
+"""api/output_processor.py: several tokens of a request in one step, and a stop string that ends among them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from common.outputs import CompletionOutput, Logprob
 from common.sampling_params import SamplingParams
+from part08_speculative_decoding.api.output_processor import OutputProcessor, join_outputs
 from part08_speculative_decoding.messages import EngineCoreOutput
-from part08_speculative_decoding.output_processor import OutputProcessor, join_outputs
 
-LOOK = 'Look at output_processor.py::OutputProcessor._extend; README "What the step brought".'
+LOOK = 'Look at api/output_processor.py::OutputProcessor._extend; README "What the step brought".'
 WORDS = ["Nora", " met", " a", " fox", " on", " the", " way", " home", ".", " Good", " day", "!"]
 
 

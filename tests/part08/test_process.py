@@ -10,13 +10,13 @@ from common.sampling_params import SamplingParams
 from common.trace import read_trace
 from part08_speculative_decoding import config
 from part08_speculative_decoding.config import EngineConfig
-from part08_speculative_decoding.engine import LLM
+from part08_speculative_decoding.core.engine import LLM
 from tests.http_checks import COMPLETIONS
 from tests.process_checks import ServerProcess, check_command_lines, course_environment, serve
 
 PART_DIR = Path(config.__file__).parent
-LOOK = 'Look at output_processor.py and engine.py::LLMEngine._append_all; README "What the step brought".'
-LOOK_METRICS = 'Look at engine_core.py::EngineCore.stats; README "How many guesses".'
+LOOK = 'Look at api/output_processor.py and core/engine.py::LLMEngine._append_all; README "What the step brought".'
+LOOK_METRICS = 'Look at core/engine_core.py::EngineCore.stats; README "How many guesses".'
 LOOK_FLAGS = 'Look at config.py::EngineConfig; README "How many guesses".'
 READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(.*\)\n"
 FLAGS = ["--port", "0", "--device", "cpu", "--num-kv-blocks", "100", "--speculative-method", "ngram"]
@@ -56,7 +56,7 @@ def test_answers_over_http(llm: LLM, tmp_path: Path) -> None:
         names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
         counts = [gauge(server, f"spec_decode_{name}") for name in names]
         assert 0 < counts[0] <= counts[1] and 5 < counts[2] <= counts[1], f"{names}: got {counts}. {LOOK_METRICS}"
-        server.check_a_chat_needs_no_max_tokens("Look at async_engine.py::AsyncLLM.__init__.")
+        server.check_a_chat_needs_no_max_tokens("Look at api/async_engine.py::AsyncLLM.__init__.")
         server.process.terminate()
         server.check_ends_after_sigterm(LOOK)
     rows = [request for step in read_trace(trace).steps for request in step.requests]

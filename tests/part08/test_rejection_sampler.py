@@ -1,4 +1,4 @@
-"""spec_decode/rejection_sampler.py: what comes out is distributed as the target says, whoever guessed."""
+"""worker/rejection_sampler.py: what comes out is distributed as the target says, whoever guessed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from part08_speculative_decoding.spec_decode.rejection_sampler import count_accepted, rejection_sample
+from part08_speculative_decoding.worker.rejection_sampler import count_accepted, rejection_sample
 from tests.part08.chi_square import MIN_P_VALUE, p_value
 
-LOOK = 'Look at spec_decode/rejection_sampler.py::rejection_sample; README "Drawn, not chosen".'
-LOOK_COUNT = 'Look at spec_decode/rejection_sampler.py::count_accepted; README "Judging a guess".'
+LOOK = 'Look at worker/rejection_sampler.py::rejection_sample; README "Drawn, not chosen".'
+LOOK_COUNT = 'Look at worker/rejection_sampler.py::count_accepted; README "Judging a guess".'
 NUM_DRAWS = 100_000
 VOCAB_SIZE = 8
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -1,4 +1,4 @@
-"""sampler.py: a token for every row as one step after the other would give it, and which guesses stand by it."""
+"""worker/sampler.py: a token for every row as one step after the other would give it, and which guesses stand by it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from common.sampling_params import SamplingParams
-from part08_speculative_decoding.sampler import Drafts, Sampler, SamplerOutput, SamplingState, draw, judge
+from part08_speculative_decoding.worker.sampler import Drafts, Sampler, SamplerOutput, SamplingState, draw, judge
 from tests.part08.chi_square import MIN_P_VALUE, p_value
 
 LESSON = 'README "Judging a guess"'
-LOOK_JUDGE = f"Look at sampler.py::judge; {LESSON}."
-LOOK_DRAWN = 'Look at sampler.py::judge; README "Drawn, not chosen".'
-LOOK_SAMPLE = f"Look at sampler.py::Sampler.sample; {LESSON}."
-LOOK_CHANGE = f"Look at sampler.py::Sampler._change_logits; {LESSON}."
-LOOK_DRAW = f"Look at sampler.py::draw; {LESSON}."
-LOOK_LOGPROBS = f"Look at sampler.py::Sampler.sample and top_logprobs; {LESSON}."
+LOOK_JUDGE = f"Look at worker/sampler.py::judge; {LESSON}."
+LOOK_DRAWN = 'Look at worker/sampler.py::judge; README "Drawn, not chosen".'
+LOOK_SAMPLE = f"Look at worker/sampler.py::Sampler.sample; {LESSON}."
+LOOK_CHANGE = f"Look at worker/sampler.py::Sampler._change_logits; {LESSON}."
+LOOK_DRAW = f"Look at worker/sampler.py::draw; {LESSON}."
+LOOK_LOGPROBS = f"Look at worker/sampler.py::Sampler.sample and top_logprobs; {LESSON}."
 VOCAB_SIZE, EOS, MAX_LEN = 30, frozenset({2}), 40
 
 
@@ -350,4 +350,4 @@ def test_what_is_copied_to_the_cpu() -> None:
     copied = sampled.to_cpu()
     assert torch.equal(copied.token_ids, sampled.token_ids) and copied.generators == sampled.generators
     assert copied.num_accepted is not None and sampled.num_accepted is not None
-    assert torch.equal(copied.num_accepted, sampled.num_accepted), "Look at sampler.py::SamplerOutput.to_cpu."
+    assert torch.equal(copied.num_accepted, sampled.num_accepted), "Look at worker/sampler.py::SamplerOutput.to_cpu."

@@ -1,4 +1,4 @@
-"""scheduler.py with guesses: whose, how many, at whose cost, and who has to wait for what they bring."""
+"""core/scheduler.py with guesses: whose, how many, at whose cost, and who has to wait for what they bring."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 import pytest
 
 from common.sampling_params import SamplingParams
-from part08_speculative_decoding.block_manager import BlockManager
-from part08_speculative_decoding.engine import LLMEngine
-from part08_speculative_decoding.request import Request, RequestStatus
-from part08_speculative_decoding.scheduler import Scheduler, SchedulerOutput
-from part08_speculative_decoding.spec_decode.speculation import PROBE_INTERVAL, Speculation
+from part08_speculative_decoding.core.block_manager import BlockManager
+from part08_speculative_decoding.core.engine import LLMEngine
+from part08_speculative_decoding.core.request import Request, RequestStatus
+from part08_speculative_decoding.core.scheduler import Scheduler, SchedulerOutput
+from part08_speculative_decoding.core.speculation import PROBE_INTERVAL, Speculation
 from tests.part08.scripted import BY_PROMPT, proposer_of, run_dry, scripted_engine, take_step, watch
 from tests.scripted import answer_alone, ids, next_token, params_for, runner_of
 
 LESSON = 'README "Guess, then check"'
-LOOK_RUNNING = f"Look at scheduler.py::Scheduler._schedule_running; {LESSON}."
-LOOK_ADD = f"Look at scheduler.py::SchedulerOutput.add; {LESSON}."
-LOOK_APPEND = 'Look at engine.py::LLMEngine._append; README "What the step brought".'
-LOOK_PREEMPT = f"Look at scheduler.py::Scheduler.preempt; {LESSON}."
-LOOK_GUESSES = f"Look at scheduler.py::Scheduler.allocate_guesses; {LESSON}."
-LOOK_PROBE = 'Look at spec_decode/speculation.py::Speculation.num_tokens; README "How many guesses".'
-LOOK_NAME = 'Look at scheduler.py::Scheduler._add, _release; README "A cache that keeps step".'
+LOOK_RUNNING = f"Look at core/scheduler.py::Scheduler._schedule_running; {LESSON}."
+LOOK_ADD = f"Look at core/scheduler.py::SchedulerOutput.add; {LESSON}."
+LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "What the step brought".'
+LOOK_PREEMPT = f"Look at core/scheduler.py::Scheduler.preempt; {LESSON}."
+LOOK_GUESSES = f"Look at core/scheduler.py::Scheduler.allocate_guesses; {LESSON}."
+LOOK_PROBE = 'Look at core/speculation.py::Speculation.num_tokens; README "How many guesses".'
+LOOK_NAME = 'Look at core/scheduler.py::Scheduler._add, _release; README "A cache that keeps step".'
 
 
 class Always(Speculation):
@@ -243,7 +243,7 @@ def test_guesses_that_were_judged_are_gone() -> None:
     engine.add_request("1", [120, 121], params_for(20, ignore_eos=True))
     take_step(engine)
     got = [each.draft_token_ids for each in engine.scheduler.running]
-    assert got == [[], []], f"expected no guesses, got {got}. Look at engine.py::LLMEngine._propose; {LESSON}."
+    assert got == [[], []], f"expected no guesses, got {got}. Look at core/engine.py::LLMEngine._propose; {LESSON}."
 
 
 def test_a_preempted_request_has_no_guesses() -> None:

@@ -1,13 +1,13 @@
-"""spec_decode/speculation.py: guesses where they pay, and counts that say whether they did."""
+"""core/speculation.py: guesses where they pay, and counts that say whether they did."""
 
 from __future__ import annotations
 
 import pytest
 
 from common.sampling_params import SamplingParams
-from part08_speculative_decoding.request import Request
-from part08_speculative_decoding.spec_decode import speculation as speculation_module
-from part08_speculative_decoding.spec_decode.speculation import (
+from part08_speculative_decoding.core import speculation as speculation_module
+from part08_speculative_decoding.core.request import Request
+from part08_speculative_decoding.core.speculation import (
     MIN_PROBABILITY,
     PROBE_INTERVAL,
     SMOOTHING,
@@ -16,9 +16,9 @@ from part08_speculative_decoding.spec_decode.speculation import (
 )
 
 LESSON = 'README "How many guesses"'
-LOOK_STATS = f"Look at spec_decode/speculation.py::SpeculationStats.add; {LESSON}."
-LOOK_NUM = f"Look at spec_decode/speculation.py::Speculation.num_tokens; {LESSON}."
-LOOK_JUDGED = f"Look at spec_decode/speculation.py::Speculation.judged; {LESSON}."
+LOOK_STATS = f"Look at core/speculation.py::SpeculationStats.add; {LESSON}."
+LOOK_NUM = f"Look at core/speculation.py::Speculation.num_tokens; {LESSON}."
+LOOK_JUDGED = f"Look at core/speculation.py::Speculation.judged; {LESSON}."
 
 
 def request_of(acceptance: float = 1.0, num_output: int = 1, num_in_flight: int = 0) -> Request:

@@ -1,0 +1,17 @@
+"""OpenAI's API over the engine: the app itself is common's from here on."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from common.openai_app import AppOptions
+from common.openai_app import create_app as create_openai_app
+
+from ..config import EngineConfig
+from ..core.engine import LLMEngine
+from .async_engine import AsyncLLM
+
+
+def create_app(engine: LLMEngine, config: EngineConfig) -> FastAPI:
+    """The engine's thread starts and ends with the app."""
+    return create_openai_app(AsyncLLM(engine, config.max_queued_requests), AppOptions(api_key=config.api_key))

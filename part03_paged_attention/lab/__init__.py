@@ -1,0 +1,1 @@
+"""What only the demo and the benchmark use."""

@@ -1,0 +1,64 @@
+"""A request and where it is in its life."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+
+from common.outputs import FinishReason
+from common.sampling_params import SamplingParams
+
+from ..api.detokenizer import IncrementalDetokenizer
+
+
+class RequestStatus(enum.Enum):
+    """vLLM's names."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_LENGTH_CAPPED = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+
+    @property
+    def is_finished(self) -> bool:
+        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt and the tokens generated for it so far. A seeded request draws from a generator of its own.
+
+    num_computed_tokens: how many of its tokens, from the first on, have their keys and values in the cache.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    detokenizer: IncrementalDetokenizer
+    generator: torch.Generator | None = None
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens_from(self, position: int) -> list[int]:
+        """All tokens from a position on, without a copy of those before it."""
+        start = position - len(self.prompt_token_ids)
+        return self.output_token_ids[start:] if start >= 0 else self.prompt_token_ids[position:] + self.output_token_ids
+
+    def finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
+        stopped = finish_reason == "stop"
+        self.status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
+        self.finish_reason, self.stop_reason = finish_reason, stop_reason

@@ -1,0 +1,23 @@
+"""Part 3's way to form batches, to compare with."""
+
+from __future__ import annotations
+
+from ..core.engine import LLMEngine
+from ..core.scheduler import Scheduler, SchedulerOutput
+
+
+class StaticScheduler(Scheduler):
+    """Nobody joins a batch that runs; the next one is formed when its last member has ended."""
+
+    def _schedule_waiting(self, output: SchedulerOutput) -> None:
+        if not self.running:
+            super()._schedule_waiting(output)
+
+
+def use_static_batches(engine: LLMEngine) -> LLMEngine:
+    """The same engine with the other scheduler. It must be idle."""
+    assert not engine.has_unfinished_requests, "the scheduler cannot be exchanged under requests"
+    old = engine.scheduler
+    engine.scheduler = StaticScheduler(engine.blocks, old.max_num_seqs, old.max_num_batched_tokens)
+    engine.tracer.scheduler = engine.scheduler
+    return engine

@@ -1,0 +1,252 @@
+"""Who computes what in the next step: decided anew before every step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .block_manager import BlockManager, RegisteredBlock
+from .free_queue import KVBlock
+from .request import Request, RequestStatus
+from .speculation import Speculation
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step's work: the requests in it, how many tokens each had computed before and how many it computes now.
+
+    Decodes come first. num_sampled_tokens: for a request whose last known token is in the step 1, and 1 more for each
+    guess; 0 for a chunk that ends before it. preempted: who had to leave for want of blocks. left: ids of all that
+    stopped running, for whatever reason, since the step before; what a runner keeps for them can go. registered: blocks
+    that others may find from now on, though only this step writes them.
+    """
+
+    requests: list[Request]
+    num_computed_tokens: list[int]
+    num_scheduled_tokens: list[int]
+    num_sampled_tokens: list[int]
+    num_cached_tokens: list[int]
+    preempted: list[Request]
+    left: list[str]
+    registered: list[RegisteredBlock]
+
+    def add(self, request: Request, num_tokens: int, num_cached: int = 0, num_drafts: int = 0) -> None:
+        """The request computes some of what it lacks. What the step will bring is counted on from here on.
+
+        num_cached: how many of the tokens before were found in the cache a moment ago. num_drafts: how many of
+        num_tokens are guesses, which follow its last known token; each may bring a token of its own.
+        """
+        self.requests.append(request)
+        self.num_computed_tokens.append(request.num_computed_tokens)
+        self.num_scheduled_tokens.append(num_tokens)
+        self.num_cached_tokens.append(num_cached)
+        request.num_computed_tokens += num_tokens
+        is_complete = request.num_computed_tokens == request.num_expected_tokens + num_drafts
+        self.num_sampled_tokens.append(1 + num_drafts if is_complete else 0)
+        request.num_output_placeholders += self.num_sampled_tokens[-1]
+        request.draft_token_ids = request.draft_token_ids[:num_drafts]
+
+    @property
+    def sampled_requests(self) -> list[Request]:
+        """Those that get a token from this step."""
+        return [request for request, n in zip(self.requests, self.num_sampled_tokens, strict=True) if n]
+
+    @property
+    def total_num_scheduled_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
+class Scheduler:
+    """Iteration-level scheduling (Orca, 2022), with vLLM's rules.
+
+    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode lacks
+    one token, a new request its whole prompt, a preempted one all that it had. One budget of tokens a step serves all:
+    first every request that lacks one token, then chunks of those that lack more, in order, then new ones from the head
+    of the queue, as long as max_num_seqs and the blocks allow (Sarathi-Serve, 2024).
+
+    A step may be scheduled while the one before still runs: its tokens are not known, but their number is.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        *,
+        enable_chunked_prefill: bool = True,
+        long_prefill_token_threshold: int = 0,
+        speculation: Speculation | None = None,
+        watermark: float = 0.01,
+    ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs, "a step must have room for a token of each request"
+        self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.long_prefill_token_threshold = long_prefill_token_threshold
+        self.speculation = speculation or Speculation(0, 0)
+        self.watermark_blocks = int(watermark * blocks.num_blocks)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self.num_queried_tokens = self.num_hit_tokens = 0
+        self._left: list[str] = []
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add_request(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> SchedulerOutput:
+        """Give out this step's tokens, and the blocks they need."""
+        output = SchedulerOutput([], [], [], [], [], [], self._left, [])
+        self._schedule_running(output)
+        if not output.preempted:  # who was short of blocks a moment ago does not invite more guests
+            self._schedule_waiting(output)
+        if output.requests:  # else no step is made of it, and nobody would be told
+            self._left = []
+        return output
+
+    def _schedule_running(self, output: SchedulerOutput) -> None:
+        """A token, and a block if need be, for each that lacks one; if there is no block, the latest has to leave.
+
+        What they leave of the budget goes to chunks, which have their blocks already.
+        """
+        chunked = []
+        num_spare = self.max_num_batched_tokens - len(self.running)  # for guesses: everybody's own token comes first
+        for request in list(self.running):
+            if request in output.preempted:
+                break  # all that follow have left as well
+            if request.num_expected_tokens >= request.max_num_tokens:
+                continue  # a step in flight brings its last token
+            num_guesses = len(request.draft_token_ids) or self.speculation.num_tokens(request, len(self.running))
+            if request.num_output_placeholders and num_guesses:
+                continue  # how many tokens the step in flight brings nobody knows, and so nothing of the next
+            if request.num_missing_tokens > 1:
+                chunked.append(request)
+                continue
+            num_room = request.max_num_tokens - request.num_tokens - 1
+            num_drafts = max(0, min(len(request.draft_token_ids), num_spare, num_room))
+            if num_drafts and not self.allocate_guesses(request, num_drafts):
+                num_drafts = 0
+            while not self.blocks.allocate(request.request_id, request.num_expected_tokens):
+                victim = self.running[-1]
+                self.preempt(victim)
+                output.preempted.append(victim)
+                if victim is request:
+                    break
+            else:
+                num_spare -= num_drafts
+                self._add(request, 1 + num_drafts, output, num_drafts=num_drafts)
+        for request in chunked:
+            num_tokens = self._chunk_size(request.num_missing_tokens, output)
+            if num_tokens and request not in output.preempted:
+                self._add(request, num_tokens, output)
+
+    def allocate_guesses(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for this many tokens after the last known one. Nobody has to leave for a guess: it takes a block only
+        if one is left for everybody else's own."""
+        num_tokens += request.num_tokens
+        return self.blocks.allocate(request.request_id, num_tokens, num_left_free=len(self.running) - 1)
+
+    def _schedule_waiting(self, output: SchedulerOutput) -> None:
+        """First come, first served: if the head of the queue does not fit, nobody behind it is let past."""
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            cached = self.blocks.find_cached(request)
+            num_cached = len(cached) * self.blocks.block_size
+            num_tokens = self._chunk_size(request.num_tokens - num_cached, output)
+            if request.num_output_placeholders or num_tokens == 0 or not self._admit(request, cached):
+                break  # the first: it was preempted, and a step in flight brings it a token before it can go on
+            self.running.append(self.waiting.popleft())
+            request.status = RequestStatus.RUNNING
+            request.num_computed_tokens = num_cached
+            if request.num_cached_tokens is None:  # what a preempted one finds of its own is no hit
+                request.num_cached_tokens = num_cached
+                self.num_queried_tokens += request.num_tokens
+                self.num_hit_tokens += num_cached
+            self._add(request, num_tokens, output, num_cached)
+
+    def _add(
+        self, request: Request, num_tokens: int, output: SchedulerOutput, num_cached: int = 0, num_drafts: int = 0
+    ) -> None:
+        """Note what a request computes, and let others find the blocks that get full by it.
+
+        Also those of this very step: every layer writes all keys and values before it reads any.
+        """
+        output.add(request, num_tokens, num_cached, num_drafts)
+        num_known = min(request.num_computed_tokens, request.num_tokens)
+        output.registered.extend(self.blocks.register(request, num_known))
+
+    def _chunk_size(self, num_missing: int, output: SchedulerOutput) -> int:
+        """How many of its missing tokens a request may compute in this step; 0 if there is no room for it."""
+        budget = self.max_num_batched_tokens - output.total_num_scheduled_tokens
+        if not self.enable_chunked_prefill:
+            return num_missing if num_missing <= budget else 0
+        return min(num_missing, budget, self.long_prefill_token_threshold or num_missing)
+
+    def _admit(self, request: Request, cached: list[KVBlock]) -> bool:
+        """Allocate a waiting request's blocks, unless that would leave fewer free than the watermark.
+
+        It gets blocks for all its tokens, though the step may compute only some: a prompt that is let in with its first
+        chunk alone would find the pool full half-way. Without the watermark it is let in with the last block, and the
+        next step throws it out again. One that would run alone is let in anyway: nobody is there to be disturbed.
+        """
+        num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_needed(request.num_tokens, cached)
+        if self.running and num_free_after < self.watermark_blocks:
+            return False
+        return self.blocks.allocate(request.request_id, request.num_tokens, cached)
+
+    def preempt(self, request: Request) -> None:
+        """Take all blocks of a running request away; it waits at the head of the queue and computes all again.
+
+        Its output is kept: the tokens are known, only their keys and values are gone. A token in flight is still its
+        own, and comes before it can be scheduled again.
+        """
+        self.running.remove(request)
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.WAITING
+        request.draft_token_ids, request.draft_probs = [], None
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def finish(self, request: Request) -> None:
+        """A request has ended: its place and its blocks are free at once, also while a step that writes there runs.
+
+        The next owner's step comes after that one. It may have been preempted meanwhile, and wait.
+        """
+        (self.running if request in self.running else self.waiting).remove(request)
+        self._release(request)
+
+    def abort(self, request_ids: Iterable[str]) -> list[Request]:
+        """Forget requests wherever they are. Returns those that were there; one that has ended is no error."""
+        wanted, found = set(request_ids), []
+        for queue in (self.waiting, self.running):
+            for request in [request for request in queue if request.request_id in wanted]:
+                queue.remove(request)
+                self._release(request)
+                request.status = RequestStatus.FINISHED_ABORTED
+                found.append(request)
+        return found
+
+    def fail_step(self, step: SchedulerOutput, later: Iterable[SchedulerOutput]) -> list[Request]:
+        """A step has failed while later ones are in flight. Ends its requests, and those that have found a block which
+        it was to write. Returns those that had not ended before.
+
+        Nothing that these steps were to write may be found any more.
+        """
+        failed = {request.request_id for request in step.requests}
+        for output in (step, *later):
+            failed |= self.blocks.forget(block for block in output.registered if block.request_id in failed)
+            self.blocks.forget(output.registered)
+        return self.abort(failed)
+
+    def _release(self, request: Request) -> None:
+        if request.request_id in self.blocks.block_tables:
+            num_written = request.num_computed_tokens - request.num_output_placeholders
+            self.blocks.register(request, min(num_written, request.num_tokens))
+        request.num_registered_blocks = 0
+        self.blocks.free(request.request_id)
+        self._left.append(request.request_id)

@@ -1,1 +1,0 @@
-"""Speculative decoding: who guesses the next tokens, and how guesses are judged."""

@@ -94,7 +94,7 @@ def resolve_checkpoint(model: str) -> Checkpoint:
 
 
 def _find_directory(model: str) -> Path:
-    if (MODELS_DIR / model).is_dir() and "/" not in model and model not in ("", ".", ".."):
+    if (MODELS_DIR / model / "config.json").is_file() and "/" not in model and model not in ("", ".", ".."):
         return MODELS_DIR / model
     path = Path(model).expanduser()
     if model and path.is_dir():

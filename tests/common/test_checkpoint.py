@@ -104,7 +104,7 @@ def test_a_hugging_face_id_while_offline(model: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "model", ["tinny", "", ".", "..", "/no/such/place", "./no/such", "a/b/c", "~/no-such", "../models"]
+    "model", ["tinny", "", ".", "..", "/no/such/place", "./no/such", "a/b/c", "~/no-such", "../models", "training"]
 )
 def test_a_name_that_is_nothing(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

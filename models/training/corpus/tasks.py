@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from tools.corpus.chat import Message
-from tools.corpus.stories import write_story
+from models.training.corpus.chat import Message
+from models.training.corpus.stories import write_story
 
 Task = list[Message]
 

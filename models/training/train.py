@@ -1,9 +1,9 @@
-"""Train the models that ship in `models/`, from the corpus in `tools/corpus`.
+"""Train the models that ship in `models/`, from the corpus in `models/training/corpus`.
 
-    python -m tools.train_models tokenizer
-    python -m tools.train_models tiny
-    python -m tools.train_models tiny-draft
-    python -m tools.train_models tiny-moe
+    python -m models.training.train tokenizer
+    python -m models.training.train tiny
+    python -m models.training.train tiny-draft
+    python -m models.training.train tiny-moe
 
 Needs nothing but this repository: the corpus is written as training goes, from fixed seeds. A run that was stopped
 goes on from its last checkpoint (`build/training/`). `tiny` takes about two hours on one CPU core; models/README.md
@@ -37,14 +37,13 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from tools.corpus.documents import END, Batch, Mix, make_batches, write_step
-from tools.corpus.facts import Fact, load_facts
-from tools.corpus.stories import write_story
-from tools.corpus.tasks import write_task
+from models.training.corpus.documents import END, Batch, Mix, make_batches, write_step
+from models.training.corpus.facts import Fact, load_facts
+from models.training.corpus.stories import write_story
+from models.training.corpus.tasks import write_task
 
-ROOT = Path(__file__).parent.parent
-MODELS_DIR = ROOT / "models"
-CHECKPOINT_DIR = ROOT / "build" / "training"
+MODELS_DIR = Path(__file__).parent.parent
+CHECKPOINT_DIR = MODELS_DIR.parent / "build" / "training"
 VOCAB_SIZE = 4_096
 CONTEXT_TOKENS = 2_048
 BETAS = (0.9, 0.97)

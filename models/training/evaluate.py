@@ -1,7 +1,7 @@
 """Examine the shipped models and write the results into their card.
 
-    python -m tools.evaluate_models            print the table
-    python -m tools.evaluate_models --write    also write models/evaluation.json and the table in models/README.md
+    python -m models.training.evaluate            print the table
+    python -m models.training.evaluate --write    also write models/evaluation.json and the table in models/README.md
 
 Whether a greedy answer equals the trained one is read off one teacher-forced pass: greedy decoding gives exactly the
 trained answer if and only if each of its tokens is the model's first choice after the tokens before it.
@@ -27,13 +27,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tools.corpus import tasks
-from tools.corpus.chat import Message
-from tools.corpus.documents import END, Document, render_chat, to_document
-from tools.corpus.facts import Fact, load_facts
-from tools.corpus.stories import write_story
+from models.training.corpus import tasks
+from models.training.corpus.chat import Message
+from models.training.corpus.documents import END, Document, render_chat, to_document
+from models.training.corpus.facts import Fact, load_facts
+from models.training.corpus.stories import write_story
 
-MODELS_DIR = Path(__file__).parent.parent / "models"
+MODELS_DIR = Path(__file__).parent.parent
 MARKERS = ("<!-- evaluation:begin -->", "<!-- evaluation:end -->")
 EXAM_SEED = "exam"
 NUM_DRAFT_TOKENS = 4

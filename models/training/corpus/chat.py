@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tools.corpus.facts import Fact
+from models.training.corpus.facts import Fact
 
 Message = dict[str, str]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from tools.corpus.chat import Message, write_conversation
-from tools.corpus.facts import Fact
-from tools.corpus.stories import write_story
-from tools.corpus.tasks import Pieces, pairs, repetition, write_task
+from models.training.corpus.chat import Message, write_conversation
+from models.training.corpus.facts import Fact
+from models.training.corpus.stories import write_story
+from models.training.corpus.tasks import Pieces, pairs, repetition, write_task
 
 END = "<|im_end|>"
 MAX_DOCUMENT_TOKENS = 1_900

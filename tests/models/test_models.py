@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import train_models
-from tools.corpus.chat import write_conversation
-from tools.corpus.documents import Mix, make_batches, render_chat, write_step
-from tools.corpus.facts import load_facts, parse_facts
-from tools.train_models import Phase, Rate, Recipe, Trainer, recipes
+from models.training import train
+from models.training.corpus.chat import write_conversation
+from models.training.corpus.documents import Mix, make_batches, render_chat, write_step
+from models.training.corpus.facts import load_facts, parse_facts
+from models.training.train import Phase, Rate, Recipe, Trainer, recipes
 
 MODELS_DIR = Path(__file__).resolve().parents[2] / "models"
 SHIPPED = ("tiny", "tiny-draft", "tiny-moe")
@@ -84,11 +84,11 @@ def test_a_training_step_weighs_each_kind_by_its_share() -> None:
 def test_branches_start_at_the_fork_and_the_model_is_their_mean(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = train_models._llama(
+    config = train._llama(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
     )
     phase = Phase(2, Mix(1, 0), Rate("adamw", 1e-2), Rate("muon", 1e-2), 1e-2, warmup_steps=1)
-    monkeypatch.setattr(train_models, "CHECKPOINT_DIR", tmp_path)
+    monkeypatch.setattr(train, "CHECKPOINT_DIR", tmp_path)
     recipe = Recipe(config, (phase, phase, phase), seed=0, num_branches=2)
     trainer = Trainer("test", recipe, torch.device("cpu"))
     starts = []

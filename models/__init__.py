@@ -1,0 +1,1 @@
+"""The shipped models, a folder each, and `training`, which made them."""

@@ -1,0 +1,1 @@
+"""The corpus, the training and the evaluation of the shipped models."""

@@ -2,6 +2,7 @@
 
 A fix goes into the earliest part that has the fault. From there each next part's copy is merged three ways, part by
 part: ours is the next part's file, base is this part's file at HEAD, theirs is this part's file as it is now.
+Exercise markers take no part in it: every part keeps its own.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 
 from tools import snapshots
+from tools.exercise_markers import with_markers_of, without_markers
 
-MARKER = re.compile(rb"^(<{7}|>{7})( |\r?$)", re.MULTILINE)
+CONFLICT_MARKER = re.compile(rb"^(<{7}|>{7})( |\r?$)", re.MULTILINE)
 HELP = """\
 Carry a fix through all later parts. Make it in the earliest part that has the fault, do not commit, then name the file:
 
@@ -25,6 +27,9 @@ What the working tree changes in that file against HEAD is merged into part 4's 
 and so on. Copies that were identical stay identical. A part without the file ends the chain: the module was removed.
 Uncommitted changes that a later copy already has travel on from there as well. Then step diffs and the evolution map
 are regenerated and the tests of the touched parts run. Nothing is committed.
+
+Exercise markers are left out of the merge, so each part keeps its own. Where the fix adds or rewrites lines right
+beside a marker, the exercise is named: check that its markers still enclose the right lines.
 
 At a conflict it stops and leaves the markers in that part's file. Resolve them, then name that file to go on:
 
@@ -62,7 +67,7 @@ def read_head(root: Path, file: PartFile) -> bytes | None:
 
 def conflict_lines(content: bytes) -> str:
     """The line ranges between conflict markers, such as "12-18, 40-44"; empty if there are none."""
-    numbers = [str(content.count(b"\n", 0, match.start()) + 1) for match in MARKER.finditer(content)]
+    numbers = [str(content.count(b"\n", 0, match.start()) + 1) for match in CONFLICT_MARKER.finditer(content)]
     return ", ".join("-".join(numbers[i : i + 2]) for i in range(0, len(numbers), 2))
 
 
@@ -85,6 +90,8 @@ def parse_source(root: Path, argument: str) -> PartFile:
         raise UsageError(f"{file}: not in HEAD, so there is no change to merge; copy a new file to later parts by hand")
     if head == now:
         raise UsageError(f"{file}: same as in HEAD, so there is nothing to carry")
+    if without_markers(head) == without_markers(now):
+        raise UsageError(f"{file}: only exercise markers changed, and those are each part's own; nothing to carry")
     check_resolved(file, now)
     return file
 
@@ -95,32 +102,37 @@ def check_resolved(file: PartFile, content: bytes) -> None:
         raise UsageError(f"{file}: conflict markers at lines {lines}; resolve them, then run forward on this file")
 
 
-def merge(root: Path, ours: PartFile, base: bytes, theirs: PartFile) -> bool:
-    """Merge theirs, a change of base, into ours in place; returns False if conflict markers were left in ours.
+def merge(root: Path, ours: PartFile, base: bytes, theirs: PartFile) -> tuple[bytes, bool]:
+    """Merge theirs, a change of base, into ours, all without exercise markers.
 
-    Raises UsageError if git cannot merge the file at all.
+    Returns the text and whether it is free of conflict markers. Raises UsageError if git cannot merge the file at all.
     """
     labels = ["-L", str(ours), "-L", f"{theirs} at HEAD", "-L", str(theirs)]
     with tempfile.TemporaryDirectory() as folder:
-        base_path = Path(folder) / "base"
-        base_path.write_bytes(base)
-        command = ["git", "merge-file", "--quiet", *labels, str(ours), str(base_path), str(theirs)]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        paths = [Path(folder) / name for name in ("ours", "base", "theirs")]
+        contents = (ours.under(root).read_bytes(), base, theirs.under(root).read_bytes())
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(without_markers(content))
+        done = subprocess.run(["git", "merge-file", "-p", "--quiet", *labels, *paths], cwd=root, capture_output=True)
     if done.returncode > 127:  # up to 127 it counts conflicts
-        raise UsageError(f"{ours}: git merge-file failed: {done.stderr.strip() or done.returncode}")
-    return done.returncode == 0
+        raise UsageError(f"{ours}: git merge-file failed: {done.stderr.decode().strip() or done.returncode}")
+    return done.stdout, done.returncode == 0
 
 
 def carry_once(root: Path, ours: PartFile, base: bytes, theirs: PartFile) -> str | None:
     """Bring the change from base to theirs into the next part's file; returns what happened, None for a conflict."""
     before = ours.under(root).read_bytes()
     check_resolved(ours, before)
-    if before == base:
-        ours.under(root).write_bytes(theirs.under(root).read_bytes())
-        return "copied (the two were identical)"
-    if not merge(root, ours, base, theirs):
+    was_identical = without_markers(before) == without_markers(base)
+    merged, is_clean = merge(root, ours, base, theirs)
+    content, unsure = with_markers_of(before, merged)
+    if content == before:
+        return "has it already"
+    ours.under(root).write_bytes(content)
+    if not is_clean:
         return None
-    return "has it already" if ours.under(root).read_bytes() == before else "merged"
+    outcome = "copied (the two were identical)" if was_identical else "merged"
+    return "; ".join([outcome, *(f"check where `# exercise: {name}` begins and ends" for name in unsure)])
 
 
 def carry(root: Path, source: PartFile) -> PartFile | None:
@@ -135,7 +147,7 @@ def carry(root: Path, source: PartFile) -> PartFile | None:
             return None
         before = ours.under(root).read_bytes()
         assert base is not None, f"{theirs} must have a base to merge from"
-        if theirs.under(root).read_bytes() == base:
+        if without_markers(theirs.under(root).read_bytes()) == without_markers(base):
             print(f"  {this}: had the fix before, so it brings nothing to later parts; the chain ends here")
             return None
         outcome = carry_once(root, ours, base, theirs)

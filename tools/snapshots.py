@@ -4,7 +4,8 @@ Derived are each part's `step.diff` (from the previous part) and the evolution m
 "What changed" in a part's README is written by hand, because it says why; here it is compared with the files.
 
 Only source files count: those with a suffix in SOURCE_SUFFIXES, outside hidden, `__pycache__` and `build` folders. So
-lessons, pictures, compiled kernels and editor leftovers never reach a diff.
+lessons, pictures, compiled kernels and editor leftovers never reach a diff. Exercise markers don't count either: which
+bodies are exercises is each part's own affair, so a module that differs only in its markers is the same.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
+
+from tools.exercise_markers import without_markers
 
 PART_NAME = re.compile(r"part\d\d_[a-z0-9_]+")
 SOURCE_SUFFIXES = frozenset([".py", ".cpp", ".cu", ".cuh", ".h", ".html", ".jinja", ".json", ".sh", ".toml", ".yaml"])
@@ -29,7 +32,10 @@ MEND = "run `python -m tools.snapshots`"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part's folder name and its source files: path inside the part -> content with LF line ends."""
+    """One part's folder name and its source files.
+
+    files: path inside the part -> content, with LF line ends and without exercise markers.
+    """
 
     name: str
     files: dict[str, bytes]
@@ -51,7 +57,7 @@ def load_parts(root: Path) -> list[Part]:
     parts = []
     for name in list_parts(root):
         paths = {path.relative_to(root / name): path for path in (root / name).rglob("*") if path.is_file()}
-        files = {rel.as_posix(): read_lf(path) for rel, path in paths.items() if is_source(rel)}
+        files = {rel.as_posix(): without_markers(read_lf(path)) for rel, path in paths.items() if is_source(rel)}
         parts.append(Part(name, dict(sorted(files.items()))))
     return parts
 
@@ -110,16 +116,27 @@ def steps(parts: list[Part]) -> list[tuple[Part | None, Part]]:
 
 
 def evolution_map(parts: list[Part]) -> str:
-    """The Markdown table of Python modules (down, by first appearance) and parts (across)."""
+    """The Markdown table of Python modules (down) and parts (across), and the share of modules that a step kept.
+
+    The modules of a folder stand together, those of the part's root first, in the order of their first appearance.
+    """
     columns = [compare(old, new) for old, new in steps(parts)]
     modules: dict[str, None] = {}  # an ordered set
     for column in columns:
         modules.update((path, None) for path in column if path.endswith(".py"))
     lines = [["module", *(str(int(part.name[4:6])) for part in parts)], ["---"] * (len(parts) + 1)]
-    for path in modules:
+    for path in sorted(modules, key=lambda path: PurePosixPath(path).parent.as_posix()):
         cells = [column.get(path, "") for column in columns]
         lines.append([f"`{path}`", *("" if cell == "removed" else cell for cell in cells)])
+    shares = [unchanged_share({path: column[path] for path in modules if path in column}) for column in columns]
+    lines.append(["files unchanged from the part before", "", *(f"{share:.0%}" for share in shares[1:])])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def unchanged_share(changes: dict[str, str]) -> float:
+    """The share of a part's files that are the same as in the part before."""
+    present = [change for change in changes.values() if change != "removed"]
+    return present.count("same") / len(present) if present else 0.0
 
 
 def table_rows(readme: str) -> tuple[dict[str, str], list[str]]:
@@ -158,7 +175,7 @@ def check_table(root: Path, old: Part, new: Part) -> list[str]:
         if actual is None:
             complaints.append(f"lists `{name}`, which is no source file of this part or of {old.name}: delete the row")
         elif actual == "same":
-            complaints.append(f"lists `{name}`, which is byte-identical to {old.name}/{name}: delete the row")
+            complaints.append(f"lists `{name}`, which is the same in {old.name} (markers apart): delete the row")
         elif actual != word:
             complaints.append(f"lists `{name}` as {word}, but compared with {old.name} it is {actual}: write {actual}")
     return [f'{new.name}/README.md, "What changed": {complaint}' for complaint in complaints]

@@ -158,10 +158,55 @@ def test_a_part_not_committed_yet_is_carried_through(root: Path) -> None:
         assert (root / part / "same.py").read_text() == expected, f"{part}: expected its own text with the fix"
 
 
+def marked(body: str, function: str, exercise: str) -> str:
+    """The body with markers around the one line of a function."""
+    before, definition, after = body.partition(f"def {function}():\n")
+    line, _, rest = after.partition("\n")
+    return f"{before}{definition}    # exercise: {exercise}\n{line}\n    # exercise: end\n{rest}"
+
+
+def test_every_part_keeps_its_own_exercise_markers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fixes on the very lines that stand between markers in one part or the other."""
+    write(root, f"{ONE}/same.py", marked(BODY, "middle", "two"))
+    write(root, f"{TWO}/same.py", marked(BODY, "first", "one"))
+    write(root, f"{FOUR}/same.py", marked(marked(BODY, "last", "three"), "middle", "two_again"))
+    commit(root)
+    before = read(root, "same.py")
+    edit(root, f"{ONE}/same.py", "return 1", "return 10")
+    edit(root, f"{ONE}/same.py", "return 2", "return 20")
+    assert run(root, f"{ONE}/same.py") == 0, capsys.readouterr().err
+    expected = [text.replace("return 1\n", "return 10\n").replace("return 2", "return 20") for text in before]
+    assert read(root, "same.py") == expected, "each part must get the fix and keep its own markers"
+    out = capsys.readouterr().out
+    assert out.count("copied (the two were identical)") == 3 and "check where" not in out, out
+    assert run(root, f"{ONE}/same.py") == 0 and capsys.readouterr().out.count("has it already") == 3
+
+
+def test_a_conflict_inside_an_exercise_keeps_its_markers(root: Path) -> None:
+    write(root, f"{TWO}/engine.py", marked(BODY.replace("return 2", "return 22"), "middle", "two"))
+    commit(root)
+    edit(root, f"{ONE}/engine.py", "return 2", "return 20")
+    assert run(root, f"{ONE}/engine.py") == 1
+    conflicted = (root / TWO / "engine.py").read_text()
+    assert "    # exercise: two\n    return 22\n    # exercise: end\n=======\n    return 20\n" in conflicted, conflicted
+
+
+def test_a_line_added_beside_a_marker_is_pointed_out(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(root, f"{TWO}/same.py", marked(BODY, "middle", "two"))
+    commit(root)
+    edit(root, f"{ONE}/same.py", "def middle():\n", "def middle():\n    check()\n")
+    run(root, f"{ONE}/same.py")
+    text = (root / TWO / "same.py").read_text()
+    assert "    check()\n    # exercise: two\n    return 2\n    # exercise: end\n" in text, text
+    out = capsys.readouterr().out
+    assert f"{TWO}: copied (the two were identical); check where `# exercise: two` begins and ends" in out, out
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         (f"{ONE}/same.py", "same as in HEAD"),
+        (f"{ONE}/exercise.py", "only exercise markers changed"),
         (f"{ONE}/fresh.py", "not in HEAD"),
         (f"{ONE}/marked.py", "conflict markers at lines 1-5"),
         (f"{ONE}/absent.py", "no such file"),
@@ -176,9 +221,11 @@ def test_wrong_usage_is_one_clear_line(
     root: Path, capsys: pytest.CaptureFixture[str], argument: str, message: str
 ) -> None:
     write(root, f"{ONE}/marked.py", "x = 1\n")
+    write(root, f"{ONE}/exercise.py", BODY)
     commit(root)
     write(root, f"{ONE}/marked.py", "<<<<<<< ours\nx = 1\n=======\nx = 2\n>>>>>>> theirs\n")
     write(root, f"{ONE}/fresh.py", BODY)
+    write(root, f"{ONE}/exercise.py", marked(BODY, "first", "one"))
     edit(root, f"{ONE}/engine.py", "return 1", "return 10")
     before = read(root, "engine.py")
     status = run(root, f"{ONE}/engine.py", argument)

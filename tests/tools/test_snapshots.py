@@ -136,7 +136,7 @@ def test_first_part_must_not_have_a_step_diff(root: Path, capsys: pytest.Capture
         ("| `old.py` | removed | unused |\n", "", "does not list `old.py`: add the row | `old.py` | removed | why |"),
         ("`cache.py` | new", "`cache.py` | changed", f"lists `cache.py` as changed, but compared with {TWO} it is new"),
         ("`old.py` | removed", "`old.py` | changed", "lists `old.py` as changed"),
-        ("| `cache.py`", "| `util.py` | changed | x |\n| `cache.py`", "lists `util.py`, which is byte-identical"),
+        ("| `cache.py`", "| `util.py` | changed | x |\n| `cache.py`", f"lists `util.py`, which is the same in {TWO}"),
         ("| `cache.py`", "| `ghost.py` | new | x |\n| `cache.py`", "lists `ghost.py`, which is no source file"),
         ("| `cache.py`", "| `step.diff` | new | x |\n| `cache.py`", "lists `step.diff`, which is no source file"),
         ("| `cache.py`", "| `cache.py` | new | x |\n| `cache.py`", "lists `cache.py` twice"),
@@ -169,8 +169,9 @@ def test_evolution_map(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "| `engine.py` | new | changed | changed |\n"
         "| `old.py` | new | same |  |\n"
         "| `util.py` | new | same | same |\n"
-        "| `kernels/fast.py` |  | new | same |\n"
         "| `cache.py` |  |  | new |\n"
+        "| `kernels/fast.py` |  | new | same |\n"
+        "| files unchanged from the part before |  | 50% | 50% |\n"
     )
     readme = root / "README.md"
     good = readme.read_text()
@@ -181,6 +182,18 @@ def test_evolution_map(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme.write_text("# Front\n")
     status, err = check(root, capsys)
     assert status == 1 and f"README.md needs the lines `{snapshots.MAP_BEGIN}`" in err, err
+
+
+def test_exercise_markers_do_not_count(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marked = ENGINE.replace("        a = 1\n", "        # exercise: step\n        a = 1\n        # exercise: end\n")
+    (root / ONE / "engine.py").write_text(marked)
+    (root / THREE / "util.py").write_text("# exercise: why\ny = 1\n# exercise: end")
+    status, err = check(root, capsys)
+    assert status == 0, f"markers alone must not change a diff, the map or a table: {err}"
+    assert "exercise" not in (root / TWO / "step.diff").read_text()
+    (root / THREE / "util.py").write_text("y = 1  # exercise: why\n")
+    status, err = check(root, capsys)
+    assert "does not list `util.py`" in err, f"only a line that is nothing but a marker is one: {err}"
 
 
 def test_a_folder_without_parts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

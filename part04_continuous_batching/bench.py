@@ -28,7 +28,7 @@ from common.results import median, write_result
 from common.sampling_params import SamplingParams
 from common.stats import percentile
 from common.trace import read_trace
-from common.trace_view import draw
+from common.trace.view import draw
 from common.workloads import WorkloadRequest, heavy_tailed, nano_vllm_cpu
 
 from .config import EngineConfig

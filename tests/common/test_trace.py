@@ -1,4 +1,4 @@
-"""common/trace.py: what is written is read back, a broken file is refused by line, a full disk stops no engine."""
+"""common/trace: what is written is read back, a broken file is refused by line, a full disk stops no engine."""
 
 from __future__ import annotations
 

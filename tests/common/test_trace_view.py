@@ -1,4 +1,4 @@
-"""common/trace_view.py: the summary's numbers, the chart's cells, the picture and the command line."""
+"""common/trace/view.py and __main__.py: the summary's numbers, the chart's cells, the picture and the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from common.errors import FieldError
 from common.plotting import COLORS
 from common.trace import Phase, StepTrace, Trace
-from common.trace_view import bucket, chart, chart_rows, draw, main, print_view, summary
+from common.trace.__main__ import main
+from common.trace.view import bucket, chart, chart_rows, draw, print_view, summary
 from tests.common.test_trace import request, step, write
 
 # a: prefill, decode, end. b: two chunks, preempted for two steps, recomputed, aborted. c: skips a step. d: never ran.

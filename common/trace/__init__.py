@@ -36,7 +36,7 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
 
     num_computed: tokens whose KV existed before the step. num_scheduled: tokens computed in it. num_cached: tokens
     taken from a cache instead of computed. num_sampled: tokens emitted, 0 for a partial prefill. num_drafts: how many
-    of num_scheduled were guesses.
+    of num_scheduled were draft tokens.
     """
 
     id: str
@@ -296,9 +296,3 @@ def _name_event(kind: str, group: int, track: int, name: str) -> dict[str, Any]:
 
 def _us(seconds: float) -> float:
     return round(seconds * 1e6, 3)
-
-
-if __name__ == "__main__":
-    from common.trace_view import main
-
-    main()

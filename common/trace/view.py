@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from common.cli import exit_on_error
 from common.errors import FieldError
 from common.plotting import COLORS, TEXT_COLOR, figure, save
-from common.trace import Phase, StepTrace, Trace, export_perfetto, read_trace, step_phases
+from common.trace import Phase, StepTrace, Trace, step_phases
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -313,43 +311,3 @@ def _draw_legend(fig: Figure, rows: Sequence[Row]) -> None:
         if end in ends:
             handles.append(Line2D([], [], color=TEXT_COLOR, marker=marker, linestyle="", label=label, mew=1.8))
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=10)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m common.trace", description="Read what an engine wrote with --trace FILE.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    view = commands.add_parser("view", help="print a summary and a chart")
-    view.add_argument("file", help="a trace")
-    view.add_argument("--from", dest="first", type=int, metavar="STEP", help="the first step to show")
-    view.add_argument("--to", dest="last", type=int, metavar="STEP", help="the last step to show")
-    view.add_argument("--width", type=int, metavar="N", help="characters in a line (default: the terminal's)")
-    view.add_argument("--rows", type=int, metavar="N", default=40, help="the most requests to show (default: 40)")
-    export = commands.add_parser("export", help="convert to JSON for https://ui.perfetto.dev")
-    export.add_argument("file", help="a trace")
-    export.add_argument("out", metavar="OUT.json", help="the file to write")
-    return parser
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    if arguments.command == "export":
-        export_perfetto(read_trace(arguments.file), arguments.out)
-        print(f"{arguments.out}: open it in https://ui.perfetto.dev")
-        return
-    if arguments.width is not None and arguments.width < 40:
-        raise FieldError("--width", f"expected at least 40, got {arguments.width}")
-    if arguments.rows < 1:
-        raise FieldError("--rows", f"expected at least 1, got {arguments.rows}")
-    console = Console(width=arguments.width, highlight=False)
-    trace = read_trace(arguments.file)
-    print_view(trace, console, first=arguments.first, last=arguments.last, max_rows=arguments.rows)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Whatever is wrong with it or with the file ends in one line and status 2."""
-    arguments = _parser().parse_args(argv)
-    exit_on_error(f"python -m common.trace {arguments.command}", lambda: _run(arguments))

@@ -4,6 +4,8 @@
 #   make test [PART=3]     all tests, or one part's     ARGS="-n 0" runs them in one process
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
+#   make gpu               everything that needs a CUDA device, in eight minutes; before it, where there is a network:
+#   make gpu-wheels        what the engine needs on a GPU machine without one, into build/wheels
 #   make lint              ruff, mypy, and the check of step diffs and tables
 #   make setup             only the set-up              PIP_ARGS="…" goes to pip
 
@@ -26,7 +28,7 @@ endif
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test serve bench lint clean
+.PHONY: help setup demo test serve bench gpu gpu-wheels lint clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -50,6 +52,12 @@ serve: $(READY)
 
 bench: $(READY)
 	@$(PY) -m $(PART_DIR).bench $(ARGS)
+
+gpu-wheels: $(READY)
+	$(PY) -m tools.gpu.wheels
+
+gpu:  # without the set-up: the machine may have no network, and brings its own torch
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.gpu $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

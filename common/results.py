@@ -68,8 +68,13 @@ def write_result(
     seed: int,
     repeats: int,
     measurements: Mapping[str, Any],
+    machine: Mapping[str, Any] | None = None,
+    commit: str | None = None,
 ) -> None:
     """Write one benchmark's result as sorted JSON with date (UTC, day only), commit and machine.
+
+    machine, commit: by default machine_stamp() and git_commit(). A file that was there is replaced at once or not at
+    all, so a benchmark may write while it goes and be killed at any time.
 
     Raises ValueError for NaN or infinity and TypeError for what JSON cannot hold; an existing file then stays as it is.
     """
@@ -77,8 +82,8 @@ def write_result(
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": git_commit(),
-        "machine": machine_stamp(),
+        "commit": commit or git_commit(),
+        "machine": machine_stamp() if machine is None else dict(machine),
         "config": dict(config),
         "seed": seed,
         "repeats": repeats,
@@ -86,7 +91,9 @@ def write_result(
     }
     text = json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from common.threads import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before the imports below load torch
+
 import signal
 import socket
 import sys

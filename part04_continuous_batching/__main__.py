@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from common.threads import limit_spinning
+
+if __name__ == "__main__":
+    limit_spinning()  # before the imports below load torch
+
 from common.cli import exit_on_error, parse_config
 from common.serve import listen, serve_app, single_threaded
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from common.testing import assert_same_greedy
+from common.threads import SPIN_LIMITS
 
 ROOT = Path(__file__).parents[2]
 MAX_FUNCTION_LINES = 70
@@ -192,14 +193,25 @@ def test_functions_are_short(part_dir: Path) -> None:
 
 # One interpreter for all parts: what costs seconds, the imports of torch and transformers, comes first and once.
 PROBE = """
-import contextlib, importlib, io, json, pathlib, runpy, sys, threading
+import contextlib, importlib, io, json, os, pathlib, runpy, sys, threading
 import common.checkpoint, common.cli
+
+def run(part, *argv):
+    sys.modules.pop(part + ".__main__", None)  # run as `python -m` runs it
+    sys.argv, output, errors = [part, *argv], io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            runpy.run_module(part, run_name="__main__", alter_sys=True)
+        status = "none"
+    except SystemExit as exit:
+        status = exit.code
+    return {"status": status, "stdout": output.getvalue(), "stderr": errors.getvalue()}
 
 def names_of_threads():
     return sorted(thread.name for thread in threading.enumerate())
 
 def probe(part):
-    found = {"threads before": names_of_threads(), "imported": []}
+    found = {"threads before": names_of_threads(), "environment before": dict(os.environ), "imported": []}
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         for path in sorted(pathlib.Path(part).rglob("*.py")):
@@ -207,15 +219,8 @@ def probe(part):
             importlib.import_module(name)
             found["imported"].append(name)
     found |= {"threads after": names_of_threads(), "printed": output.getvalue() + errors.getvalue()}
-    sys.modules.pop(part + ".__main__")  # run as `python -m` runs it
-    sys.argv, output = [part, "--help"], io.StringIO()
-    try:
-        with contextlib.redirect_stdout(output):
-            runpy.run_module(part, run_name="__main__", alter_sys=True)
-        found["status"] = "none"
-    except SystemExit as exit:
-        found["status"] = exit.code
-    return found | {"help": output.getvalue()}
+    found["environment after"] = dict(os.environ)
+    return found | {"help": run(part, "--help")}
 
 print(json.dumps({part: probe(part) for part in sys.argv[1:]}))
 """
@@ -224,12 +229,17 @@ print(json.dumps({part: probe(part) for part in sys.argv[1:]}))
 @pytest.fixture(scope="session")
 def probes() -> dict[str, dict[str, Any]]:
     """For every part: what importing all of it does, and its --help."""
+    return run_probe(PROBE)
+
+
+def run_probe(code: str) -> dict[str, dict[str, Any]]:
+    """What code prints as JSON, run by one interpreter for all parts, which are its arguments."""
     parts = sorted(path.parent.name for path in ROOT.glob("part[0-9][0-9]_*/__init__.py"))
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *parts], cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S
+        [sys.executable, "-c", code, *parts], cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S
     )
-    assert done.returncode == 0, f"importing the parts and asking for --help failed: {done.stderr}"
+    assert done.returncode == 0, f"looking at the parts failed: {done.stderr}"
     return json.loads(done.stdout)
 
 
@@ -241,11 +251,61 @@ def test_importing_a_part_does_nothing(part: str, probes: dict[str, dict[str, An
         f"importing {part} starts threads: {probe['threads before']} became {probe['threads after']}"
     )
     assert not probe["printed"], f"importing {part} prints {probe['printed']!r}"
+    before, after = probe["environment before"], probe["environment after"]
+    assert after == before, f"importing {part} changes the environment: {dict(after.items() ^ before.items())}"
 
 
 @pytest.mark.since(1)
 def test_help_names_the_flags(part: str, probes: dict[str, dict[str, Any]]) -> None:
-    probe = probes[part]
-    assert probe["status"] in (0, None), f"python -m {part} --help: exit status {probe['status']}"
+    run = probes[part]["help"]
+    assert run["status"] in (0, None), f"python -m {part} --help: exit status {run['status']}, {run['stderr']}"
     for flag in ("--model", "--host", "--port"):
-        assert re.search(rf"^  {flag}\b", probe["help"], re.MULTILINE), f"{part} --help lacks {flag}:\n{probe['help']}"
+        assert re.search(rf"^  {flag}\b", run["stdout"], re.MULTILINE), f"{part} --help lacks {flag}:\n{run['stdout']}"
+
+
+# Threads
+
+
+# One interpreter for all parts, which never gets as far as torch: each is run until it imports it.
+SPIN_PROBE = """
+import importlib.abc, json, os, runpy, sys
+from common.threads import SPIN_VARIABLES
+
+class Reached(BaseException):
+    pass
+
+class StopAtTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise Reached
+
+def variables(part, **given):
+    for name in SPIN_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(given)
+    try:
+        runpy.run_module(part, run_name="__main__", alter_sys=True)
+    except Reached:
+        return {name: os.environ[name] for name in SPIN_VARIABLES if name in os.environ}
+    finally:
+        for name in [name for name in sys.modules if name.startswith((part, "common"))]:
+            del sys.modules[name]
+
+sys.meta_path.insert(0, StopAtTorch())
+parts = sys.argv[1:]
+print(json.dumps({part: [variables(part), variables(part, OMP_WAIT_POLICY="ACTIVE")] for part in parts}))
+"""
+
+
+@pytest.fixture(scope="session")
+def spin_probes() -> dict[str, Any]:
+    """For every part: the variables that OpenMP finds, where none was set and where one was."""
+    return run_probe(SPIN_PROBE)
+
+
+@pytest.mark.since(1)
+def test_a_server_limits_spinning_before_it_imports_torch(part: str, spin_probes: dict[str, Any]) -> None:
+    unset, active = spin_probes[part]
+    look = "OpenMP reads these when torch is imported. Look at the top of __main__.py and at common/threads.py."
+    assert unset == SPIN_LIMITS, f"python -m {part}, none set: expected {SPIN_LIMITS}, got {unset}. {look}"
+    assert active == {"OMP_WAIT_POLICY": "ACTIVE"}, f"python -m {part}: expected what was set, got {active}. {look}"

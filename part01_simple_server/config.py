@@ -8,6 +8,7 @@ from typing import Literal
 from common.checkpoint import default_device
 from common.cli import option
 from common.errors import FieldError
+from common.threads import check_num_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,13 @@ class EngineConfig:
     port: int = option(8000, "port to listen on; 0 takes a free one")
     device: str | None = option(None, "cpu or cuda (None: cuda if there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: float32 on cpu, bfloat16 on cuda")
+    num_threads: int | None = option(None, "CPU threads for the model (None: one per physical core)")
     max_model_len: int | None = option(None, "context in tokens, prompt and answer together (None: the model's)")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise FieldError("port", f"expected 0 to 65535, got {self.port}")
+        check_num_threads(self.num_threads)
         if self.max_model_len is not None and self.max_model_len < 2:
             raise FieldError("max_model_len", f"expected at least 2 tokens, got {self.max_model_len}")
         device = self.device or default_device()

@@ -21,6 +21,7 @@ from common.errors import FieldError, openai_error
 from common.outputs import CompletionOutput, FinishReason, RequestOutput
 from common.prompts import PROMPT_FIELDS, encode_prompt
 from common.sampling_params import SamplingParams, check_known_fields, check_supported, check_vocabulary
+from common.threads import set_num_threads
 
 from .config import EngineConfig
 
@@ -38,6 +39,7 @@ class LLM:
 
     def __init__(self, config: EngineConfig) -> None:
         assert config.device is not None, "EngineConfig chooses the device"
+        set_num_threads(config.num_threads)
         checkpoint = resolve_checkpoint(config.model)
         dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
         self.name, self.device = config.model, config.device

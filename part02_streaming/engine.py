@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from common.checkpoint import DTYPES, default_dtype, load_model, load_tokenizer, resolve_checkpoint
 from common.outputs import CompletionOutput, FinishReason, RequestOutput
 from common.sampling_params import SamplingParams, check_supported, check_vocabulary
+from common.threads import set_num_threads
 
 from .config import EngineConfig
 from .detokenizer import IncrementalDetokenizer
@@ -31,7 +32,7 @@ class LLM:
         assert config.device is not None, "EngineConfig chooses the device"
         checkpoint = resolve_checkpoint(config.model)
         dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
-        self.name, self.device = config.model, config.device
+        self.name, self.device, self.num_threads = config.model, config.device, config.num_threads
         self.model = load_model(checkpoint, dtype, config.device)
         self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = checkpoint.eos_token_ids
@@ -65,6 +66,7 @@ class LLM:
 
         The last one has a finish_reason. To stop early, stop iterating.
         """
+        set_num_threads(self.num_threads)  # here, since the server calls this from another thread
         check_supported(params, SAMPLING_FIELDS)
         check_vocabulary(params, self.model.config.vocab_size)
         stop_token_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)

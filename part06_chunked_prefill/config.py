@@ -8,6 +8,7 @@ from typing import Literal
 from common.checkpoint import default_device
 from common.cli import option
 from common.errors import FieldError
+from common.threads import check_num_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,9 @@ class EngineConfig:
     api_key: str | None = option(None, "what clients must send as a bearer token (None: nothing)")
     device: str | None = option(None, "cpu or cuda (None: cuda if there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: float32 on cpu, bfloat16 on cuda")
+    num_threads: int | None = option(
+        None, "CPU threads for the model (None: one per physical core; a server with more than two leaves one free)"
+    )
     max_model_len: int | None = option(None, "context in tokens, prompt and answer together (None: the model's)")
     max_num_seqs: int = option(64, "requests in a step")
     max_num_batched_tokens: int | None = option(None, "tokens in a step (None: 512 on cpu, 2,048 on cuda)")
@@ -39,6 +43,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise FieldError("port", f"expected 0 to 65535, got {self.port}")
+        check_num_threads(self.num_threads)
         if self.max_model_len is not None and self.max_model_len < 2:
             raise FieldError("max_model_len", f"expected at least 2 tokens, got {self.max_model_len}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.checkpoint import DTYPES, Checkpoint, default_dtype
 from common.errors import FieldError
+from common.threads import set_num_threads
 
 from ..config import EngineConfig
 from ..core.block_manager import NULL_BLOCK, BlockManager
@@ -29,7 +30,7 @@ class ModelRunner:
         self.dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
         self.model_config: Any = checkpoint.config
         self.model = load_decoder(checkpoint, self.dtype, config.device)
-        self.num_tokens_computed = 0
+        self.num_tokens_computed, self.num_threads = 0, config.num_threads
         self._scale = head_dim(self.model_config) ** -0.5
         self._backend = choose_backend(config.attention_backend, config.device)
         num_blocks = self._num_blocks(config, max_num_batched_tokens)
@@ -42,6 +43,7 @@ class ModelRunner:
 
         Returns logits [num_requests, vocab_size], float32, of each request's last token.
         """
+        set_num_threads(self.num_threads)  # here, since the server loads in another thread
         firsts = [request.num_computed_tokens for request in requests]
         token_ids = [token for r, first in zip(requests, firsts, strict=True) for token in r.tokens_from(first)]
         positions = [p for r, first in zip(requests, firsts, strict=True) for p in range(first, r.num_tokens)]

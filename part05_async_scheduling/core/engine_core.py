@@ -13,6 +13,7 @@ import threading
 import zmq
 
 from common.errors import FieldError
+from common.threads import leave_a_core
 
 from ..config import EngineConfig
 from ..messages import (
@@ -108,6 +109,7 @@ def run_engine_core(directory: str) -> None:
 
 
 def _serve(config: EngineConfig, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
+    leave_a_core()
     try:
         engine = LLMEngine(config)
     except (FieldError, OSError) as error:

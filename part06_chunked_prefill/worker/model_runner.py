@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.checkpoint import DTYPES, Checkpoint, default_dtype
 from common.errors import FieldError
+from common.threads import set_num_threads
 
 from ..config import EngineConfig
 from ..core.block_manager import NULL_BLOCK, BlockManager
@@ -56,6 +57,7 @@ class ModelRunner:
         self.dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
         self.model_config: Any = checkpoint.config
         self.stream = make_stream(config.device)
+        self.stream.run(lambda: set_num_threads(config.num_threads))
         self.model = self.stream.run(lambda: load_decoder(checkpoint, self.dtype, self.device))
         self.num_tokens_computed = 0
         self._scale = head_dim(self.model_config) ** -0.5

@@ -1,10 +1,11 @@
-"""common/threads.py: how long threads spin."""
+"""common/threads.py: how many threads compute, and how long they spin."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,12 @@ import torch
 
 import common
 from common import threads
-from common.threads import SPIN_LIMITS, SPIN_VARIABLES, limit_spinning
+from common.errors import FieldError
+from common.threads import SPIN_LIMITS, SPIN_VARIABLES, check_num_threads, leave_a_core, limit_spinning, set_num_threads
 
 LOOK = "Look at common/threads.py::{}."
 ROOT = Path(common.__file__).parents[1]
+NUM_CPUS = os.cpu_count() or 1
 
 
 @pytest.fixture
@@ -61,3 +64,85 @@ def test_openmp_hears_of_the_limit() -> None:
     report = run_python(code, OMP_DISPLAY_ENV="VERBOSE").stderr
     [line] = [line for line in report.splitlines() if "GOMP_SPINCOUNT" in line]
     assert f"'{SPIN_LIMITS['GOMP_SPINCOUNT']}'" in line, f"libgomp says {line!r}. {LOOK.format('limit_spinning')}"
+
+
+# The number of threads
+
+
+@pytest.mark.parametrize("num_threads", [None, 1, NUM_CPUS])
+def test_numbers_of_threads_that_are_taken(num_threads: int | None) -> None:
+    check_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1, NUM_CPUS + 1, 10**12])
+def test_a_number_of_threads_out_of_range_is_an_error_that_names_it(num_threads: int) -> None:
+    with pytest.raises(FieldError, match=rf"^num_threads: expected 1 to {NUM_CPUS} .*, got {num_threads}$"):
+        check_num_threads(num_threads)
+
+
+def in_a_new_thread(num_threads: int | None) -> int:
+    """What torch computes with in a thread that has called set_num_threads."""
+    found: list[int] = []
+
+    def compute() -> None:
+        set_num_threads(num_threads)
+        found.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_thread_computes_with_what_it_is_told() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert in_a_new_thread(None) == 1, f"None: as the process is set. {LOOK.format('set_num_threads')}"
+        assert in_a_new_thread(2) == 2, LOOK.format("set_num_threads")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or NUM_CPUS < 2, reason="counts OpenMP's threads in /proc")
+@pytest.mark.parametrize("num_threads", ["1", "None"])
+def test_the_first_matrix_product_of_a_thread_already_obeys(num_threads: str) -> None:
+    """torch.set_num_threads(1) in the main thread alone is not enough for that."""
+    code = (
+        "import os, threading, torch\n"
+        "from common.threads import set_num_threads\n"
+        "def compute():\n"
+        f"    set_num_threads({num_threads})\n"
+        "    before = len(os.listdir('/proc/self/task'))\n"
+        "    torch.nn.functional.linear(ones, ones)\n"
+        "    print(len(os.listdir('/proc/self/task')) - before)\n"
+        "torch.set_num_threads(1)\n"
+        "ones = torch.ones(512, 512)\n"
+        "thread = threading.Thread(target=compute)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    got = run_python(code).stdout.strip()
+    assert got == "0", (
+        f"one thread computes: expected no other thread, got {got} more. {LOOK.format('set_num_threads')}"
+    )
+
+
+@pytest.mark.parametrize(("num_cores", "expected"), [(1, 1), (2, 2), (3, 2), (16, 15)])
+def test_one_of_more_than_two_cores_is_left(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], num_cores: int, expected: int
+) -> None:
+    setting = [num_cores]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: setting[-1])
+    monkeypatch.setattr(torch, "set_num_threads", setting.append)
+    leave_a_core()
+    assert setting[-1] == expected, (
+        f"{num_cores} cores: expected {expected} threads, got {setting}. {LOOK.format('leave_a_core')}"
+    )
+
+
+def test_omp_num_threads_is_obeyed(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
+    environ["OMP_NUM_THREADS"] = "4"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail(f"expected 4. {LOOK.format('leave_a_core')}"))
+    leave_a_core()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,12 @@ def engine(part: str, reference: Reference) -> Iterator[Engine]:
 def short_engine(part: str, reference: Reference) -> Iterator[Engine]:
     """The same with a context of 16 tokens."""
     yield Engine(part, str(reference.directory), max_model_len=16)
+
+
+@pytest.fixture
+def load_engine(part: str, reference: Reference) -> Callable[..., Engine]:
+    """Makes the part's engine on the same model with flags of the test's choice."""
+    return partial(Engine, part, str(reference.directory))
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from common.serve import single_threaded
 from common.testing import assert_same_greedy
 from common.threads import SPIN_LIMITS
 
@@ -196,6 +202,8 @@ PROBE = """
 import contextlib, importlib, io, json, os, pathlib, runpy, sys, threading
 import common.checkpoint, common.cli
 
+NO_SERVER = ["--host", "256.256.256.256"]  # so that a part that takes a bad flag does not serve for ever
+
 def run(part, *argv):
     sys.modules.pop(part + ".__main__", None)  # run as `python -m` runs it
     sys.argv, output, errors = [part, *argv], io.StringIO(), io.StringIO()
@@ -220,7 +228,7 @@ def probe(part):
             found["imported"].append(name)
     found |= {"threads after": names_of_threads(), "printed": output.getvalue() + errors.getvalue()}
     found["environment after"] = dict(os.environ)
-    return found | {"help": run(part, "--help")}
+    return found | {"help": run(part, "--help"), "no threads": run(part, "--num-threads", "0", *NO_SERVER)}
 
 print(json.dumps({part: probe(part) for part in sys.argv[1:]}))
 """
@@ -228,7 +236,7 @@ print(json.dumps({part: probe(part) for part in sys.argv[1:]}))
 
 @pytest.fixture(scope="session")
 def probes() -> dict[str, dict[str, Any]]:
-    """For every part: what importing all of it does, and its --help."""
+    """For every part: what importing all of it does, its --help, and how it refuses a flag."""
     return run_probe(PROBE)
 
 
@@ -259,11 +267,21 @@ def test_importing_a_part_does_nothing(part: str, probes: dict[str, dict[str, An
 def test_help_names_the_flags(part: str, probes: dict[str, dict[str, Any]]) -> None:
     run = probes[part]["help"]
     assert run["status"] in (0, None), f"python -m {part} --help: exit status {run['status']}, {run['stderr']}"
-    for flag in ("--model", "--host", "--port"):
+    for flag in ("--model", "--host", "--port", "--num-threads"):
         assert re.search(rf"^  {flag}\b", run["stdout"], re.MULTILINE), f"{part} --help lacks {flag}:\n{run['stdout']}"
 
 
 # Threads
+
+
+@pytest.mark.since(1)
+def test_no_threads_is_an_error_that_names_the_flag(part: str, probes: dict[str, dict[str, Any]]) -> None:
+    run = probes[part]["no threads"]
+    words = rf"{part}: error: --num-threads: expected 1 to \d+ .*, got 0 .*\n"
+    assert run["status"] == 2 and re.fullmatch(words, run["stderr"]), (
+        f"python -m {part} --num-threads 0: expected status 2 and one line like {words!r}, got {run}. "
+        "Look at config.py::EngineConfig."
+    )
 
 
 # One interpreter for all parts, which never gets as far as torch: each is run until it imports it.
@@ -309,3 +327,37 @@ def test_a_server_limits_spinning_before_it_imports_torch(part: str, spin_probes
     look = "OpenMP reads these when torch is imported. Look at the top of __main__.py and at common/threads.py."
     assert unset == SPIN_LIMITS, f"python -m {part}, none set: expected {SPIN_LIMITS}, got {unset}. {look}"
     assert active == {"OMP_WAIT_POLICY": "ACTIVE"}, f"python -m {part}: expected what was set, got {active}. {look}"
+
+
+@pytest.mark.since(1)
+def test_the_model_runs_with_num_threads(part: str, load_engine: Callable[..., Any]) -> None:
+    """torch's setting in the thread that runs the model, whichever that is."""
+    num_threads, found = min(2, os.cpu_count() or 1), set[int]()
+    with single_threaded():  # which puts back what an engine in this thread changes
+        engine = load_engine(num_threads=num_threads)
+        hook = register_module_forward_pre_hook(lambda *_: found.add(torch.get_num_threads()))
+        try:
+            engine.generate([[5, 6, 7]], max_tokens=2)
+        finally:
+            hook.remove()
+    assert found == {num_threads}, (
+        f"{part}, num_threads={num_threads}: the model ran with {found}. Look for set_num_threads."
+    )
+
+
+@pytest.mark.since(5)
+def test_the_core_leaves_a_core_to_the_api(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = importlib.import_module(f"{part}.core.engine_core")
+    calls: list[str] = []
+
+    def load(config: Any) -> None:
+        calls.append("load")
+        raise OSError("no such model")
+
+    monkeypatch.setattr(core, "leave_a_core", lambda: calls.append("leave_a_core"))
+    monkeypatch.setattr(core, "LLMEngine", load)
+    core._serve(None, None, SimpleNamespace(send=lambda _: None))
+    assert calls == ["leave_a_core", "load"], (
+        f"{part}: expected leave_a_core() in the core's process, before the engine is made, got {calls}. "
+        "Look at core/engine_core.py."
+    )

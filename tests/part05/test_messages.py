@@ -37,9 +37,10 @@ ALL_SET = SamplingParams(
     logit_bias={7: 1.5, 100: -100.0}, logprobs=20,
 )  # fmt: skip
 CONFIG = EngineConfig(
-    model="tiny", host="0.0.0.0", port=1, api_key="key", device="cpu", dtype="bfloat16", max_model_len=100,
-    max_num_seqs=3, max_num_batched_tokens=200, max_queued_requests=0, async_scheduling=False, block_size=8,
-    num_kv_blocks=50, kv_cache_memory=12_345, gpu_memory_utilization=0.5, trace="a file", attention_backend="torch",
+    model="tiny", host="0.0.0.0", port=1, api_key="key", device="cpu", dtype="bfloat16", num_threads=1,
+    max_model_len=100, max_num_seqs=3, max_num_batched_tokens=200, max_queued_requests=0, async_scheduling=False,
+    block_size=8, num_kv_blocks=50, kv_cache_memory=12_345, gpu_memory_utilization=0.5, trace="a file",
+    attention_backend="torch",
 )  # fmt: skip
 TO_CORE = [
     Start(CONFIG),

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -123,15 +123,16 @@ def running_app(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def server_process(part: str, *flags: str) -> Iterator[str]:
+def server_process(part: str, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
     """`python -m part --port 0 flags…` as a process of its own, for benchmarks. Yields its base URL.
 
-    The process ends with this one, also on SIGKILL (Linux). Raises RuntimeError, with its last words, if it fails.
+    env: its environment (None: this process's). The process ends with this one, also on SIGKILL (Linux). Raises
+    RuntimeError, with its last words, if it fails.
     """
     command = [sys.executable, "-m", part, "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, preexec_fn=_end_with_parent
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, preexec_fn=_end_with_parent
         )  # fmt: skip
         try:
             assert process.stdout is not None

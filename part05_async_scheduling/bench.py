@@ -6,8 +6,12 @@ Writes results/part05.json, results/part05.png and results/part05_timeline.png. 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from common.load_client import LoadConfig, run_load
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
 from common.serve import server_process
+from common.threads import SPIN_VARIABLES
 from common.trace import StepTrace
 from common.workloads import WorkloadRequest, heavy_tailed
 
@@ -39,6 +44,13 @@ NUM_SEQS = 32
 MODES = {"sync": False, "async": True}
 COLORS = {"sync": plotting.BASELINE_COLOR, "async": plotting.COLORS[0]}
 FORWARD_S, HOST_S, NUM_SCRIPTED_STEPS = 0.010, 0.004, 100
+NUM_STREAMS, STREAM_TOKENS, BUSY_LIMIT_S = 8, 100, 300
+LONG_SPIN = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # what OpenMP does if nobody sets a limit
+THREADING: dict[str, tuple[dict[str, str], list[str]]] = {  # name: (environment, flags)
+    "server's default": ({}, []),
+    "OpenMP's default": (LONG_SPIN, []),
+    "--num-threads 1": ({}, ["--num-threads", "1"]),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +221,36 @@ def measure_http(config: BenchConfig) -> dict[str, dict[str, float]]:
     return medians(runs)
 
 
+@contextlib.contextmanager
+def one_core_taken() -> Iterator[None]:
+    """Another process computes while the block runs, for BUSY_LIMIT_S at most."""
+    code = f"import time; end = time.monotonic() + {BUSY_LIMIT_S}\nwhile time.monotonic() < end: pass"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure_busy(config: BenchConfig) -> dict[str, dict[str, float]]:
+    """Streams over HTTP, output tokens/s: on the machine as it is, and beside a process that takes a core."""
+    requests = heavy_tailed(NUM_STREAMS, sigma=0.0, median_output_tokens=STREAM_TOKENS)
+    clean = {name: value for name, value in os.environ.items() if name not in SPIN_VARIABLES}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in THREADING}
+    for _ in range(config.repeats):
+        for name, (variables, flags) in THREADING.items():
+            with server_process(PROG, "--model", config.small_model, *flags, env=clean | variables) as url:
+                load = LoadConfig(url, model=config.small_model, max_concurrency=NUM_STREAMS)
+                asyncio.run(run_load(load, requests))  # warm-up
+                quiet = asyncio.run(run_load(load, requests))
+                with one_core_taken():
+                    busy = asyncio.run(run_load(load, requests))
+            assert not quiet.num_failed + busy.num_failed, f"{quiet.num_failed + busy.num_failed} requests failed"
+            runs[name].append({"quiet": quiet.output_tokens_per_s, "core_taken": busy.output_tokens_per_s})
+    return medians(runs)
+
+
 def plot_timeline(steps: dict[str, list[StepTrace]], path: Path, num_shown: int = 6) -> None:
     """What the device and the engine did, below each other, for some scripted steps out of the middle."""
     labels = [(title, "milliseconds", "") for title in ("In step", "One step ahead")]
@@ -266,6 +308,10 @@ def report(console: Console, m: dict[str, Any]) -> None:
         console.print(
             f"over HTTP, {name}: {run['tokens_per_s']:,.0f} tokens/s, {run['tpot_ms']:.1f} ms a token", highlight=False
         )
+    table = Table(f"{NUM_STREAMS} streams over HTTP", "tokens/s", "tokens/s, one core taken")
+    for name, run in m["busy"].items():
+        table.add_row(name, f"{run['quiet']:,.0f}", f"{run['core_taken']:,.0f}")
+    console.print(table)
     waste, outside = m["waste"], m["outside"]
     console.print(
         f"{waste['num_requests']} answers that end by themselves: {waste['sync_computed']} positions computed in step, "
@@ -289,6 +335,7 @@ def run(config: BenchConfig) -> None:
         "outside": {model: measure_outside(model, False, config.num_steps) for model in models},
         "waste": measure_waste(config),
         "http": measure_http(config),
+        "busy": measure_busy(config),
     }
     report(Console(), measurements)
     settings = {key: value for key, value in asdict(config).items() if key != "results_dir"}

@@ -358,6 +358,13 @@ def test_a_server_process_ends_with_its_block(module: Callable[[str], str]) -> N
     assert refuses(port_of(url)), f"the process serves on after its block. {LOOK}"
 
 
+def test_a_server_process_has_the_environment_that_it_is_given(module: Callable[[str], str]) -> None:
+    code = "import os, sys\nsys.exit(' and '.join(os.environ.get(name, 'none') for name in ('COLOR', 'SHAPE')))"
+    env = {"COLOR": "green", "PYTHONPATH": os.environ["PYTHONPATH"]}
+    with pytest.raises(RuntimeError, match="green and none"), server_process(module(code), env=env):
+        pytest.fail(f"the block ran without a server. {LOOK}")
+
+
 def test_a_server_process_that_does_not_start(module: Callable[[str], str]) -> None:
     code = "import sys\nsys.exit('no luck with ' + ' '.join(sys.argv[1:]))"
     words = r"some_part --port 0 --model none.*no luck with --port 0 --model none"

@@ -1,1 +1,1 @@
-"""What no lesson teaches and no part changes: the scaffolding around the engines."""
+"""Code that all parts share and no lesson teaches: checkpoints, configs, the HTTP server, traces, plots."""

@@ -1,4 +1,4 @@
-"""From a model's name to its weights and its tokenizer.
+"""Find a model by name and load its weights and its tokenizer.
 
 A name is one of the shipped models (`tiny`), a directory, a Hugging Face id (`Qwen/Qwen3-0.6B`), or `random:<preset>`:
 a real model's shapes with seeded random weights, so that speed can be measured at real sizes without a download.
@@ -35,7 +35,7 @@ _FILES = [
     "vocab.txt",
 ]
 
-# Shapes of published models: llama2.c's stories110M, Qwen3-0.6B, Qwen3-8B; the MoE's are our own.
+# Shapes of published models: llama2.c's stories110M, Qwen3-0.6B, Qwen3-8B; the MoE shape is our own.
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-110m": dict(
         model_type="llama", hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model found. directory is None for random weights, whose text goes through the shipped tokenizer."""
+    """A model that was found. directory is None for random weights, which use the shipped tokenizer."""
 
     name: str
     config: Any
@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def max_model_len(self) -> int:
-        """The context in tokens: prompt and answer together."""
+        """The context length in tokens: prompt plus answer."""
         return self.config.max_position_embeddings
 
 
@@ -109,14 +109,14 @@ def _find_directory(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise FieldError(
-            "model", f"{model!r} is no directory and could not be fetched: {_first_line(error)}"
+            "model", f"{model!r} is not a directory and could not be downloaded: {_first_line(error)}"
         ) from error
 
 
 def _random_checkpoint(model: str) -> Checkpoint:
     preset = model.removeprefix(RANDOM_PREFIX)
     if preset not in PRESETS:
-        raise FieldError("model", f"no preset {preset!r}: expected {RANDOM_PREFIX}<{'|'.join(PRESETS)}>")
+        raise FieldError("model", f"unknown preset {preset!r}: expected {RANDOM_PREFIX}<{'|'.join(PRESETS)}>")
     shape = dict(PRESETS[preset])
     tokenizer_directory = MODELS_DIR / "tiny"
     eos_token_ids = _eos_token_ids(tokenizer_directory, AutoConfig.from_pretrained(tokenizer_directory))
@@ -126,7 +126,7 @@ def _random_checkpoint(model: str) -> Checkpoint:
 
 
 def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
-    """generation_config.json's ids (chat models end on more than one), else config.json's."""
+    """The ids in generation_config.json (chat models have more than one), else those in config.json."""
     path = directory / "generation_config.json"
     try:
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
@@ -145,7 +145,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
-    """transformers' model with its weights, in eval mode. Raises FieldError on a corrupt file or missing tensors."""
+    """Load the transformers model in eval mode. Raises FieldError on a corrupt file or missing tensors."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     if checkpoint.directory is None:
@@ -158,18 +158,18 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
             checkpoint.directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except ValueError as error:  # not a model that writes text
+    except ValueError as error:  # not a text generation model
         raise FieldError("model", f"{checkpoint.directory}: {_first_line(error)}") from error
     model, info = loaded
     if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise FieldError(
-            "model", f"{checkpoint.directory} lacks {len(wrong)} tensors or has other shapes: {wrong[0]} …"
+            "model", f"{checkpoint.directory}: {len(wrong)} tensors are missing or have the wrong shape: {wrong[0]} …"
         )
     return model.to(device).eval()
 
 
 def check_safetensors(directory: Path) -> None:
-    """Read each weight file's header. Raises FieldError naming the first that is corrupt or cut short."""
+    """Read each weight file's header. Raises FieldError naming the first file that is corrupt or truncated."""
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -178,8 +178,22 @@ def check_safetensors(directory: Path) -> None:
             raise FieldError("model", f"{path} is corrupt: {_first_line(error)}") from error
 
 
+def check_draft_model(speculative_model: str, target: Checkpoint, max_model_len: int) -> None:
+    """Raises FieldError("speculative_model", …) if the draft model is missing or does not fit the target."""
+    try:
+        draft = resolve_checkpoint(speculative_model)
+    except FieldError as error:
+        raise FieldError("speculative_model", str(error).removeprefix(f"{error.field}: ")) from None
+    if draft.max_model_len < max_model_len:
+        sizes = f"{draft.max_model_len} tokens, and max_model_len is {max_model_len}"
+        raise FieldError("speculative_model", f"its context has {sizes}: expected at least as many")
+    if draft.config.vocab_size != target.config.vocab_size:
+        sizes = f"{draft.config.vocab_size} tokens, the target's {target.config.vocab_size}"
+        raise FieldError("speculative_model", f"its vocabulary has {sizes}: expected the same tokenizer")
+
+
 def default_dtype(device: str) -> torch.dtype:
-    """float32 on a CPU, so that all engines give one answer; bfloat16 on a GPU."""
+    """float32 on a CPU, so that all engines produce the same tokens; bfloat16 on a GPU."""
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 

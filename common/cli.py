@@ -1,4 +1,4 @@
-"""A frozen config dataclass as a command line: one flag a field, named as the field, helped by its metadata."""
+"""Build a command line from frozen config dataclasses: one flag per field, with help from its metadata."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from common.errors import FieldError
 Config = TypeVar("Config")
 
 
-def option(default: Any, help: str) -> Any:
-    """A config field with its line of --help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, minimum: int | None = None) -> Any:
+    """A config field with its --help text and the smallest value that check_minimums accepts."""
+    return field(default=default, metadata={"help": help, "minimum": minimum})
+
+
+def check_minimums(config: Any) -> None:
+    """Raises FieldError naming the first field that is below its minimum. None is always allowed."""
+    for spec in fields(config):
+        minimum, value = spec.metadata.get("minimum"), getattr(config, spec.name)
+        if minimum is not None and value is not None and value < minimum:
+            raise FieldError(spec.name, f"expected at least {minimum}, got {value}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,13 +38,22 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def parse_config(config_class: type[Config], description: str, prog: str, argv: Sequence[str] | None = None) -> Config:
-    """Read argv into a config_class. Exits with status 2 and one line on an unknown flag or a bad value."""
+    """Parse argv into a config_class. An unknown flag or a bad value prints one line and exits with status 2."""
+    return parse_configs((config_class,), description, prog, argv)[0]
+
+
+def parse_configs(
+    config_classes: Sequence[type[Any]], description: str, prog: str, argv: Sequence[str] | None = None
+) -> list[Any]:
+    """Parse argv into several configs that share one command line. Exits like parse_config."""
     parser = _Parser(prog=prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    hints = typing.get_type_hints(config_class)
-    for spec in fields(config_class):  # type: ignore[arg-type]
-        _add_flag(parser, spec, hints[spec.name])
+    for config_class in config_classes:
+        hints = typing.get_type_hints(config_class)
+        for spec in fields(config_class):
+            _add_flag(parser, spec, hints[spec.name])
+    values = vars(parser.parse_args(argv))
     try:
-        return config_class(**vars(parser.parse_args(argv)))
+        return [each(**{spec.name: values[spec.name] for spec in fields(each)}) for each in config_classes]
     except FieldError as error:
         parser.error(f"--{error.field.replace('_', '-')}{str(error)[len(error.field) :]}")
 
@@ -58,7 +75,7 @@ def _add_flag(parser: argparse.ArgumentParser, spec: Field, hint: Any) -> None:
 
 
 def exit_on_error(prog: str, run: Callable[[], None]) -> None:
-    """Run a command; an error at the boundary ends it with one line and status 2, Ctrl-C quietly with 130."""
+    """Run a command. FieldError and OSError print one line and exit with status 2; Ctrl-C exits with 130."""
     try:
         run()
     except (FieldError, OSError) as error:

@@ -14,5 +14,5 @@ class FieldError(ValueError):
 def openai_error(
     message: str, param: str | None, error_type: str = "invalid_request_error", code: str | None = None
 ) -> dict:
-    """The body of an error response as OpenAI writes it."""
+    """The body of an error response in OpenAI's format."""
     return {"error": {"message": message, "type": error_type, "param": param, "code": code}}

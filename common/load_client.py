@@ -2,10 +2,10 @@
 
     python -m common.load_client --base-url http://127.0.0.1:8000 --model tiny --workload short_chat --max-concurrency 4
 
-It streams every reply, so each piece of text has a time. What is measured, from the moment the request is sent:
-TTFT, the time to the first content; ITL, the times between one piece of content and the next; E2E, the time to the
-end of the reply. A piece may carry several tokens (speculative decoding, a busy server), so ITL describes pieces; per
-token there is TPOT = (E2E − TTFT) / (output_tokens − 1), with the server's own count of tokens.
+It streams every reply, so each piece of text has a timestamp. Times start when the request is sent. TTFT is the time to
+the first content, ITL the time between two pieces of content, E2E the time to the end of the reply. A piece may carry
+several tokens (speculative decoding, a busy server), so ITL is per piece. The metric per token is
+TPOT = (E2E − TTFT) / (output_tokens − 1), with the server's token count.
 """
 
 import argparse
@@ -32,9 +32,9 @@ Send = Callable[[WorkloadRequest], Awaitable["RequestResult"]]
 class LoadConfig:
     """Where to send the load, and how.
 
-    base_url: with or without a final /v1. max_concurrency: None sends every request at its arrival_s whatever has
-    become of the others (open loop); a number keeps that many in flight and ignores arrival_s (closed loop).
-    read_timeout_s: the longest silence within a reply; request_timeout_s: the longest whole reply.
+    base_url: with or without a final /v1. max_concurrency: None sends every request at its arrival_s, even
+    while others are running (open loop); a number keeps that many in flight and ignores arrival_s (closed loop).
+    read_timeout_s: the longest pause within a reply; request_timeout_s: the longest full reply.
     ttft_slo_s, tpot_slo_s: the limits that a request must meet to count as goodput.
     """
 
@@ -54,9 +54,9 @@ class LoadConfig:
 
 
 class SseParser:
-    """Server-sent events out of bytes that are cut anywhere (the event stream format of the HTML standard).
+    """Parses server-sent events from bytes that may be split anywhere (the HTML standard's event stream format).
 
-    Lines end with LF, CRLF or CR; str.splitlines would also split at U+2028, which JSON may hold.
+    Lines end with LF, CRLF or CR; str.splitlines would also split at U+2028, which JSON may contain.
     """
 
     def __init__(self) -> None:
@@ -91,10 +91,10 @@ async def run_load(config: LoadConfig, requests: Sequence[WorkloadRequest]) -> L
     """Send all requests and report; a request that fails becomes a RequestResult with an error, never an exception."""
     timeout = httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s)
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    # httpx's own limit of 100 connections would quietly close the loop; trust_env would let proxies come in between.
+    # httpx's default limit of 100 connections would close the loop; with trust_env it would use a proxy.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=timeout, headers=headers, limits=limits, trust_env=False) as client:
-        start = time.perf_counter()  # not before: to make the client loads the certificates
+        start = time.perf_counter()  # only now: creating the client loads certificates
 
         async def send(request: WorkloadRequest) -> RequestResult:
             return await _send(client, config, request, start)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.request_rate is not None and args.max_concurrency is not None:
-        parser.error("--request-rate spaces arrivals, which --max-concurrency ignores: give one of them")
+        parser.error("--request-rate sets arrival times, which --max-concurrency ignores: give only one of them")
     options = {name: getattr(args, name) for name in ("num_requests", "vocab_size") if getattr(args, name) is not None}
     try:
         requests = build_workload(args.workload, request_rate=args.request_rate, seed=args.seed, **options)
@@ -135,17 +135,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m common.load_client", description="Load a server and measure it.")
     parser.add_argument("--base-url", required=True, help="for example http://127.0.0.1:8000")
-    parser.add_argument("--model", required=True, help="the model's name as the server knows it")
+    parser.add_argument("--model", required=True, help="the model's name on the server")
     parser.add_argument("--api-key", help="sent as a bearer token")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="short_chat")
-    parser.add_argument("--num-requests", type=int, help="default: the workload's own")
+    parser.add_argument("--num-requests", type=int, help="default: the workload's default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab-size", type=int, help="draw token ids below this")
     parser.add_argument("--max-concurrency", type=int, help="closed loop: this many requests in flight")
     parser.add_argument("--request-rate", type=float, help="open loop: Poisson arrivals, requests per second")
     parser.add_argument("--request-timeout-s", type=float, default=600.0)
-    parser.add_argument("--ttft-slo-s", type=float, help="goodput: the longest TTFT that is good")
-    parser.add_argument("--tpot-slo-s", type=float, help="goodput: the longest TPOT that is good")
+    parser.add_argument("--ttft-slo-s", type=float, help="goodput: the longest TTFT that counts")
+    parser.add_argument("--tpot-slo-s", type=float, help="goodput: the longest TPOT that counts")
     return parser
 
 
@@ -164,7 +164,7 @@ async def _open_loop(send: Send, requests: Sequence[WorkloadRequest], start: flo
 
 
 async def _closed_loop(send: Send, requests: Sequence[WorkloadRequest], max_concurrency: int) -> list[RequestResult]:
-    slots = asyncio.Semaphore(max_concurrency)  # first come, first served: requests start in their order
+    slots = asyncio.Semaphore(max_concurrency)  # first come, first served: requests start in order
 
     async def send_in_turn(request: WorkloadRequest) -> RequestResult:
         async with slots:
@@ -186,11 +186,11 @@ async def _send(
     except _RequestFailed as failure:
         result.error = failure.error
     except TimeoutError:
-        result.error = RequestError(None, f"no full reply within request_timeout_s={config.request_timeout_s}")
+        result.error = RequestError(None, f"no complete reply within request_timeout_s={config.request_timeout_s}")
     except httpx.ConnectTimeout:
         result.error = RequestError(None, f"no connection within connect_timeout_s={config.connect_timeout_s}")
     except httpx.TimeoutException:
-        result.error = RequestError(None, f"silence for longer than read_timeout_s={config.read_timeout_s}")
+        result.error = RequestError(None, f"no data for longer than read_timeout_s={config.read_timeout_s}")
     except httpx.HTTPError as error:
         result.error = RequestError(None, f"{type(error).__name__}: {error}")
     return result
@@ -206,7 +206,7 @@ async def _stream(
         result.cancelled = request.cancel_after_chunks == 0
         if result.cancelled:
             return
-        # The body is read to its very end, past [DONE]: to leave earlier looks to the server like a client gone away.
+        # Read the body to its end, past [DONE]: closing earlier looks like a client disconnect to the server.
         async for chunk in response.aiter_bytes():
             now_s = time.perf_counter() - sent
             for event, data in parser.feed(chunk):
@@ -230,7 +230,7 @@ def _body(model: str, request: WorkloadRequest) -> dict[str, Any]:
         body["messages"] = request.messages
     else:
         body["prompt"] = request.prompt_token_ids
-    if request.ignore_eos:  # not OpenAI's, but vLLM's and SGLang's: sent only where it matters
+    if request.ignore_eos:  # an extension of vLLM and SGLang to OpenAI's API: sent only if needed
         body["ignore_eos"] = True
     if request.seed is not None:
         body["seed"] = request.seed
@@ -238,7 +238,7 @@ def _body(model: str, request: WorkloadRequest) -> dict[str, Any]:
 
 
 def _record(result: RequestResult, event: str, data: str, now_s: float) -> None:
-    """Add one event of the stream to the result; raises _RequestFailed if it tells of an error or makes no sense."""
+    """Add one event of the stream to the result; raises _RequestFailed if it reports an error or is invalid."""
     if data == "[DONE]":
         if result.output_tokens is None:
             raise _RequestFailed("the stream has no usage: the server ignores stream_options.include_usage")
@@ -256,7 +256,7 @@ def _record(result: RequestResult, event: str, data: str, now_s: float) -> None:
 def _record_chunk(result: RequestResult, payload: dict[str, Any], now_s: float) -> None:
     if usage := payload.get("usage"):
         result.prompt_tokens, result.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    for choice in payload["choices"]:  # one, or none in the chunk that brings the usage
+    for choice in payload["choices"]:  # one, or none in the chunk with the usage
         text = (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
         finish_reason = choice.get("finish_reason")
         if text or (finish_reason and not result.content_times_s):
@@ -266,7 +266,7 @@ def _record_chunk(result: RequestResult, payload: dict[str, Any], now_s: float) 
 
 
 def _failure(body: str, status: int | None = None) -> _RequestFailed:
-    """The error that a body or an event tells of: OpenAI's {"error": {"message", "code"}}, or whatever is there."""
+    """The error that a body or an event reports: OpenAI's {"error": {"message", "code"}}, or else its text."""
     try:
         payload = json.loads(body)
     except ValueError:

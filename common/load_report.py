@@ -1,4 +1,4 @@
-"""What became of a load: one result a request, and their sum."""
+"""The results of a load run: one result per request, and a summary of all."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from common.stats import Summary, summarize
 
 @dataclass(frozen=True, slots=True)
 class RequestError:
-    """Why a request failed; status is the HTTP status or the code that an error in the stream had, None without one."""
+    """Why a request failed. status: the HTTP status, or the code of an error in the stream, or None."""
 
     status: int | None
     message: str
@@ -22,11 +22,11 @@ class RequestError:
 
 @dataclass(slots=True)
 class RequestResult:
-    """What became of one request; it is filled in while the reply arrives, so a failed request keeps what it had.
+    """The result of one request. It is filled in while the reply arrives, so a failed request keeps what it received.
 
-    start_s: when it was sent, in seconds after the run's start. content_times_s: when each piece of content came, in
-    seconds after start_s; if no token had any text, the one time at which the reply said that it was finished.
-    e2e_s: when the reply ended. The token counts are the server's: None until it has told them.
+    start_s: when it was sent, in seconds after the run's start. content_times_s: when each piece of content arrived, in
+    seconds after start_s; if no token had text, the time of the finish reason. e2e_s: when the reply ended. The token
+    counts come from the server: None until it has sent them.
     """
 
     request_id: str
@@ -64,7 +64,7 @@ class RequestResult:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """A whole run. Rates and summaries are over completed requests only; a summary without any value is None.
+    """A whole run. Rates and summaries cover completed requests only; a summary of no values is None.
 
     duration_s: from the run's start to the end of the last request. goodput_requests_per_s: completed requests that
     met the SLOs, per second; None if the config sets none.
@@ -100,7 +100,7 @@ def aggregate(
     ttft_slo_s: float | None = None,
     tpot_slo_s: float | None = None,
 ) -> LoadReport:
-    """Count and summarize. A reply of one token has no TPOT and so cannot miss that limit."""
+    """Count and summarize. A reply of one token has no TPOT, so it cannot miss that limit."""
     done = [result for result in results if result.completed]
     prompt_tokens = sum(result.prompt_tokens or 0 for result in done)
     output_tokens = sum(result.output_tokens or 0 for result in done)

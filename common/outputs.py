@@ -1,4 +1,4 @@
-"""What an engine answers, under vLLM's names."""
+"""The outputs of an engine, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One answer. token_ids holds every sampled token, the stop token too; text leaves the stop token out.
+    """One answer. token_ids holds every sampled token, including the stop token; text does not include the stop token.
 
     stop_reason is the id from stop_token_ids or the stop string that ended the answer, None for the end-of-sequence
-    token and for length. A stop string and what follows it is not in text either.
-    logprobs, if asked for: one dict for each of token_ids, first the sampled token's Logprob, then those of the
-    likeliest tokens (the sampled one may be among them; it stands in the dict once).
-    num_cached_tokens: how many of the prompt's tokens were found in a cache instead of computed; None if there is no
-    cache, or if an earlier output of the same answer has told.
+    token and for length. text also excludes a stop string and what follows it.
+    logprobs, if requested: one dict per token in token_ids, with the sampled token first, then the likeliest tokens
+    (the sampled token appears only once).
+    num_cached_tokens: how many prompt tokens were found in the prefix cache; None without a prefix cache, or if an
+    earlier output of the same answer has reported it.
     """
 
     index: int
@@ -35,6 +35,20 @@ class CompletionOutput:
     stop_reason: int | str | None
     logprobs: list[dict[int, Logprob]] | None = None
     num_cached_tokens: int | None = None
+
+
+def join_outputs(outputs: list[CompletionOutput]) -> CompletionOutput:
+    """Join the pieces of a stream into one answer."""
+    logprobs = [entry for output in outputs for entry in output.logprobs or []]
+    return CompletionOutput(
+        index=0,
+        text="".join(output.text for output in outputs),
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        finish_reason=outputs[-1].finish_reason,
+        stop_reason=outputs[-1].stop_reason,
+        logprobs=logprobs or None,
+        num_cached_tokens=outputs[0].num_cached_tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One look for all plots: about 900 pixels wide on a README, colours that colour-blind readers can tell apart.
+"""One style for all plots: about 900 pixels wide in a README, colors that color-blind readers can tell apart.
 
 matplotlib is imported inside the functions, so importing this module costs nothing.
 """
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's palette, darkest first, without its yellow, which vanishes on white.
+# Okabe and Ito's palette, darkest first, without its yellow, which is hard to see on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-BASELINE_COLOR = "#7F7F7F"  # for what the technique is compared with
+BASELINE_COLOR = "#7F7F7F"  # for the baseline of a comparison
 TEXT_COLOR = "#333333"
 WIDTH_PX = 900
 MAX_PNG_BYTES = 150_000
 
-_DPI = 100  # at which figure sizes in pixels are meant
-_SHARPNESS = 1.6  # pixels saved for each pixel shown, for screens that have more of them
+_DPI = 100  # figure sizes in pixels refer to this resolution
+_SHARPNESS = 1.6  # saved pixels per shown pixel, for high-resolution screens
 _STYLE: dict[str, Any] = {
     "figure.dpi": _DPI,
     "figure.constrained_layout.use": True,
@@ -64,7 +64,7 @@ def figure(title: str, xlabel: str, ylabel: str, *, height_px: int = 480) -> tup
 def panels(labels: Sequence[tuple[str, str, str]], *, height_px: int = 420) -> tuple[Figure, list[Axes]]:
     """A figure with several sets of axes side by side, one for each (title, xlabel, ylabel).
 
-    Sets matplotlib's process-wide style, so that whatever is drawn on the axes afterwards has it as well.
+    Sets matplotlib's process-wide style, so everything drawn on the axes later uses it too.
     """
     import matplotlib.style
     from cycler import cycler
@@ -81,7 +81,7 @@ def panels(labels: Sequence[tuple[str, str, str]], *, height_px: int = 420) -> t
 
 
 def label_line(axes: Axes, line: Line2D, text: str) -> None:
-    """Write text in the line's colour beside its last point: read at once, where a legend has to be looked up."""
+    """Write text in the line's color next to its last point, which is easier to read than a legend."""
     import numpy as np
 
     last_point = float(np.asarray(line.get_xdata())[-1]), float(np.asarray(line.get_ydata())[-1])
@@ -91,13 +91,13 @@ def label_line(axes: Axes, line: Line2D, text: str) -> None:
 
 
 def label_bars(axes: Axes, bars: BarContainer, fmt: str = "{:,.0f}") -> None:
-    """Write each bar's value above it and drop the vertical grid lines, which say nothing under bars."""
+    """Write each bar's value above it and remove the vertical grid lines."""
     axes.bar_label(bars, fmt=fmt, padding=3)
     axes.grid(visible=False, axis="x")
 
 
 def save(fig: Figure, path: Path) -> None:
-    """Write the figure as a PNG whose bytes depend on the picture alone, not on the date.
+    """Write the figure as a PNG whose bytes depend only on the picture, not on the date.
 
     Raises ValueError, and writes nothing, for a path that does not end in .png or a picture over MAX_PNG_BYTES.
     """
@@ -107,7 +107,7 @@ def save(fig: Figure, path: Path) -> None:
         raise ValueError(f"{path}: plots are saved as .png")
     drawn, png = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=_DPI * _SHARPNESS)
-    with Image.open(drawn) as image:  # a palette of 256 colours makes the file three times smaller
+    with Image.open(drawn) as image:  # a palette of 256 colors makes the file three times smaller
         image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, format="png", optimize=True)
     if png.tell() > MAX_PNG_BYTES:
         raise ValueError(f"{path}: {png.tell():,} bytes, over MAX_PNG_BYTES={MAX_PNG_BYTES:,}; draw fewer points")

@@ -17,7 +17,7 @@ MAX_PROMPTS = 128  # in one request
 
 
 def encode_prompt(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> list[int]:
-    """Token ids of `prompt` or of `messages`. Raises FieldError on a wrong type, an empty or a too long prompt."""
+    """Token ids of `prompt` or of `messages`. Raises FieldError if it has a wrong type, is empty or too long."""
     field = _given_field(body)
     if field == "prompt":
         token_ids = _encode_one(field, body[field], tokenizer)
@@ -27,8 +27,8 @@ def encode_prompt(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, m
 
 
 def encode_prompts(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> list[list[int]]:
-    """Token ids of each prompt. Like encode_prompt, but takes all that OpenAI's API does: see split_prompts and
-    plain_messages."""
+    """Token ids of each prompt. Like encode_prompt, but accepts all that OpenAI's API does: see split_prompts
+    and plain_messages."""
     field = _given_field(body)
     if field == "messages":
         return [_check_length(field, _encode_messages(plain_messages(body[field]), tokenizer), max_model_len)]
@@ -39,7 +39,7 @@ def encode_prompts(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, 
 
 
 def split_prompts(prompt: object) -> list[tuple[str, Any]]:
-    """A completion's prompts and their names for errors. One is text or token ids; a list of either is a batch."""
+    """A completion's prompts, each with its name for errors. A prompt is text or token ids; a list is a batch."""
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
         return [("prompt", prompt)]
     if len(prompt) > MAX_PROMPTS:
@@ -58,10 +58,10 @@ def check_messages(messages: object) -> list[dict[str, str]]:
 
 
 def plain_messages(messages: object) -> list[dict[str, str]]:
-    """Chat messages as templates take them. Raises FieldError naming the one that is wrong.
+    """Chat messages in the form that templates accept. Raises FieldError naming the one that is wrong.
 
     Beyond check_messages: the content may be a list of text parts, which are joined; the role developer is OpenAI's new
-    name for system; a name is checked and left out, since templates do not know it.
+    name for system; a name is checked and dropped, because templates do not use it.
     """
     plain = []
     for number, message in enumerate(_check_message_list(messages)):
@@ -90,8 +90,8 @@ def _encode_one(field: str, prompt: object, tokenizer: PreTrainedTokenizerBase) 
 def _encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (ValueError, TemplateError) as error:  # no template, or one that refuses, say, a system message
-        raise FieldError("messages", f"the model's chat template does not take them: {error}") from error
+    except (ValueError, TemplateError) as error:  # no template, or it rejects, say, a system message
+        raise FieldError("messages", f"the model's chat template does not accept them: {error}") from error
     return tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
 

@@ -1,6 +1,6 @@
 """Result files: what was measured, on which machine, from which commit.
 
-Every published number has a file results/partNN.json beside it, written by write_result() and read by read_result().
+Every published number comes from a file results/partNN.json, written by write_result() and read by read_result().
 """
 
 import importlib.metadata
@@ -32,7 +32,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def machine_stamp() -> dict[str, str | int | float | None]:
-    """What the numbers depend on: hardware and versions. No host name, no user, no path. Imports torch."""
+    """The hardware and versions that results depend on, without host name, user or paths. Imports torch."""
     import torch
 
     return {
@@ -51,7 +51,7 @@ def machine_stamp() -> dict[str, str | int | float | None]:
 def git_commit(root: Path = REPOSITORY_ROOT) -> str | None:
     """Short hash of the commit checked out in root, with "-dirty" if files differ from it; None outside git.
 
-    Files under results/ do not count as differences: else each benchmark would mark the next one dirty.
+    Files under results/ do not count: otherwise each benchmark would mark the next one dirty.
     """
     commit = _git(root, "rev-parse", "--short", "HEAD")
     if commit is None:
@@ -73,10 +73,10 @@ def write_result(
 ) -> None:
     """Write one benchmark's result as sorted JSON with date (UTC, day only), commit and machine.
 
-    machine, commit: by default machine_stamp() and git_commit(). A file that was there is replaced at once or not at
-    all, so a benchmark may write while it goes and be killed at any time.
+    machine, commit: by default machine_stamp() and git_commit(). An existing file is replaced
+    atomically, so a benchmark may write while it runs and be killed at any time.
 
-    Raises ValueError for NaN or infinity and TypeError for what JSON cannot hold; an existing file then stays as it is.
+    Raises ValueError for NaN or infinity and TypeError for values that JSON cannot hold; the old file is then kept.
     """
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -97,7 +97,7 @@ def write_result(
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file; raises ValueError with the file and the field if it is not as write_result() writes it."""
+    """Read a result file; raises ValueError naming the file and the field if its format is wrong."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -119,7 +119,7 @@ def timed_repeats(
 ) -> list[float]:
     """Seconds that each of `repeats` calls of fn took, after `warmup` calls that are not timed.
 
-    synchronize waits for work that fn only started; on a GPU pass torch.cuda.synchronize, else only launches are timed.
+    synchronize waits for work that fn only started; on a GPU pass torch.cuda.synchronize, or only launches are timed.
     Raises ValueError if repeats is less than 1 or warmup negative.
     """
     if repeats < 1 or warmup < 0:
@@ -173,5 +173,5 @@ def _cpu_model() -> str:
 def _memory_gib() -> float | None:
     try:
         return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, OSError, ValueError):  # not on Windows, and not under every kernel
+    except (AttributeError, OSError, ValueError):  # not available on Windows and on some kernels
         return None

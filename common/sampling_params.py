@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen and its answer ended, under vLLM's names."""
+"""How a request's tokens are sampled and when its answer ends, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from common.errors import FieldError
 
 MAX_SEED = 2**63 - 1
-MAX_COUNT = 2**31 - 1  # more tokens than any model has or makes: what is above it means the same, and fits an int32
+MAX_COUNT = 2**31 - 1  # more tokens than any model has; larger values are clipped to it, to fit an int32
 MAX_STOP_TOKEN_IDS = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1_000  # four is OpenAI's limit
 MAX_N = 16  # answers to one prompt
 MAX_LOGIT_BIAS = 300  # entries
 MAX_LOGPROBS = 20  # OpenAI's limit
 MAX_SALT_CHARS = 1_000
-TOKEN_ID_KEY = re.compile(r"0|[1-9][0-9]{0,17}")  # how JSON writes a token id as the key of an object
-MIN_TEMPERATURE = 1e-5  # below it is greedy, as in vLLM: float32 logits divided by less overflow
-MIN_TOP_P = 1e-9  # float32 would round a smaller one to 0; either way only the likeliest token stays
+TOKEN_ID_KEY = re.compile(r"0|[1-9][0-9]{0,17}")  # a token id as the key of a JSON object
+MIN_TEMPERATURE = 1e-5  # below it is greedy, as in vLLM: dividing float32 logits by less would overflow
+MIN_TOP_P = 1e-9  # float32 would round a smaller value to 0; both keep only the likeliest token
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class SamplingParams:
     """Raises FieldError naming field, value and limit if a value is out of range.
 
     temperature 0 (or below 1e-5) is greedy; top_k 0 keeps all tokens. A seed makes the request's draws reproducible.
-    min_tokens holds back the end-of-sequence token, stop_token_ids and stop strings until that many tokens are out.
-    stop: up to four strings that end the answer where one of them would begin; a single string stands for a list of it.
-    logit_bias: what is added to the logits of some tokens; given as a mapping of token id (or its decimal string, as in
-    JSON) to a number, stored as (token id, bias) pairs in the order of the ids, so that the params can be hashed.
-    logprobs: how many of the likeliest tokens to report beside each sampled one; None reports nothing.
-    cache_salt: only requests with the same one may find each other's cached prompts; it changes no token.
+    min_tokens: until this many tokens are generated, the end-of-sequence token, stop_token_ids and stop have no effect.
+    stop: up to four strings; the answer ends before the first one that appears. A single string means a list of one.
+    logit_bias: added to the logits of some tokens. Given as a mapping from token id (or its decimal string, as in JSON)
+    to a number; stored as (token id, bias) pairs sorted by id, so that the params can be hashed.
+    logprobs: how many of the likeliest tokens to report with each sampled one; None reports nothing.
+    cache_salt: only requests with the same salt share cached prefixes; it does not change the tokens.
     """
 
     max_tokens: int = 128
@@ -89,28 +89,28 @@ class SamplingParams:
             check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
         if self.cache_salt is not None:
             if not (isinstance(self.cache_salt, str) and 1 <= len(self.cache_salt) <= MAX_SALT_CHARS):
-                wanted = f"expected a text of 1 to {MAX_SALT_CHARS} characters"
+                wanted = f"expected text of 1 to {MAX_SALT_CHARS} characters"
                 raise FieldError("cache_salt", f"{wanted}, got {show(self.cache_salt)}")
             _check_unicode("cache_salt", self.cache_salt)
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> SamplingParams:
-        """The sampling fields of a request body; a null means the default. Other fields are the caller's to check."""
+        """Read the sampling fields of a request body; null means the default. The caller checks other fields."""
         given = {f.name: body[f.name] for f in fields(cls) if body.get(f.name) is not None}
-        if given.get("logprobs") is False:  # a chat's way to ask for none
+        if given.get("logprobs") is False:  # how a chat request asks for none
             del given["logprobs"]
         return cls(**given)
 
 
 def check_known_fields(body: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises FieldError for the first field that is not one of the known."""
+    """Raises FieldError for the first field that is not known."""
     for name in body:
         if name not in known:
             raise FieldError(show(name).strip("'"), f"unknown field: expected one of {', '.join(sorted(known))}")
 
 
 def check_supported(params: SamplingParams, supported: Collection[str]) -> None:
-    """Raises FieldError if params ask for something that an engine does not do: it must not be silently dropped."""
+    """Raises FieldError if params use a field that the engine does not support, so that none is silently ignored."""
     for spec in fields(params):
         if spec.name not in supported and getattr(params, spec.name) != spec.default:
             raise FieldError(spec.name, f"this part does not support it, got {show(getattr(params, spec.name))}")
@@ -126,7 +126,7 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
 
 
 def show(value: object, limit: int = 60) -> str:
-    """A value as an error message quotes it: short, whatever was sent."""
+    """A value as error messages quote it, cut to limit characters."""
     try:
         text = repr(value)
     except RecursionError:
@@ -137,7 +137,7 @@ def show(value: object, limit: int = 60) -> str:
 def _check_stop_strings(stop: object) -> tuple[str, ...]:
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
-        raise FieldError("stop", f"expected text or a list of texts, got {show(stop)}")
+        raise FieldError("stop", f"expected a string or a list of strings, got {show(stop)}")
     if len(strings) > MAX_STOP_STRINGS:
         raise FieldError("stop", f"expected at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
     for text in strings:
@@ -148,7 +148,7 @@ def _check_stop_strings(stop: object) -> tuple[str, ...]:
 
 
 def _check_unicode(field: str, text: str) -> None:
-    """What JSON can write and UTF-8 cannot."""
+    """Reject half a surrogate pair, which JSON can express and UTF-8 cannot."""
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise FieldError(field, "not valid Unicode: half a surrogate pair")
 

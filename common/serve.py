@@ -13,20 +13,37 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import uvicorn
 
+from common.cli import option
+from common.errors import FieldError
+
 DRAIN_TIMEOUT_S = 60  # how long SIGTERM waits for open requests
-LAST_WORDS_S = 1.0  # how long a server whose engine has died still answers: every open request, and /health with 503
+DEATH_GRACE_S = 1.0  # how long the server still answers after its engine died: open requests, and /health with 503
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The flags that concern only the server. Raises FieldError naming a flag that is out of range."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 picks a free one")
+    api_key: str | None = option(None, "bearer token that clients must send (None: no check)")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise FieldError("port", f"expected 0 to 65535, got {self.port}")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises OSError naming the address.
+    """A listening socket; port 0 picks a free one. Raises OSError naming the address.
 
-    It is made with IPPROTO_TCP, by which asyncio knows to switch Nagle's algorithm off: with it, small events of a
-    stream can wait 40 ms for the acknowledgement of the one before.
+    It is created with IPPROTO_TCP, because asyncio disables Nagle's algorithm only then. With Nagle's algorithm, a
+    small event of a stream can wait 40 ms for the acknowledgment of the previous one.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -38,7 +55,7 @@ def listen(host: str, port: int) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except (OSError, UnicodeError) as error:  # the latter from a name that no host can have
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         reason = error.strerror if isinstance(error, OSError) else error
         raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
     return listener
@@ -61,7 +78,7 @@ class _Server(uvicorn.Server):
         if self.died_at is None and self.cause_of_death() is not None:
             self.died_at = time.monotonic()
         should_exit = await super().on_tick(counter)
-        return should_exit or (self.died_at is not None and time.monotonic() > self.died_at + LAST_WORDS_S)
+        return should_exit or (self.died_at is not None and time.monotonic() > self.died_at + DEATH_GRACE_S)
 
 
 def serve_app(
@@ -69,10 +86,10 @@ def serve_app(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; open requests are finished first. Prints message once requests are accepted.
 
-    cause_of_death: why the engine can answer no more, None while it can. The server then ends with this as its last
-    line and exit status 1.
+    cause_of_death: returns why the engine died, None while it is alive. After a death the server prints the cause as
+    its last line and exits with status 1.
     """
-    # uvicorn raises the signal again when it is done, which would turn an orderly end into an exit status of its own.
+    # uvicorn raises the signal again when it is done, which would turn a clean exit into a nonzero exit status.
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server = _Server(app, lambda: print(message, flush=True), cause_of_death)
@@ -86,10 +103,10 @@ def serve_app(
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """No OpenMP helpers for what this thread computes inside: for a thread that loads a model which another one runs.
+    """Run the block without OpenMP workers: for a thread that loads a model which another thread runs.
 
-    OpenMP keeps helpers for every thread that ever wanted some. With more of them than cores they sleep between two
-    operations instead of spinning, and a step of a small model takes twice as long.
+    OpenMP keeps a worker pool per calling thread. With more workers than cores, they sleep between operations instead
+    of spinning, and a step of a small model takes twice as long.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -101,13 +118,13 @@ def single_threaded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running_app(app: Any) -> Iterator[str]:
-    """The app on a free port of 127.0.0.1, in a thread of its own: for tests and benchmarks. Yields its base URL."""
+    """Serve the app in a thread, on a free port of 127.0.0.1, for tests and benchmarks. Yields its base URL."""
     listener = listen("127.0.0.1", 0)
     port, started = listener.getsockname()[1], threading.Event()
     server = _Server(app, started.set, lambda: None)
 
     def run() -> None:
-        with listener, contextlib.suppress(SystemExit):  # which is how uvicorn gives up if the app does not start
+        with listener, contextlib.suppress(SystemExit):  # uvicorn raises it if the app does not start
             server.run(sockets=[listener])
 
     thread = threading.Thread(target=run, name="uvicorn")
@@ -115,7 +132,7 @@ def running_app(app: Any) -> Iterator[str]:
     try:
         while not started.wait(0.05):
             if not thread.is_alive():
-                raise RuntimeError("the server ended before it had started")
+                raise RuntimeError("the server exited before it was ready")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
@@ -124,10 +141,10 @@ def running_app(app: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def server_process(part: str, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
-    """`python -m part --port 0 flags…` as a process of its own, for benchmarks. Yields its base URL.
+    """Run `python -m part --port 0 flags…` in a separate process, for benchmarks. Yields its base URL.
 
     env: its environment (None: this process's). The process ends with this one, also on SIGKILL (Linux). Raises
-    RuntimeError, with its last words, if it fails.
+    RuntimeError, with the end of its output, if it fails.
     """
     command = [sys.executable, "-m", part, "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as errors:

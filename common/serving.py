@@ -1,4 +1,4 @@
-"""What the server of `common.openai_app` asks of an engine, and the errors that an engine raises."""
+"""The interface between the server in `common.openai_app` and an engine, and the errors that an engine raises."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from common.sampling_params import SamplingParams
 
 
 class QueueFullError(Exception):
-    """Too many requests wait already."""
+    """Too many requests are waiting already."""
 
 
 class GenerationError(Exception):
-    """The engine failed at this request. The message names the cause."""
+    """The engine failed on this request. The message gives the cause."""
 
 
 class OutputStream(Protocol):
-    """One request: iterate once, on the event loop that made it, over its outputs as they come.
+    """One request's outputs as they arrive: iterate once, on the event loop that created the stream.
 
-    Each output holds what is new since the one before. The last one, and only it, has a finish_reason. Raises
-    GenerationError instead if the engine fails, dies or shuts down.
+    Each output holds what is new since the previous one. Only the last one has a finish_reason. Raises GenerationError
+    if the engine fails, dies or shuts down.
     """
 
     def __aiter__(self) -> AsyncIterator[CompletionOutput]: ...
 
 
 class ServingEngine(Protocol):
-    """An engine that an asyncio server can stand on. All methods but shutdown are called on the event loop.
+    """An engine that an asyncio server can use. All methods but shutdown are called on the event loop.
 
     max_model_len is in tokens, prompt and answer together. vocab_size is the model's, which may exceed the tokenizer's.
     An engine that schedules by priority has an attribute supports_priority = True, and its generate takes a keyword
-    `priority: int` (lower runs earlier, as in vLLM); any other engine need not have either.
+    `priority: int` (lower runs earlier, as in vLLM); other engines need neither.
     """
 
     @property
@@ -48,12 +48,12 @@ class ServingEngine(Protocol):
 
     @property
     def max_request_len(self) -> int:
-        """What one request can reach, prompt and answer: max_model_len, or less if the KV cache holds less."""
+        """The longest possible request, prompt plus answer: max_model_len, or less if the KV cache is smaller."""
         ...
 
     @property
     def max_num_unfinished(self) -> int:
-        """So many requests may run and wait; generate refuses one more."""
+        """The most requests that may run and wait; generate rejects one more."""
         ...
 
     @property
@@ -61,29 +61,29 @@ class ServingEngine(Protocol):
 
     @property
     def is_alive(self) -> bool:
-        """False once no request can succeed any more."""
+        """False once no request can succeed anymore."""
         ...
 
     def start(self) -> None:
-        """Begin to serve; called once, before anything else."""
+        """Start serving; called once, before all other methods."""
         ...
 
     def shutdown(self) -> None:
-        """End all threads and processes, and whatever stream is still open. Blocks; called once, from another thread.
+        """Stop all threads and processes, and end all open streams. Blocks; called once, from another thread.
 
-        The server calls it when its requests have ended, or were given up: abort may come a moment later.
+        The server calls it when its requests have ended or were abandoned; abort may still be called afterwards.
         """
         ...
 
     def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> OutputStream:
         """Queue a request for one answer: params.n is 1. Does not wait.
 
-        Raises QueueFullError, or FieldError for what this engine cannot do with this prompt or these params.
+        Raises QueueFullError, or FieldError if this engine does not support the prompt or the params.
         """
         ...
 
     def abort(self, stream: Any) -> None:  # what generate() returned
-        """Nobody wants this stream any more: free what it holds. Does nothing to a stream that has ended."""
+        """Abort a stream and free its resources. Does nothing to a stream that has ended."""
         ...
 
     def stats(self) -> Mapping[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a list of measurements looks like; all fields but count are in the unit of the measurements."""
+    """A summary of measurements. All fields but count have the unit of the measurements."""
 
     count: int
     mean: float

@@ -13,10 +13,10 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 def small_model(family: str, seed: int, vocab_size: int = 320) -> Any:
-    """A random model of a few thousand parameters, in float32: real code paths at no cost.
+    """A random model of a few thousand parameters, in float32: fast, with the real code paths.
 
-    Odd shapes on purpose: 3 query heads a KV head, for qwen3 a head_dim that is not hidden_size / heads, and untied
-    embeddings for odd seeds.
+    The shapes are odd on purpose: 3 query heads per KV head, for qwen3 a head_dim that is not hidden_size / heads, and
+    untied embeddings for odd seeds.
     """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
@@ -32,7 +32,7 @@ def small_model(family: str, seed: int, vocab_size: int = 320) -> Any:
 def reference_greedy(
     model: Any, prompt_token_ids: Sequence[int], max_tokens: int, eos_token_ids: Sequence[int] = ()
 ) -> list[int]:
-    """The greedy continuation by transformers' own generate, the end-of-sequence token included."""
+    """The greedy continuation from transformers' generate, including the end-of-sequence token."""
     prompt = torch.tensor([list(prompt_token_ids)], device=model.device)
     eos = list(eos_token_ids) or [model.config.vocab_size]  # None would mean the model's own; no token has this id
     config = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=0)
@@ -46,8 +46,9 @@ def assert_same_greedy(
 ) -> None:
     """The oracle: got equals expected, token for token.
 
-    Two correct engines may sum in another order, so at the first difference the reference model's two best logits may
-    be within TOP_2_TOLERANCE of each other; what follows such a tie is not compared. Anything else is a bug.
+    Two correct engines may add numbers in a different order. So the first difference may be a tie: the reference
+    model's two best logits are within TOP_2_TOLERANCE of each other. Tokens after a tie are not compared. Any other
+    difference is a bug.
     """
     got, expected = list(got), list(expected)
     at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
@@ -63,6 +64,6 @@ def assert_same_greedy(
     is_tie = gap <= TOP_2_TOLERANCE and {got[at], expected[at]} <= set(top.indices.tolist())
     assert is_tie, (
         f"{where}: output token {at} (position {len(prompt_token_ids) + at}) is {got[at]}, expected {expected[at]}. "
-        f"The reference's two best are {gap:.2e} apart (a tie is at most {TOP_2_TOLERANCE:g}), so this is a bug: "
-        f"look at positions, at the attention mask and at what the KV cache held when this token was computed."
+        f"The reference's two best logits are {gap:.2e} apart (a tie is at most {TOP_2_TOLERANCE:g}), so this is a "
+        f"bug: look at positions, at the attention mask and at what the KV cache held when this token was computed."
     )

@@ -28,7 +28,7 @@ def limit_spinning() -> None:
 
 
 def check_num_threads(num_threads: int | None) -> None:
-    """Raises FieldError for a number of threads that this machine has no CPUs for."""
+    """Raises FieldError for fewer than 1 thread or more threads than CPUs."""
     num_cpus = os.cpu_count() or 1
     if num_threads is not None and not 1 <= num_threads <= num_cpus:
         raise FieldError("num_threads", f"expected 1 to {num_cpus} (this machine's CPUs), got {num_threads}")
@@ -49,7 +49,7 @@ def leave_a_core() -> None:
     """In the engine core's process: one thread fewer than cores, unless OMP_NUM_THREADS is set.
 
     The API process and the scheduler need a core too, and whenever they take one from a compute thread, all the others
-    wait at the next barrier. Of two cores we leave none: one thread would be slower than two that sometimes wait.
+    wait at the next barrier. With two cores we use both: one thread would be slower than two that sometimes wait.
     """
     import torch
 

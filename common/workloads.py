@@ -1,7 +1,7 @@
 """Deterministic workloads: the same arguments give the same requests, on every machine.
 
 Every generator takes `num_requests` and `seed`; those that write token ids also take `first_id` and `vocab_size`: ids
-are drawn from [first_id, vocab_size), which keeps clear of the special tokens that tokenizers put first. Unless its
+are drawn from [first_id, vocab_size), which avoids the special tokens at the start of most vocabularies. Unless its
 docstring says otherwise, all requests arrive at time 0, are decoded greedily and stop at the end-of-sequence token.
 Lengths are in tokens, times in seconds.
 """
@@ -65,8 +65,8 @@ class WorkloadRequest:
     """One request of a workload, with either token ids or chat messages as its prompt.
 
     arrival_s: seconds after the workload's start. max_tokens: the most tokens to generate; with ignore_eos exactly that
-    many. cancel_after_chunks: the client goes away after this many pieces of content, 0 as soon as the reply begins.
-    Raises ValueError for a request that no server could take.
+    many. cancel_after_chunks: the client disconnects after this many pieces of content, 0: when the reply begins.
+    Raises ValueError for an invalid request.
     """
 
     request_id: str
@@ -111,7 +111,7 @@ def long_prompts(
     first_id: int = DEFAULT_FIRST_ID,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> list[WorkloadRequest]:
-    """Much to read, little to write: prompt lengths uniform in [min_prompt_tokens, max_prompt_tokens]."""
+    """Long prompts and short answers: prompt lengths are uniform in [min_prompt_tokens, max_prompt_tokens]."""
     rng = random.Random(seed)
     prompts = [
         random_token_ids(rng, rng.randint(min_prompt_tokens, max_prompt_tokens), first_id, vocab_size)
@@ -131,10 +131,10 @@ def shared_prefix(
     first_id: int = DEFAULT_FIRST_ID,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> list[WorkloadRequest]:
-    """Requests that begin with the same prefix_tokens tokens and go on with suffix_tokens of their own.
+    """Requests that share a prefix of prefix_tokens tokens, each followed by suffix_tokens tokens of its own.
 
-    With num_prefixes > 1 the requests are divided evenly between as many prefixes, in shuffled order, so that sending
-    every n-th request to the same replica does not by accident send each prefix to one replica.
+    With num_prefixes > 1 the requests are divided evenly among the prefixes, in shuffled order, so that round-robin
+    routing does not send each prefix to one replica by accident.
     """
     rng = random.Random(seed)
     prefixes = [random_token_ids(rng, prefix_tokens, first_id, vocab_size) for _ in range(num_prefixes)]
@@ -155,7 +155,7 @@ def heavy_tailed(
     first_id: int = DEFAULT_FIRST_ID,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> list[WorkloadRequest]:
-    """A few answers much longer than the rest, which is what leaves static batches waiting.
+    """A few answers are much longer than the rest, so static batches wait for them.
 
     Output lengths are log-normal, exp(N(ln median_output_tokens, sigma²)), clipped to
     [min_output_tokens, max_output_tokens] and exact (ignore_eos); with sigma 1 one in ten exceeds 3.6 medians.
@@ -198,8 +198,8 @@ def nano_vllm(
     """nano-vllm's published benchmark (its bench.py): prompt and output lengths uniform, temperature 0.6, ignore_eos.
 
     The random numbers are drawn in bench.py's order, so the defaults give its 142,827 prompt and 133,966 output tokens,
-    length for length. Its token ids (0 to 10,000) are folded into [first_id, vocab_size); first_id=0, vocab_size=10_001
-    gives them unchanged.
+    with the same lengths. Its token ids (0 to 10,000) are folded into [first_id, vocab_size); first_id=0 and
+    vocab_size=10_001 keep them unchanged.
     """
     rng = random.Random(seed)
     drawn = [
@@ -217,7 +217,7 @@ def nano_vllm_cpu(
     first_id: int = DEFAULT_FIRST_ID,
     vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> list[WorkloadRequest]:
-    """nano_vllm at a laptop's size: prompts uniform in [16, 256], outputs in [16, 128]."""
+    """nano_vllm scaled down for a laptop: prompts uniform in [16, 256], outputs in [16, 128]."""
     return nano_vllm(
         num_requests,
         seed,
@@ -258,7 +258,7 @@ def poisson_arrivals(num_requests: int, requests_per_s: float, seed: int = 0) ->
     """
     if requests_per_s <= 0:
         raise ValueError(f"requests_per_s={requests_per_s} must be positive")
-    rng = random.Random(f"arrivals-{seed}")  # a stream of its own: gaps must not follow the lengths drawn from `seed`
+    rng = random.Random(f"arrivals-{seed}")  # separate, so that gaps do not follow the lengths drawn from `seed`
     arrivals, now_s = [], 0.0
     for _ in range(num_requests):
         now_s += rng.expovariate(requests_per_s)

@@ -28,7 +28,7 @@ DESCRIPTION = """Part 1: the simplest LLM server. Flask, one request at a time, 
 
 
 class RequestHandler(WSGIRequestHandler):
-    timeout = 5  # seconds of silence: a client that connects and says nothing would keep all others waiting
+    timeout = 5  # seconds: a client that connects and sends nothing would block all others
 
 
 def listen(host: str, port: int) -> socket.socket:

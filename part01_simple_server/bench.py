@@ -1,6 +1,6 @@
 """python -m part01_simple_server.bench: time per token against position, with and without the KV cache.
 
-Writes results/part01.json and results/part01.png. Both engines run in one process, in turns.
+Writes results/part01.json and results/part01.png. Both variants run in one process and take turns.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .demo import Stopwatch
 from .server import kv_bytes_per_token
 
 PROMPT = "Once upon a time there was"
-WINDOW = 16  # tokens that one point of the plot stands for
+WINDOW = 16  # tokens per point of the plot
 
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     max_tokens: int = option(512, "tokens to generate")
-    repeats: int = option(5, "runs of each engine; medians are reported")
-    results_dir: str = option("results", "where part01.json and part01.png go")
+    repeats: int = option(5, "runs of each variant; medians are reported")
+    results_dir: str = option("results", "folder for part01.json and part01.png")
 
     def __post_init__(self) -> None:
         if self.max_tokens < 2 * WINDOW or self.repeats < 1:
@@ -39,7 +39,7 @@ class BenchConfig:
 
 
 def measure(llm: Stopwatch, prompt: list[int], config: BenchConfig) -> dict[str, Any]:
-    """Median milliseconds of each token, engines taking turns; and one-token answers, where the cache gains nothing."""
+    """Median milliseconds per token, the variants taking turns; and one-token answers, which gain nothing."""
     runs: dict[bool, list[list[float]]] = {True: [], False: []}
     one_token: dict[bool, list[float]] = {True: [], False: []}
     for use_cache in (True, False):
@@ -63,7 +63,7 @@ def measure(llm: Stopwatch, prompt: list[int], config: BenchConfig) -> dict[str,
 
 
 def windows(values: list[float]) -> tuple[list[int], list[float]]:
-    """Medians of WINDOW tokens each, with the output position of their middle."""
+    """Medians over windows of WINDOW tokens, with the output position of each window's middle."""
     starts = range(0, len(values) - WINDOW + 1, WINDOW)
     return [start + WINDOW // 2 for start in starts], [median(values[start : start + WINDOW]) for start in starts]
 
@@ -81,7 +81,7 @@ def plot(measurements: dict[str, Any], model: str, path: Path) -> None:
 
 
 def report(console: Console, measurements: dict[str, Any], max_tokens: int) -> None:
-    table = Table("output tokens", "KV cache, ms a token", "no cache, ms a token", "ratio")
+    table = Table("output tokens", "KV cache, ms per token", "no cache, ms per token", "ratio")
     positions, cached = windows(measurements["cached_ms"])
     _, uncached = windows(measurements["uncached_ms"])
     for i in sorted({0, len(positions) // 4, len(positions) // 2, len(positions) - 1}):
@@ -94,8 +94,8 @@ def report(console: Console, measurements: dict[str, Any], max_tokens: int) -> N
     console.print(
         f"{max_tokens} tokens: {m['cached_tokens_per_s']:.0f} tokens/s with the cache, "
         f"{m['uncached_tokens_per_s']:.0f} without: {m['speedup']:.1f}×.\n"
-        f"Where it gains nothing: an answer of one token, {m['one_token_answer_speedup']:.2f}×. "
-        f"What it costs: {m['kv_bytes_per_token']:,} bytes a token.",
+        f"No gain: an answer of one token, {m['one_token_answer_speedup']:.2f}×. "
+        f"Cost: {m['kv_bytes_per_token']:,} bytes per token.",
         highlight=False,
     )
 

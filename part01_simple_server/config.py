@@ -17,11 +17,11 @@ class EngineConfig:
 
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on; 0 takes a free one")
+    port: int = option(8000, "port to listen on; 0 picks a free one")
     device: str | None = option(None, "cpu or cuda (None: cuda if there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: float32 on cpu, bfloat16 on cuda")
     num_threads: int | None = option(None, "CPU threads for the model (None: one per physical core)")
-    max_model_len: int | None = option(None, "context in tokens, prompt and answer together (None: the model's)")
+    max_model_len: int | None = option(None, "context length in tokens, prompt and answer (None: the model's)")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:

@@ -1,4 +1,4 @@
-"""python -m part01_simple_server.demo: questions answered, and what the KV cache is worth."""
+"""python -m part01_simple_server.demo: questions and answers, and what the KV cache gains and costs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ask(llm: LLM, question: str, params: SamplingParams) -> str:
 
 
 def show_answers(console: Console, llm: LLM) -> None:
-    console.rule("1. Questions, answered")
+    console.rule("1. Questions and answers")
     for question in (*QUESTIONS, RECALL):
         console.print(f"[bold cyan]Q[/] {question}", highlight=False)
         console.print(f"[bold green]A[/] {ask(llm, question, SamplingParams(temperature=0))}\n", highlight=False)
@@ -53,7 +53,7 @@ def show_answers(console: Console, llm: LLM) -> None:
 
 
 class Stopwatch(LLM):
-    """The engine, noting how long each forward pass takes."""
+    """The engine, recording how long each forward pass takes."""
 
     seconds: list[float]
 
@@ -66,7 +66,7 @@ class Stopwatch(LLM):
         return logits
 
     def time_tokens(self, prompt: list[int], num_tokens: int, use_cache: bool) -> tuple[list[int], list[float]]:
-        """num_tokens greedy token ids, and the seconds of the forward pass behind each."""
+        """Generate num_tokens greedy token ids. Returns them and the seconds of each forward pass."""
         self.seconds = []
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         output = self.generate(prompt, params, use_cache)
@@ -82,16 +82,17 @@ def show_cache_gain(console: Console, llm: Stopwatch, num_tokens: int = 384, win
         llm.num_positions_computed = 0
         token_ids[use_cache], seconds[use_cache] = llm.time_tokens(prompt, num_tokens, use_cache)
         positions[use_cache] = llm.num_positions_computed
-    table = Table("output tokens", "with cache, ms a token", "without, ms a token", "ratio")
+    table = Table("output tokens", "with cache, ms per token", "without, ms per token", "ratio")
     for end in (window, *range(96, num_tokens + 1, 96)):
         cached, uncached = (sum(seconds[use][end - window : end]) / window * 1e3 for use in (True, False))
         table.add_row(f"{end - window + 1}–{end}", f"{cached:.2f}", f"{uncached:.2f}", f"{uncached / cached:.1f}×")
     console.print(table)
-    same = "the same, token for token" if token_ids[True] == token_ids[False] else "NOT the same: that is a bug"
+    same = "identical, token for token" if token_ids[True] == token_ids[False] else "NOT identical: that is a bug"
     console.print(
-        f"A prompt of {len(prompt)} tokens and {num_tokens} new ones: {positions[True]:,} positions went through the "
-        f"model with the cache, {positions[False]:,} without.\n"
-        f"Total {sum(seconds[True]):.2f} s against {sum(seconds[False]):.2f} s. The text is {same}.\n",
+        f"For {len(prompt)} prompt tokens and {num_tokens} output tokens, the model computed {positions[True]:,} "
+        f"positions with the cache and {positions[False]:,} without.\n"
+        f"Total: {sum(seconds[True]):.2f} s with the cache, {sum(seconds[False]):.2f} s without. "
+        f"The outputs are {same}.\n",
         highlight=False,
     )
 
@@ -107,11 +108,11 @@ def show_cache_size(console: Console, llm: LLM, num_tokens: int = 100) -> None:
     per_token = kv_bytes_per_token(config, dtype)
     weight_bytes = sum(parameter.nbytes for parameter in llm.model.parameters())
     console.print(
-        f"By formula: 2 (key and value) × {config.num_hidden_layers} layers × {config.num_key_value_heads} KV heads × "
-        f"{config.head_dim} numbers × {dtype.itemsize} bytes = {per_token:,} bytes a token.\n"
-        f"Measured: {num_tokens} tokens in the cache take {measured:,} bytes = {measured // num_tokens:,} a token.\n"
+        f"Formula: 2 (key and value) × {config.num_hidden_layers} layers × {config.num_key_value_heads} KV heads × "
+        f"{config.head_dim} numbers × {dtype.itemsize} bytes = {per_token:,} bytes per token.\n"
+        f"Measured: {num_tokens} tokens in the cache take {measured:,} bytes = {measured // num_tokens:,} per token.\n"
         f"One request with a full context of {llm.max_model_len:,} tokens: "
-        f"{per_token * llm.max_model_len / 1e6:.1f} MB, beside {weight_bytes / 1e6:.1f} MB of weights.",
+        f"{per_token * llm.max_model_len / 1e6:.1f} MB; the weights take {weight_bytes / 1e6:.1f} MB.",
         highlight=False,
     )
 
@@ -128,7 +129,7 @@ def run(model: str) -> None:
 
 def main() -> None:
     prog = "part01_simple_server.demo"
-    config = parse_config(DemoConfig, "Questions answered, and what the KV cache is worth.", prog)
+    config = parse_config(DemoConfig, "Questions and answers, and what the KV cache gains and costs.", prog)
     exit_on_error(prog, lambda: run(config.model))
 
 

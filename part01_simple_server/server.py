@@ -1,4 +1,4 @@
-"""The whole server: tokenise, prefill, decode with a KV cache, sample, stop, answer over HTTP.
+"""The whole server: tokenize, prefill, decode with a KV cache, sample, stop, answer over HTTP.
 
 Read it from top to bottom: `LLM.generate` is the loop, `sample` and `check_stop` are its two decisions, and
 `create_app` puts HTTP around it.
@@ -34,7 +34,7 @@ SAMPLING_FIELDS = (
 class LLM:
     """A model that continues one prompt at a time.
 
-    num_positions_computed counts the positions that went through the model: what a KV cache saves.
+    num_positions_computed counts the positions that the model computed. A KV cache keeps it low.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -50,9 +50,9 @@ class LLM:
         self.num_positions_computed = 0
 
     def forward(self, token_ids: list[int], first_position: int, cache: DynamicCache | None) -> Tensor:
-        """Run tokens that stand at first_position and after. Returns the logits of the last one: [vocab_size], float32.
+        """Run tokens at first_position and after. Returns the logits of the last one: [vocab_size], float32.
 
-        With a cache, the keys and values of these positions are appended to it, and attention reaches the cached ones.
+        With a cache, the keys and values of these positions are appended to it, and attention includes the cached ones.
         """
         positions = torch.arange(first_position, first_position + len(token_ids), device=self.device)
         output = self.model(
@@ -67,7 +67,7 @@ class LLM:
 
     @torch.inference_mode()
     def generate(self, prompt_token_ids: list[int], params: SamplingParams, use_cache: bool = True) -> RequestOutput:
-        """Continue a prompt. Without a cache every token costs a pass over the whole text so far."""
+        """Continue a prompt. Without a cache, every token takes a pass over the whole text so far."""
         check_supported(params, SAMPLING_FIELDS)
         check_vocabulary(params, self.model.config.vocab_size)
         stop_token_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
@@ -100,7 +100,7 @@ class LLM:
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Bytes the cache grows by for each token: a key and a value for every layer and KV head."""
+    """Bytes of KV cache per token: a key and a value for every layer and KV head."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
 
@@ -129,7 +129,7 @@ def check_stop(
     eos_token_ids: frozenset[int],
     max_model_len: int,
 ) -> tuple[FinishReason, int | None] | None:
-    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
+    """Whether to stop after the newest token: (finish_reason, stop_reason), or None. Based on vLLM's check_stop."""
     # exercise: check_stop
     num_output_tokens, last = len(output_token_ids), output_token_ids[-1]
     if num_output_tokens >= params.min_tokens:
@@ -157,7 +157,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 def create_app(llm: LLM) -> Flask:
     """POST /generate and GET /health over one engine."""
     app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # where a chunked body, which has no length, is cut
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # the limit for a chunked body, which has no length
     app.json.sort_keys = False  # type: ignore[attr-defined]
 
     @app.post("/generate")

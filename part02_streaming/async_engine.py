@@ -1,4 +1,4 @@
-"""Generation off the event loop: one thread runs the model, asyncio carries its tokens to those who wait for them."""
+"""Generation off the event loop: one thread runs the model, and asyncio delivers its tokens to the requests."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .engine import LLM
 
 
 class QueueFullError(Exception):
-    """Too many requests wait already."""
+    """Too many requests are waiting already."""
 
 
 class GenerationError(Exception):
-    """The engine failed at this request. The message names the cause."""
+    """The engine failed on this request. The message gives the cause."""
 
 
 class RequestStream:
-    """One request: `async for` over its outputs as they come. Whoever loses interest calls AsyncLLM.abort."""
+    """One request: read its outputs with `async for` as they arrive. To cancel it, call AsyncLLM.abort."""
 
     def __init__(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         self.prompt_token_ids, self.params = prompt_token_ids, params
@@ -32,8 +32,8 @@ class RequestStream:
         self._outputs: asyncio.Queue[CompletionOutput | GenerationError] = asyncio.Queue()
 
     def put(self, output: CompletionOutput | GenerationError) -> None:
-        """Hand an output over, from the engine's thread to the event loop's."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+        """Pass an output from the engine's thread to the event loop."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no reader
             self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
     async def __aiter__(self) -> AsyncIterator[CompletionOutput]:
@@ -49,7 +49,7 @@ class RequestStream:
 class AsyncLLM:
     """An LLM with a queue in front: one request runs, up to max_queued_requests wait, first come, first served.
 
-    num_aborted counts requests that were given up while they waited or ran.
+    num_aborted counts requests that were aborted while waiting or running.
     """
 
     def __init__(self, llm: LLM, max_queued_requests: int) -> None:
@@ -77,7 +77,7 @@ class AsyncLLM:
         return request
 
     def abort(self, request: RequestStream) -> None:
-        """Nobody wants this request any more: drop it if it waits, stop it after the current token if it runs."""
+        """Abort a request: remove it if it waits, stop it after the current token if it runs."""
         # exercise: abort
         with self._changed:
             if request in self.waiting:
@@ -90,7 +90,7 @@ class AsyncLLM:
         # exercise: end
 
     def shutdown(self) -> None:
-        """End the thread; what runs or waits is aborted."""
+        """Stop the thread. Running and waiting requests are aborted."""
         with self._changed:
             self._stopping = True
             requests = [*([self.running] if self.running else []), *self.waiting]
@@ -104,11 +104,11 @@ class AsyncLLM:
         while (request := self._next()) is not None:
             try:
                 last = self._run_request(request)
-            except Exception as error:  # whatever went wrong is this request's error; the next one may succeed
+            except Exception as error:  # any error ends only this request; the next one may succeed
                 last = GenerationError(f"{type(error).__name__}: {error}")
             with self._changed:
                 self.running = None
-            if last is not None:  # handed over now and not before: who has it can rely on the request having ended
+            if last is not None:  # only now: a reader of the last output may rely on the request having ended
                 request.put(last)
 
     def _next(self) -> RequestStream | None:
@@ -120,7 +120,7 @@ class AsyncLLM:
             return self.running
 
     def _run_request(self, request: RequestStream) -> CompletionOutput | GenerationError | None:
-        """Hands over all outputs but the last, which it returns; None if the request was aborted."""
+        """Pass on all outputs but the last. Returns the last one, or None if the request was aborted."""
         for output in self.llm.stream(request.prompt_token_ids, request.params):
             if request.aborted:
                 break

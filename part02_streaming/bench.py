@@ -1,7 +1,7 @@
-"""python -m part02_streaming.bench: what the user of a stream sees, and what the others see meanwhile.
+"""python -m part02_streaming.bench: the latency of answers, and of /health while answers are generated.
 
-Writes results/part02.json and results/part02.png. Both servers run as processes of their own. Run it from the
-repository's root: part 1's server is the baseline.
+Writes results/part02.json and results/part02.png. Both servers run in separate processes. Run it from the repository's
+root: part 1's server is the baseline.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .engine import LLM
 
 PROMPT = "Once upon a time there was"
 ANSWER_TOKENS = (1, 16, 64, 256)
-LOAD_TOKENS = 256  # the answer that is being generated while /health is asked
+LOAD_TOKENS = 256  # length of the answers that are generated while /health is polled
 HEALTH_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    repeats: int = option(7, "answers of each length, in turns; medians are reported")
-    health_answers: int = option(8, "answers generated while /health is asked every 20 ms")
-    results_dir: str = option("results", "where part02.json and part02.png go")
+    repeats: int = option(7, "answers of each length; medians are reported")
+    health_answers: int = option(8, "answers generated while /health is polled every 20 ms")
+    results_dir: str = option("results", "folder for part02.json and part02.png")
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.health_answers < 1:
@@ -52,7 +52,7 @@ def body(num_tokens: int, **more: Any) -> dict[str, Any]:
 
 
 async def time_stream(client: httpx.AsyncClient, num_tokens: int) -> tuple[float, float, int]:
-    """Seconds to the first text and to the end of a streamed answer, and its bytes."""
+    """TTFT and E2E latency of a streamed answer in seconds, and its bytes."""
     parser, first_s, num_bytes = SseParser(), 0.0, 0
     started = time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=body(num_tokens, stream=True)) as response:
@@ -65,7 +65,7 @@ async def time_stream(client: httpx.AsyncClient, num_tokens: int) -> tuple[float
 
 
 async def time_whole(client: httpx.AsyncClient, path: str, num_tokens: int) -> tuple[float, int]:
-    """Seconds and bytes of an answer that comes in one piece."""
+    """Seconds and bytes of an answer that is not streamed."""
     started = time.perf_counter()
     response = await client.post(path, json=body(num_tokens))
     response.raise_for_status()
@@ -73,7 +73,7 @@ async def time_whole(client: httpx.AsyncClient, path: str, num_tokens: int) -> t
 
 
 async def measure_answers(url: str, repeats: int) -> list[dict[str, Any]]:
-    """For each length of answer: time to first text and to the end, streamed, and the time of an unstreamed one."""
+    """For each answer length: TTFT and E2E latency of a streamed answer, and the latency of an unstreamed one."""
     rows = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         await time_stream(client, 32)  # warm-up
@@ -101,7 +101,7 @@ async def answers_in_turn(client: httpx.AsyncClient, path: str, num_answers: int
 
 
 async def streams_at_once(client: httpx.AsyncClient, num_streams: int = 200, at_once: int = 8) -> None:
-    """Short streams, eight at a time, every third of them cut off by the client."""
+    """Short streams, eight at a time; the client closes every third one early."""
     slots = asyncio.Semaphore(at_once)
 
     async def read(number: int) -> None:
@@ -116,9 +116,9 @@ async def streams_at_once(client: httpx.AsyncClient, num_streams: int = 200, at_
 
 
 async def measure_health(url: str, make_load: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> list[float]:
-    """Milliseconds that /health took, asked every 20 ms until the load is done.
+    """Latency of /health in milliseconds, polled every 20 ms until the load is done.
 
-    Each question has its own time, whether or not the one before has been answered, as monitors ask.
+    Like a monitor, it sends each request on time, whether or not the previous one has been answered.
     """
     waits_ms: list[float] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -139,7 +139,7 @@ async def measure_health(url: str, make_load: Callable[[httpx.AsyncClient], Coro
 
 
 def time_engine(model: str, repeats: int) -> float:
-    """Milliseconds of an answer of LOAD_TOKENS tokens without any server."""
+    """Milliseconds for an answer of LOAD_TOKENS tokens without a server."""
     llm = LLM(EngineConfig(model=model))
     prompt = llm.tokenizer.encode(PROMPT)
     params, seconds = SamplingParams(max_tokens=LOAD_TOKENS, temperature=0, ignore_eos=True), []
@@ -178,14 +178,14 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 def plot(m: dict[str, Any], model: str, path: Path) -> None:
     fig, (left, right) = plotting.panels(
         [
-            (f"Waiting for an answer, {model}", "tokens in the answer", "milliseconds"),
-            ("Waiting for /health meanwhile", "share of the questions, %", "milliseconds"),
+            (f"Latency of an answer, {model}", "tokens in the answer", "milliseconds"),
+            ("Latency of /health meanwhile", "percentile of the requests", "milliseconds"),
         ]
     )
     tokens = [row["output_tokens"] for row in m["answers"]]
     for key, color, label in (
-        ("whole_ms", plotting.BASELINE_COLOR, "in one piece"),
-        ("ttft_ms", plotting.COLORS[0], "first text"),
+        ("whole_ms", plotting.BASELINE_COLOR, "not streamed"),
+        ("ttft_ms", plotting.COLORS[0], "TTFT"),
     ):
         (line,) = left.plot(tokens, [row[key] for row in m["answers"]], color=color, marker="o")
         plotting.label_line(left, line, label)
@@ -200,24 +200,24 @@ def plot(m: dict[str, Any], model: str, path: Path) -> None:
 
 
 def report(console: Console, m: dict[str, Any]) -> None:
-    table = Table("tokens", "first text, ms", "streamed, ms", "in one piece, ms", "bytes streamed", "in one piece")
+    table = Table("tokens", "TTFT, ms", "streamed, ms", "not streamed, ms", "bytes streamed", "not streamed")
     for row in m["answers"]:
         table.add_row(
             f"{row['output_tokens']}", f"{row['ttft_ms']:.1f}", f"{row['streamed_ms']:.1f}", f"{row['whole_ms']:.1f}",
             f"{row['streamed_bytes']:,}", f"{row['whole_bytes']:,}",
         )  # fmt: skip
     console.print(table)
-    table = Table("/health, while answers are generated", "p50, ms", "p99, ms", "max, ms")
+    table = Table("/health while answers are generated", "p50, ms", "p99, ms", "max, ms")
     for name, h in m["health"].items():
         table.add_row(name, f"{h['p50_ms']:.1f}", f"{h['p99_ms']:.1f}", f"{h['max_ms']:.1f}")
     console.print(table)
     last = m["answers"][-1]
     console.print(
-        f"{LOAD_TOKENS} tokens: {m['engine_alone_ms']:.0f} ms by the engine alone, {last['whole_ms']:.0f} ms over HTTP "
-        f"in one piece, {last['streamed_ms']:.0f} ms streamed: streaming costs "
+        f"{LOAD_TOKENS} tokens: {m['engine_alone_ms']:.0f} ms in the engine, {last['whole_ms']:.0f} ms over HTTP, "
+        f"{last['streamed_ms']:.0f} ms streamed: streaming costs "
         f"{100 * (last['streamed_ms'] / last['whole_ms'] - 1):.0f}% of the throughput.\n"
-        f"Where it gains nothing: an answer of one token, {m['answers'][0]['ttft_ms']:.1f} ms to the first text "
-        f"against {m['answers'][0]['whole_ms']:.1f} ms in one piece.",
+        f"No gain: an answer of one token, TTFT {m['answers'][0]['ttft_ms']:.1f} ms streamed, "
+        f"{m['answers'][0]['whole_ms']:.1f} ms not streamed.",
         highlight=False,
     )
 
@@ -240,7 +240,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = "part02_streaming.bench"
-    config = parse_config(BenchConfig, "What the user of a stream sees, and what the others see meanwhile.", prog)
+    config = parse_config(BenchConfig, "The latency of answers, and of /health while answers are generated.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

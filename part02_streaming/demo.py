@@ -1,4 +1,4 @@
-"""python -m part02_streaming.demo: an answer as it comes, a server that stays awake, and a client that leaves."""
+"""python -m part02_streaming.demo: a streamed answer, a responsive server, and a client that disconnects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def read_stream(client: httpx.AsyncClient, path: str, body: dict[str, Any]
 
 
 async def show_stream(console: Console, client: httpx.AsyncClient) -> None:
-    console.rule("1. An answer as it comes")
+    console.rule("1. A streamed answer")
     body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     console.print(f"[bold cyan]Q[/] {QUESTION}", highlight=False)
     console.print("[bold green]A[/] ", end="")
@@ -53,14 +53,14 @@ async def show_stream(console: Console, client: httpx.AsyncClient) -> None:
             console.print(text, end="", highlight=False, soft_wrap=True)
             await asyncio.sleep(0.02)  # slow enough to watch; the server does not wait for us
     console.print(
-        f"\nThe first of {num_pieces} pieces came after {1e3 * first_s:.0f} ms. "
+        f"\nTTFT {1e3 * first_s:.0f} ms, {num_pieces} pieces of text. "
         "(This demo slows them down so that you can watch.)\n",
         highlight=False,
     )
 
 
 async def show_health(console: Console, client: httpx.AsyncClient) -> None:
-    console.rule("2. A server that stays awake")
+    console.rule("2. A server that stays responsive")
     started = time.perf_counter()
     answer = asyncio.ensure_future(client.post("/v1/completions", json=LONG, timeout=60))
     waits_ms: list[float] = []
@@ -70,19 +70,19 @@ async def show_health(console: Console, client: httpx.AsyncClient) -> None:
         waits_ms.append(1e3 * (time.perf_counter() - asked))
         await asyncio.sleep(0.02)
     console.print(
-        f"While {LONG['max_tokens']} tokens were generated ({time.perf_counter() - started:.1f} s), /health was asked "
-        f"{len(waits_ms)} times and took {max(waits_ms):.0f} ms at most.\n"
-        "Part 1 would have answered the first of them after the last token.\n",
+        f"While {LONG['max_tokens']} tokens were generated ({time.perf_counter() - started:.1f} s), /health was called "
+        f"{len(waits_ms)} times and took at most {max(waits_ms):.0f} ms.\n"
+        "Part 1 would have answered the first call after the last token.\n",
         highlight=False,
     )
 
 
 def show_held_back(console: Console, llm: LLM) -> None:
-    console.rule("3. What is shown, token by token")
+    console.rule("3. The text that is shown, token by token")
     text, stop = "Foxes 🦊 say: good night, Nora.", (" night, Bo", " Nora.")
     console.print(f"The text {text!r} with the stop strings {stop[0]!r} and {stop[1]!r}:", highlight=False)
     detokenizer = IncrementalDetokenizer(llm.tokenizer, stop)
-    table = Table("token's bytes", "shown at once", "why nothing, or less")
+    table = Table("token", "text shown", "why text is held back")
     for token_id in llm.tokenizer.encode(text, add_special_tokens=False):
         num_before = len(detokenizer.text)
         found = detokenizer.add(token_id)
@@ -95,14 +95,14 @@ def show_held_back(console: Console, llm: LLM) -> None:
         elif held := detokenizer.num_held_back():
             why = f"{detokenizer.text[-held:]!r} may be the beginning of a stop string"
         piece = llm.tokenizer.decode([token_id])
-        table.add_row(repr(piece) if "\ufffd" not in piece else "a part of 🦊", repr(shown) if shown else "", why)
+        table.add_row(repr(piece) if "\ufffd" not in piece else "part of 🦊", repr(shown) if shown else "", why)
         if found:
             break
     console.print(table, "")
 
 
 async def show_disconnect(console: Console, client: httpx.AsyncClient, llm: LLM, app: Any) -> None:
-    console.rule("4. A client that leaves")
+    console.rule("4. A client that disconnects")
     before, num_read = llm.num_positions_computed, 0
     async for text in read_stream(client, "/v1/completions", LONG):
         num_read += bool(text)
@@ -115,7 +115,7 @@ async def show_disconnect(console: Console, client: httpx.AsyncClient, llm: LLM,
     num_tokens = llm.num_positions_computed - before - num_prompt_tokens + 1
     console.print(
         f"The client asked for {LONG['max_tokens']} tokens and closed the connection after 10 pieces of text. "
-        f"The engine computed {num_tokens} tokens, and is idle.",
+        f"The engine computed {num_tokens} tokens and is idle.",
         highlight=False,
     )
     assert app.state.engine.num_aborted >= num_aborted
@@ -141,7 +141,7 @@ def run(model: str) -> None:
 
 def main() -> None:
     prog = "part02_streaming.demo"
-    config = parse_config(DemoConfig, "An answer as it comes, and a server that stays awake.", prog)
+    config = parse_config(DemoConfig, "A streamed answer, a responsive server, and a client that disconnects.", prog)
     exit_on_error(prog, lambda: run(config.model))
 
 

@@ -25,7 +25,7 @@ SAMPLING_FIELDS = (
 class LLM:
     """A model that continues one prompt at a time.
 
-    num_positions_computed counts the positions that went through the model: what a KV cache saves.
+    num_positions_computed counts the positions that the model computed. A KV cache keeps it low.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -40,9 +40,9 @@ class LLM:
         self.num_positions_computed = 0
 
     def forward(self, token_ids: list[int], first_position: int, cache: DynamicCache | None) -> Tensor:
-        """Run tokens that stand at first_position and after. Returns the logits of the last one: [vocab_size], float32.
+        """Run tokens at first_position and after. Returns the logits of the last one: [vocab_size], float32.
 
-        With a cache, the keys and values of these positions are appended to it, and attention reaches the cached ones.
+        With a cache, the keys and values of these positions are appended to it, and attention includes the cached ones.
         """
         positions = torch.arange(first_position, first_position + len(token_ids), device=self.device)
         output = self.model(
@@ -95,7 +95,7 @@ class LLM:
 
 
 def join_outputs(outputs: list[CompletionOutput]) -> CompletionOutput:
-    """One answer out of the pieces of a stream."""
+    """Join the pieces of a stream into one answer."""
     return CompletionOutput(
         index=0,
         text="".join(output.text for output in outputs),
@@ -127,7 +127,7 @@ def check_stop(
     eos_token_ids: frozenset[int],
     max_model_len: int,
 ) -> tuple[FinishReason, int | str | None] | None:
-    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
+    """Whether to stop after the newest token: (finish_reason, stop_reason), or None. Based on vLLM's check_stop."""
     num_output_tokens, last = len(output_token_ids), output_token_ids[-1]
     if num_output_tokens >= params.min_tokens:
         if last in eos_token_ids and not params.ignore_eos:

@@ -1,4 +1,4 @@
-"""OpenAI's wire format: request bodies in, JSON and server-sent events out."""
+"""OpenAI's wire format: parse request bodies, write JSON and server-sent events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may fill the context
 COMMON_FIELDS = {"model", "stream", "stream_options", "user", *SAMPLING_FIELDS}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt"}
-# OpenAI's fields that this server does not have yet may be sent with the value that changes nothing.
+# Fields of OpenAI's API that this part does not support may be sent with the value that changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
     "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},), "tools": ([],),
@@ -37,7 +37,7 @@ class ModelNotFoundError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """A checked request, and what all of its responses repeat."""
+    """A checked request, with the fields that its responses repeat."""
 
     id: str
     created: int
@@ -63,7 +63,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 def parse_request(
     body: dict[str, Any], is_chat: bool, model: str, tokenizer: PreTrainedTokenizerBase, max_model_len: int
 ) -> ApiRequest:
-    """Raises FieldError naming the first field that cannot be served, ModelNotFoundError for another model."""
+    """Raises FieldError naming the first invalid or unsupported field, ModelNotFoundError for another model."""
     if body.get("model") not in (None, model):
         raise ModelNotFoundError(f"model: {show(body['model'])} is not served here, expected {model!r}")
     for name, allowed in NEUTRAL.items():
@@ -129,7 +129,7 @@ def list_models(model: str, max_model_len: int) -> dict[str, Any]:
 
 
 def full_response(request: ApiRequest, output: CompletionOutput) -> dict[str, Any]:
-    """The answer in one piece."""
+    """The complete answer."""
     answer = {"message": {"role": "assistant", "content": output.text}} if request.is_chat else {"text": output.text}
     return {
         "id": request.id,
@@ -150,9 +150,9 @@ def format_event(payload: dict[str, Any]) -> str:
 
 
 async def stream_events(request: ApiRequest, outputs: RequestStream) -> AsyncIterator[str]:
-    """The answer as it comes: the role (chat), text, the finish reason, the usage if asked for, [DONE].
+    """The answer as it is generated: the role (chat), text, the finish reason, the usage if requested, [DONE].
 
-    Outputs without text (half a character, the beginning of a stop string) make no event.
+    Outputs without text (half a character, the beginning of a stop string) produce no event.
     """
     # exercise: stream_events
     num_tokens = 0
@@ -168,7 +168,7 @@ async def stream_events(request: ApiRequest, outputs: RequestStream) -> AsyncIte
                 end: dict[str, Any] = {"delta": {}} if request.is_chat else {"text": ""}
                 reasons = {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
                 yield format_event(_chunk(request, {**end, **reasons}))
-    except GenerationError as error:  # the status 200 is out already: the error is an event
+    except GenerationError as error:  # status 200 has been sent, so the error becomes an event
         yield format_event(openai_error(str(error), None, "internal_error"))
     else:
         if request.include_usage:
@@ -178,7 +178,7 @@ async def stream_events(request: ApiRequest, outputs: RequestStream) -> AsyncIte
 
 
 def _chunk(request: ApiRequest, choice: dict[str, Any] | None) -> dict[str, Any]:
-    """A chunk with one choice, or with none (the one that brings the usage)."""
+    """A chunk with one choice, or with none (the chunk with the usage)."""
     chunk: dict[str, Any] = {
         "id": request.id,
         "object": "chat.completion.chunk" if request.is_chat else "text_completion",

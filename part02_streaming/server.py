@@ -30,7 +30,7 @@ from .openai_api import (
 )
 
 MAX_BODY_BYTES = 1_000_000
-CLIENT_GONE = 499  # nginx's code for a client that went away; nobody reads it
+CLIENT_GONE = 499  # nginx's status for a disconnected client, which never reads it
 
 
 class EventStream(StreamingResponse):
@@ -50,7 +50,7 @@ class EventStream(StreamingResponse):
 
 
 async def collect(http_request: Request, engine: AsyncLLM, stream: RequestStream) -> list[CompletionOutput] | None:
-    """All outputs of a request, or None if the client went away first. Nobody but us notices that it did."""
+    """All outputs of a request, or None if the client disconnected first, which only this function detects."""
 
     # exercise: collect
     async def drain() -> list[CompletionOutput]:
@@ -72,7 +72,7 @@ async def collect(http_request: Request, engine: AsyncLLM, stream: RequestStream
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises HTTPException 413 once more than MAX_BODY_BYTES have come, whatever the headers announced."""
+    """Raises HTTPException 413 once more than MAX_BODY_BYTES have arrived, whatever Content-Length says."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -102,7 +102,7 @@ def create_app(llm: LLM, max_queued_requests: int = 64) -> FastAPI:
 
     async def answer(http_request: Request, is_chat: bool) -> Response:
         body = parse_body(await read_body(http_request))
-        # In a thread: to tokenise a megabyte takes long enough for others to notice.
+        # In a thread: tokenizing a megabyte would block the event loop for too long.
         request = await asyncio.to_thread(parse_request, body, is_chat, llm.name, llm.tokenizer, llm.max_model_len)
         check_vocabulary(request.params, llm.model.config.vocab_size)
         engine: AsyncLLM = app.state.engine
@@ -128,7 +128,7 @@ def create_app(llm: LLM, max_queued_requests: int = 64) -> FastAPI:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error goes out in OpenAI's form."""
+    """Every error is sent in OpenAI's format."""
 
     @app.exception_handler(FieldError)
     async def bad_field(_: Request, error: FieldError) -> JSONResponse:
@@ -148,7 +148,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=CLIENT_GONE)  # it left before its body was complete
+        return Response(status_code=CLIENT_GONE)  # it disconnected before its body was complete
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:

@@ -14,8 +14,9 @@ from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .core.engine import LLM, LLMEngine
+from .core.engine import LLMEngine
 from .lab.memory_map import memory_map, num_slots
+from .llm import LLM
 
 QUESTIONS = (
     "What is paged attention?",
@@ -32,6 +33,14 @@ class DemoConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
 
 
+def take_step(llm: LLM, texts: dict[str, str]) -> None:
+    """One step of the engine. Appends each request's new text to its entry in texts."""
+    answers, stopped = llm.processor.process(llm.engine.step())
+    llm.engine.abort_requests(stopped)
+    for request_id, answer in answers:
+        texts[request_id] += answer.text
+
+
 def show_answers(console: Console, llm: LLM) -> None:
     console.rule("1. Four requests, one batch, one pool")
     engine, params = llm.engine, SamplingParams(temperature=0, max_tokens=60)
@@ -40,12 +49,12 @@ def show_answers(console: Console, llm: LLM) -> None:
         for question in QUESTIONS
     ]
     for number, prompt in enumerate(prompts):
+        llm.processor.add_request(str(number), params)
         engine.add_request(str(number), prompt, params)
     texts = {str(number): "" for number in range(len(prompts))}
     for _ in range(12):
-        for request_id, output in engine.step():
-            texts[request_id] += output.text
-    table = Table("request", "tokens", "block table", "its last slot")
+        take_step(llm, texts)
+    table = Table("request", "tokens", "block table", "last slot")
     for request in engine.running:
         block_table = engine.blocks.block_tables[request.request_id]
         position = request.num_tokens - 2
@@ -53,14 +62,13 @@ def show_answers(console: Console, llm: LLM) -> None:
         table.add_row(QUESTIONS[int(request.request_id)], f"{request.num_tokens}", f"{block_table}", slot)
     console.print("After 12 steps:", table, "", sep="\n")
     while engine.has_unfinished_requests:
-        for request_id, output in engine.step():
-            texts[request_id] += output.text
+        take_step(llm, texts)
     for question, text in zip(QUESTIONS, texts.values(), strict=True):
         console.print(f"[bold cyan]Q[/] {question}\n[bold green]A[/] {text}\n", highlight=False)
     blocks = engine.blocks
     console.print(
-        f"{engine.num_steps} steps for all four. Now {blocks.num_used_blocks} blocks are used, "
-        f"{blocks.num_free_blocks} free; with the null block the pool has {blocks.num_blocks}.\n",
+        f"All four answers took {engine.num_steps} steps. Now {blocks.num_used_blocks} blocks are used and "
+        f"{blocks.num_free_blocks} free; with the null block, the pool has {blocks.num_blocks}.\n",
         highlight=False,
     )
 
@@ -86,9 +94,10 @@ def fill_pool(model: str, block_size: int) -> LLMEngine:
 def show_memory(console: Console, model: str) -> None:
     console.rule("2. The same memory, contiguous and paged")
     console.print(
-        f"Room for {BUDGET_TOKENS:,} tokens; 64 requests wait, of 80 to 384 tokens each; the context is {CONTEXT}.\n"
-        "Contiguous: each request reserves the whole context, as if a block held it all. Paged: blocks of 16.\n"
-        "Each cell stands for 16 slots, each colour for a request; · is free, ░ is reserved and empty.\n",
+        f"The KV cache holds {BUDGET_TOKENS:,} tokens. 64 requests of 80 to 384 tokens each arrive at time zero; the "
+        f"context is {CONTEXT} tokens.\n"
+        "Contiguous: each request reserves the whole context. Paged: each request holds blocks of 16 tokens.\n"
+        "A cell is 16 slots, a color is a request; · is free, ░ is reserved and empty.\n",
         highlight=False,
     )
     for name, block_size in (("Contiguous", CONTEXT), ("Paged", 16)):
@@ -96,7 +105,7 @@ def show_memory(console: Console, model: str) -> None:
         used, reserved = num_slots(engine)
         console.print(
             f"[bold]{name}[/]: {len(engine.running)} requests run at once, "
-            f"{100 * (1 - used / reserved):.0f}% of what they hold is empty.",
+            f"{100 * (1 - used / reserved):.0f}% of the slots they hold are empty.",
             highlight=False,
         )
         text = Text()
@@ -112,8 +121,9 @@ def show_memory(console: Console, model: str) -> None:
 
 def run(model: str) -> None:
     console = Console()
-    llm = LLM(EngineConfig(model=model, num_kv_blocks=64))
-    console.print(f"\n[bold]Part 3: paged attention.[/] Model {model}, on {llm.engine.device}.\n", highlight=False)
+    config = EngineConfig(model=model, num_kv_blocks=64)
+    console.print(f"\n[bold]Part 3: paged attention.[/] Model {model}, on {config.device}.\n", highlight=False)
+    llm = LLM(config)
     show_answers(console, llm)
     show_memory(console, model)
 

@@ -1,1 +1,1 @@
-"""Part 4: continuous batching. Before every step it is decided anew who is in it."""
+"""Part 4: continuous batching. The batch is decided anew before every step."""

@@ -1,4 +1,5 @@
-"""python -m part04_continuous_batching.bench: static against continuous batches, and both against transformers.
+"""python -m part04_continuous_batching.bench: static against continuous batches, both against transformers, and where
+a step's time goes.
 
 Writes results/part04.json, part04.png, part04_slots_static.png and part04_slots_continuous.png. Everything runs in one
 process, in turns.
@@ -6,10 +7,12 @@ process, in turns.
 
 from __future__ import annotations
 
+import random
 import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from common.workloads import WorkloadRequest, heavy_tailed, nano_vllm_cpu
 from .config import EngineConfig
 from .core.engine import LLMEngine
 from .lab.static_batches import use_static_batches
+from .lab.step_times import OUTSIDE, PARTS, step_timer
 
 NUM_SEQS = 16
 
@@ -43,7 +47,7 @@ class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     num_requests: int = option(256, "requests of each workload")
     repeats: int = option(3, "runs of each, in turns; medians are reported")
-    profile_model: str = option("random:llama-110m", "the model whose step is taken apart")
+    profile_model: str = option("random:llama-110m", "a second model whose step is taken apart")
     results_dir: str = option("results", "where the JSON and the plots go")
 
     def __post_init__(self) -> None:
@@ -77,7 +81,7 @@ def serve(engine: LLMEngine, requests: list[WorkloadRequest]) -> dict[str, float
         outputs = engine.step()
         sizes += len(outputs)
         now_s = time.perf_counter() - started
-        latencies += [now_s for _, output in outputs if output.finish_reason]
+        latencies += [now_s for output in outputs if output.finish_reason]
     steps, seconds = engine.num_steps - first_step, time.perf_counter() - started
     return {
         "steps": steps,
@@ -163,43 +167,43 @@ def generate_continuously(model: Any, requests: list[WorkloadRequest]) -> None:
             num_tokens += len(output.generated_tokens) if output.is_finished() else 0
 
 
-def measure_step(config: BenchConfig, num_seqs: int = 32, num_steps: int = 40) -> dict[str, float]:
-    """Where a decode step's time goes: the model's forward pass, and all that is around it."""
-    engine = LLMEngine(EngineConfig(model=config.profile_model, max_num_seqs=num_seqs, max_model_len=1_024))
-    for request in heavy_tailed(num_seqs, median_output_tokens=512, sigma=0.0):
-        add(engine, request)
+def measure_step(model: str, num_seqs: int = 32, context: int = 256, num_steps: int = 40) -> dict[str, Any]:
+    """Where a decode step's time goes, in ms: of num_seqs requests, each with context tokens in the cache halfway.
+
+    Steps with and without timers take turns. parts: medians; they need not add up exactly to the median of the steps.
+    """
+    flags: dict[str, Any] = {"max_num_seqs": num_seqs, "max_model_len": 2 * context, "device": "cpu"}
+    engine = LLMEngine(EngineConfig(model=model, max_num_batched_tokens=num_seqs * context, **flags))
+    rng = random.Random(0)
+    for number in range(num_seqs):
+        prompt = [rng.randrange(3, 1_000) for _ in range(context - num_steps)]
+        params = SamplingParams(temperature=0, max_tokens=context, ignore_eos=True)
+        engine.add_request(str(number), prompt, params)
     engine.step()
-    inside: list[float] = []
-    forward, compute_logits = engine.runner.model.forward, engine.runner.model.compute_logits
-
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+    untimed, timed, parts = list[float](), list[float](), list[dict[str, float]]()
+    for number in range(2 * num_steps):
+        with step_timer(engine) if number % 2 else nullcontext() as timer:
             started = time.perf_counter()
-            result = call(*args)
-            inside[-1] += time.perf_counter() - started
-            return result
-
-        return run
-
-    model: Any = engine.runner.model
-    model.forward, model.compute_logits = timed(forward), timed(compute_logits)
-    total = []
-    for _ in range(num_steps):
-        inside.append(0.0)
-        started = time.perf_counter()
-        engine.step()
-        total.append(time.perf_counter() - started)
-    step_ms, model_ms = 1e3 * median(total[5:]), 1e3 * median(inside[5:])
+            engine.step()
+            seconds = time.perf_counter() - started
+        if timer is None:
+            untimed.append(seconds)
+        else:
+            timed.append(seconds)
+            parts.append(timer.seconds)
+    found = {part: 1e3 * median([step[part] for step in parts]) for part in PARTS}
     return {
         "num_seqs": num_seqs,
-        "step_ms": round(step_ms, 2),
-        "model_ms": round(model_ms, 2),
-        "outside_share": round(1 - model_ms / step_ms, 4),
+        "context": context,
+        "step_ms": round(1e3 * median(untimed), 2),
+        "timed_step_ms": round(1e3 * median(timed), 2),
+        "outside_share": round(sum(found[part] for part in OUTSIDE) / sum(found.values()), 4),
+        "parts": {part: round(ms, 3) for part, ms in found.items()},
     }
 
 
 def take_pictures(config: BenchConfig, path: Path, num_requests: int = 48) -> None:
-    """One picture for each way: a row a request, a column a step."""
+    """One picture for each way of batching: a row for each request, a column for each step."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("static", "continuous"):
             trace = str(Path(folder) / name)
@@ -241,12 +245,24 @@ def report(console: Console, m: dict[str, Any]) -> None:
                 f"{run['mean_latency_s']:.2f} s", f"{run['p99_latency_s']:.2f} s",
             )  # fmt: skip
     console.print(table)
-    ours, step = m["transformers"]["part 4"], m["step"]
+    ours = m["transformers"]["part 4"]
     for name, rate in m["transformers"].items():
         console.print(f"{name}: {rate:,.0f} tokens/s, part 4 is {ours / rate:.2f}× that", highlight=False)
+    for model, step in m["step"].items():
+        report_step(console, model, step)
+
+
+def report_step(console: Console, model: str, step: dict[str, Any]) -> None:
+    total = sum(step["parts"].values())
+    table = Table("part of the step", "ms", "share", title=f"{model}: a step of {step['num_seqs']} decodes")
+    for part, ms in step["parts"].items():
+        table.add_row(part, f"{ms:.2f}", f"{100 * ms / total:.1f}%")
+    table.add_row("all parts", f"{total:.2f}", "100%")
+    console.print(table)
     console.print(
-        f"A step of {step['num_seqs']} decodes takes {step['step_ms']:.1f} ms, {step['model_ms']:.1f} ms of it in the "
-        f"model: {100 * step['outside_share']:.1f}% is spent around it.",
+        f"The context is about {step['context']} tokens. A step takes {step['step_ms']:.2f} ms, and "
+        f"{step['timed_step_ms']:.2f} ms with the timers, whose own cost is part of the numbers above. "
+        f"{100 * step['outside_share']:.1f}% of the step is outside the model and the sampler.",
         highlight=False,
     )
 
@@ -256,7 +272,7 @@ def run(config: BenchConfig) -> None:
     measurements: dict[str, Any] = {
         "batching": measure_batching(config),
         "transformers": measure_transformers(config),
-        "step": measure_step(config),
+        "step": {model: measure_step(model) for model in dict.fromkeys((config.model, config.profile_model))},
     }
     report(Console(), measurements)
     settings = {key: value for key, value in asdict(config).items() if key != "results_dir"}

@@ -1,4 +1,4 @@
-"""python -m part04_continuous_batching.demo: who sits in which slot, in static and in continuous batches."""
+"""python -m part04_continuous_batching.demo: which request is in which slot, in static and in continuous batches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .core.engine import LLM, LLMEngine
+from .core.engine import LLMEngine
 from .lab.static_batches import use_static_batches
+from .llm import LLM
 
 LENGTHS = (2, 2, 2, 20, 2, 2, 2, 20)
 NUM_SLOTS = 4
@@ -36,7 +37,7 @@ class DemoConfig:
 
 
 def fill_slots(engine: LLMEngine) -> list[list[int | None]]:
-    """Run LENGTHS. Returns for each step who sat in each slot; a request keeps its slot to its end."""
+    """Run LENGTHS. Returns for each step which request is in each slot; a request keeps its slot to its end."""
     for number, length in enumerate(LENGTHS):
         params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
         engine.add_request(str(number), [100 + number] * 8, params)
@@ -44,19 +45,19 @@ def fill_slots(engine: LLMEngine) -> list[list[int | None]]:
     history = []
     while engine.has_unfinished_requests:
         outputs = engine.step()
-        for number in (int(request_id) for request_id, _ in outputs):
+        for number in (int(output.request_id) for output in outputs):
             if number not in slots:
                 slots[slots.index(None)] = number
         history.append(list(slots))
-        for request_id, output in outputs:
+        for output in outputs:
             if output.finish_reason:
-                slots[slots.index(int(request_id))] = None
+                slots[slots.index(int(output.request_id))] = None
     return history
 
 
 def show_slots(console: Console, model: str) -> None:
     console.rule("1. Four slots, eight requests")
-    console.print(f"Answers of {', '.join(map(str, LENGTHS))} tokens. A column is a step, a digit a request.\n")
+    console.print(f"Answers of {', '.join(map(str, LENGTHS))} tokens. Each column is a step, each digit a request.\n")
     config = EngineConfig(model=model, max_num_seqs=NUM_SLOTS, num_kv_blocks=64)
     for name, engine in (
         ("Static", use_static_batches(LLMEngine(config))),
@@ -92,7 +93,7 @@ def show_preemption(console: Console, model: str) -> None:
         engine = llm.engine
         console.print(
             f"{num_kv_blocks - 1} blocks: {engine.num_steps} steps, {engine.scheduler.num_preemptions} preemptions, "
-            f"{engine.runner.num_tokens_computed} tokens computed, {seconds:.2f} s, "
+            f"{engine.executor.worker.runner.num_tokens_computed} tokens computed, {seconds:.2f} s, "
             f"{engine.blocks.num_free_blocks} blocks free at the end.",
             highlight=False,
         )
@@ -113,7 +114,7 @@ def run(model: str) -> None:
 
 def main() -> None:
     prog = "part04_continuous_batching.demo"
-    config = parse_config(DemoConfig, "Who sits in which slot, in static and in continuous batches.", prog)
+    config = parse_config(DemoConfig, "Which request is in which slot, in static and in continuous batches.", prog)
     exit_on_error(prog, lambda: run(config.model))
 
 

@@ -32,10 +32,9 @@ from common.trace import StepTrace
 from common.workloads import WorkloadRequest, heavy_tailed
 
 from .config import EngineConfig
-from .core.block_manager import BlockManager
 from .core.engine import LLMEngine
-from .core.scheduler import SchedulerOutput
 from .lab.timeline import forward, host, summary, traced
+from .messages import StepInput, StepOutput
 from .worker.sampler import SamplerOutput
 from .worker.stream import StepHandle, ThreadStream
 
@@ -66,28 +65,32 @@ class BenchConfig:
             raise FieldError("num_steps", "expected at least 10 steps and 1 repeat")
 
 
-class ScriptedRunner:
-    """A model that takes FORWARD_S of the device and HOST_S of the engine, whatever it is asked."""
+class ScriptedExecutor:
+    """In place of the engine's: a step takes FORWARD_S of the device and HOST_S of the engine, whatever is in it."""
 
     def __init__(self) -> None:
         self.stream = ThreadStream()
 
-    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:
+    def launch(self, step: StepInput) -> StepHandle:
         ready_at = time.perf_counter() + HOST_S
         while time.perf_counter() < ready_at:  # work, not sleep
             pass
-        num_requests = len(scheduled.requests)
-        return self.stream.launch(lambda: self._run(num_requests))
+        num_requests = len(step.requests)
+        return self.stream.launch(lambda: self._run(num_requests), without_logprobs)
 
     @staticmethod
     def _run(num_requests: int) -> SamplerOutput:
-        time.sleep(FORWARD_S)  # as a GPU does it: without the processor
+        time.sleep(FORWARD_S)  # a GPU computes without the processor
         return SamplerOutput(torch.full((num_requests,), 7), None)
+
+
+def without_logprobs(sampled: SamplerOutput) -> StepOutput:
+    return StepOutput(sampled.token_ids.tolist(), [None] * len(sampled.token_ids))
 
 
 def run_scripted(engine: LLMEngine) -> None:
     """100 steps of 10 ms on the device and 4 ms of the engine."""
-    engine.runner = ScriptedRunner()  # type: ignore[assignment]
+    engine.executor = ScriptedExecutor()  # type: ignore[assignment]
     params = SamplingParams(temperature=0, max_tokens=NUM_SCRIPTED_STEPS, ignore_eos=True)
     engine.add_request("0", [5], params)
     while engine.has_unfinished_requests:
@@ -113,7 +116,7 @@ def add_decodes(engine: LLMEngine, num_tokens: int) -> None:
 
 
 def decode_steps(model: str, is_async: bool, num_steps: int) -> list[StepTrace]:
-    """Steps of NUM_SEQS decodes each, without those in which the batch comes together or falls apart."""
+    """Steps of NUM_SEQS decodes each, without the first and last ones, in which the batch is smaller."""
 
     def run(engine: LLMEngine) -> None:
         add_decodes(engine, num_steps + 4)
@@ -142,7 +145,7 @@ def measure_decode(model: str, config: BenchConfig) -> dict[str, Any]:
 
 
 def measure_outside(model: str, is_async: bool, num_steps: int) -> dict[str, float]:
-    """A step of NUM_SEQS decodes, and how much of it the model takes: the measurement that part 4 makes."""
+    """A step of NUM_SEQS decodes, and how much of it the model takes: the measurement of part 4's bench."""
     engine = LLMEngine(EngineConfig(model=model, async_scheduling=is_async, max_num_seqs=NUM_SEQS, max_model_len=1_024))
     add_decodes(engine, num_steps + 8)
     inside: list[float] = []
@@ -156,7 +159,7 @@ def measure_outside(model: str, is_async: bool, num_steps: int) -> dict[str, flo
 
         return run
 
-    decoder: Any = engine.runner.model
+    decoder: Any = engine.executor.worker.model
     decoder.forward, decoder.compute_logits = timed(decoder.forward), timed(decoder.compute_logits)
     for _ in range(4):
         engine.step()
@@ -172,13 +175,13 @@ def measure_outside(model: str, is_async: bool, num_steps: int) -> dict[str, flo
 
 
 def measure_waste(config: BenchConfig) -> dict[str, float]:
-    """Answers whose end nobody foresees: steps, and positions computed in vain."""
+    """Answers that end with a stop token: steps, and positions computed."""
     lengths = [request.max_tokens for request in heavy_tailed(64)]
     found: dict[str, float] = {}
     for name, is_async in MODES.items():
         engine = LLMEngine(EngineConfig(model=config.small_model, async_scheduling=is_async, max_num_seqs=NUM_SEQS))
         scripted = EndsByItself(lengths)
-        engine.runner = scripted  # type: ignore[assignment]
+        engine.executor = scripted  # type: ignore[assignment]
         for number in range(len(lengths)):
             params = SamplingParams(temperature=0, max_tokens=1_000, stop_token_ids=(EndsByItself.END,))
             engine.add_request(str(number), [number + 100], params)
@@ -189,20 +192,23 @@ def measure_waste(config: BenchConfig) -> dict[str, float]:
     return found
 
 
-class EndsByItself(ScriptedRunner):
-    """A model that ends request i after lengths[i] tokens, with a token that nobody foresees."""
+class EndsByItself(ScriptedExecutor):
+    """Ends the request with the prompt [100 + i] after lengths[i] tokens, with a stop token."""
 
     END = 9
 
     def __init__(self, lengths: list[int]) -> None:
         super().__init__()
         self.lengths, self.num_tokens_computed = lengths, 0
+        self.lengths_of_rows: dict[int, int] = {}
 
-    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:
-        self.num_tokens_computed += scheduled.total_num_scheduled_tokens
-        ends = [request.num_computed_tokens >= self.lengths[int(request.request_id)] for request in scheduled.requests]
+    def launch(self, step: StepInput) -> StepHandle:
+        self.lengths_of_rows |= {new.row: self.lengths[new.token_ids[0] - 100] for new in step.new_requests}
+        self.num_tokens_computed += sum(request.num_scheduled_tokens for request in step.requests)
+        num_sampled = [request.num_computed_tokens + request.num_scheduled_tokens for request in step.requests]
+        ends = [num >= self.lengths_of_rows[r.row] for num, r in zip(num_sampled, step.requests, strict=True)]
         tokens = torch.tensor([self.END if ends_now else 7 for ends_now in ends])
-        return self.stream.launch(lambda: SamplerOutput(tokens, None))
+        return self.stream.launch(lambda: SamplerOutput(tokens, None), without_logprobs)
 
 
 def measure_http(config: BenchConfig) -> dict[str, dict[str, float]]:
@@ -252,8 +258,8 @@ def measure_busy(config: BenchConfig) -> dict[str, dict[str, float]]:
 
 
 def plot_timeline(steps: dict[str, list[StepTrace]], path: Path, num_shown: int = 6) -> None:
-    """What the device and the engine did, below each other, for some scripted steps out of the middle."""
-    labels = [(title, "milliseconds", "") for title in ("In step", "One step ahead")]
+    """What the device and the engine did, below each other, for some scripted steps from the middle."""
+    labels = [(title, "milliseconds", "") for title in ("Synchronous", "Asynchronous")]
     fig, panels = plotting.panels(labels, height_px=260)
     longest = steps["sync"][len(steps["sync"]) // 2 :][:num_shown]
     span_ms = 1e3 * (forward(longest[-1])[1] - forward(longest[0])[0])  # on both sides, so that they can be compared
@@ -306,7 +312,7 @@ def report(console: Console, m: dict[str, Any]) -> None:
     console.print(table)
     for name, run in m["http"].items():
         console.print(
-            f"over HTTP, {name}: {run['tokens_per_s']:,.0f} tokens/s, {run['tpot_ms']:.1f} ms a token", highlight=False
+            f"over HTTP, {name}: {run['tokens_per_s']:,.0f} tokens/s, TPOT {run['tpot_ms']:.1f} ms", highlight=False
         )
     table = Table(f"{NUM_STREAMS} streams over HTTP", "tokens/s", "tokens/s, one core taken")
     for name, run in m["busy"].items():
@@ -314,14 +320,15 @@ def report(console: Console, m: dict[str, Any]) -> None:
     console.print(table)
     waste, outside = m["waste"], m["outside"]
     console.print(
-        f"{waste['num_requests']} answers that end by themselves: {waste['sync_computed']} positions computed in step, "
-        f"{waste['async_computed']} one step ahead ({waste['sync_steps']} and {waste['async_steps']} steps)",
+        f"{waste['num_requests']} answers that end with a stop token: {waste['sync_computed']} positions computed "
+        f"synchronously in {waste['sync_steps']} steps, {waste['async_computed']} asynchronously in "
+        f"{waste['async_steps']} steps",
         highlight=False,
     )
     for model, run in outside.items():
         console.print(
-            f"{model}, {NUM_SEQS} decodes in step: {run['step_ms']:.1f} ms, {run['outside_ms']:.2f} ms of it outside "
-            f"the model",
+            f"{model}, {NUM_SEQS} decodes, sync: {run['step_ms']:.1f} ms a step, {run['outside_ms']:.2f} ms of it "
+            "outside the model",
             highlight=False,
         )
 

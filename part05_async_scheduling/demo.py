@@ -17,8 +17,9 @@ from common.serving import GenerationError
 
 from .api.async_engine import AsyncLLM
 from .config import EngineConfig
-from .core.engine import LLM, LLMEngine
+from .core.engine import LLMEngine
 from .lab.timeline import Interval, forward, host, summary, traced
+from .llm import LLM
 
 NUM_REQUESTS, NUM_TOKENS = 16, 40
 WIDTH = 72  # columns of the timeline
@@ -53,7 +54,7 @@ def draw_line(intervals: list[Interval], start_s: float, end_s: float, mark: str
 
 def show_timelines(console: Console, model: str) -> None:
     console.rule("1. The gap between two steps")
-    console.print(f"{NUM_REQUESTS} requests; {NUM_SHOWN} steps out of the middle.\n", highlight=False)
+    console.print(f"{NUM_REQUESTS} requests; {NUM_SHOWN} steps from the middle of the run.\n", highlight=False)
     for is_async in (False, True):
         config = EngineConfig(model=model, async_scheduling=is_async, max_model_len=1_024)
         steps = traced(config, decode)[1:]
@@ -61,8 +62,8 @@ def show_timelines(console: Console, model: str) -> None:
         start_s, end_s = forward(shown[0])[0], forward(shown[-1])[1]
         found = summary(steps)
         console.print(
-            f"[bold]{'Asynchronous' if is_async else 'Synchronous'}[/]: the model works {found['forward_ms']:.1f} ms, "
-            f"then waits {found['gap_ms']:.2f} ms: {100 * found['gap_share']:.0f}% of the time",
+            f"[bold]{'Asynchronous' if is_async else 'Synchronous'}[/]: forward pass "
+            f"{found['forward_ms']:.1f} ms, then a gap of {found['gap_ms']:.2f} ms ({100 * found['gap_share']:.0f}%)",
             highlight=False,
         )
         around = [interval for step in steps for interval in host(step)]
@@ -83,14 +84,16 @@ def show_price(console: Console, model: str) -> None:
         texts.append([output.text for output in outputs])
         # The last token of an answer is never computed on.
         num_needed = sum(map(len, prompts)) + sum(len(output.token_ids) - 1 for output in outputs)
-        num_computed = llm.engine.runner.num_tokens_computed
+        num_computed = llm.engine.executor.worker.runner.num_tokens_computed
         console.print(
             f"{'Asynchronous' if is_async else 'Synchronous'}: {llm.engine.num_steps} steps, {num_computed} tokens "
-            f"computed, {num_computed - num_needed} of them in vain.",
+            f"computed, {num_computed - num_needed} of them wasted.",
             highlight=False,
         )
     same = "the same" if texts[0] == texts[1] else "NOT the same: that is a bug"
-    console.print(f"{len(QUESTIONS)} answers end where the model says so. They are {same}:\n", highlight=False)
+    console.print(
+        f"{len(QUESTIONS)} answers that end with a stop token. In both modes they are {same}:\n", highlight=False
+    )
     table = Table(show_header=False)
     for question, text in zip(QUESTIONS, texts[1], strict=True):
         table.add_row(f"[bold cyan]{question}[/]", text)
@@ -112,8 +115,8 @@ async def show_death(console: Console, model: str) -> None:
             if len(text) > NUM_CHARS_BEFORE_THE_END and engine.core.process.is_alive():
                 os.kill(core, signal.SIGKILL)
     except GenerationError as error:
-        console.print(f"A stream said: [green]{text}[/]…")
-        console.print(f"Then the core was killed, and the stream ended with: [red]{error}[/].", highlight=False)
+        console.print(f"A stream brought: [green]{text}[/]…")
+        console.print(f"Then the core was killed. The stream ended with the error: [red]{error}[/].", highlight=False)
     finally:
         await asyncio.to_thread(engine.shutdown)
 

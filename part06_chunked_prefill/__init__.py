@@ -1,1 +1,1 @@
-"""Part 6: chunked prefill. Long prompts go through the engine in pieces, and nobody waits for them."""
+"""Part 6: chunked prefill. Long prompts are computed in chunks, beside the decodes."""

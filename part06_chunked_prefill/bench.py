@@ -1,4 +1,4 @@
-"""python -m part06_chunked_prefill.bench: what long prompts do to those who are being answered, whole and in chunks.
+"""python -m part06_chunked_prefill.bench: ITL while long prompts arrive, whole and in chunks.
 
 Writes results/part06.json and results/part06.png. Everything runs in one process, in turns.
 """
@@ -33,10 +33,10 @@ WHOLE = "whole"
 class BenchConfig:
     model: str = option("random:llama-110m", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     small_model: str = option("tiny", "a model whose step is short")
-    num_decodes: int = option(8, "requests that are being answered all the time")
-    num_prompts: int = option(3, "long prompts that arrive, one after the other")
+    num_decodes: int = option(8, "requests that decode all the time")
+    num_prompts: int = option(3, "long prompts, one after the other")
     prompt_tokens: int = option(2_000, "tokens in each of them")
-    recommended_budget: int = option(256, "the budget that the table is about")
+    recommended_budget: int = option(256, "the budget to compare with whole prompts")
     repeats: int = option(2, "runs of each, in turns; medians are reported")
     results_dir: str = option("results", "where the JSON and the plots go")
 
@@ -49,7 +49,7 @@ BUDGETS = (64, 128, 256, 512, 1_024)
 
 
 def engine_config(config: BenchConfig, model: str, budget: int | None) -> EngineConfig:
-    """budget: tokens in a step; None leaves prompts whole."""
+    """budget: tokens in a step; None: prompts stay whole."""
     return EngineConfig(
         model=model,
         max_num_seqs=NUM_SEQS,
@@ -60,31 +60,31 @@ def engine_config(config: BenchConfig, model: str, budget: int | None) -> Engine
 
 
 class Decodes:
-    """Requests that decode all the time, and how long each of their tokens took to come."""
+    """Requests that decode all the time. itl_s: the time between two tokens of each (inter-token latency)."""
 
     def __init__(self, engine: LLMEngine, num_requests: int, max_tokens: int) -> None:
-        self.engine, self.waits_s = engine, list[float]()
+        self.engine, self.itl_s = engine, list[float]()
         self.last_s = {f"decode {number}": 0.0 for number in range(num_requests)}
         for number, name in enumerate(self.last_s):
             params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
             engine.add_request(name, [100 + number] * 16, params)
         self.step(num_steps=20)
-        self.waits_s.clear()
+        self.itl_s.clear()
 
     def step(self, num_steps: int = 1, until: str | None = None) -> None:
-        """Take steps: so many, or as many as it takes until a request has a token."""
+        """Run num_steps steps; with until, run until that request has got num_steps tokens."""
         while num_steps > 0:
             outputs, now_s = self.engine.step(), time.perf_counter()
             for output in outputs:
                 if output.request_id in self.last_s:
-                    self.waits_s.append(now_s - self.last_s[output.request_id])
+                    self.itl_s.append(now_s - self.last_s[output.request_id])
                     self.last_s[output.request_id] = now_s
             if until is None or any(output.request_id == until for output in outputs):
                 num_steps -= 1
 
 
 def serve_both(config: BenchConfig, model: str, budget: int | None) -> dict[str, float]:
-    """Long prompts beside decodes. Each arrives twenty tokens after the one before has had its first token and left."""
+    """Long prompts arrive while others decode, each of them twenty steps after the one before has got its token."""
     engine = LLMEngine(engine_config(config, model, budget))
     decodes = Decodes(engine, config.num_decodes, config.prompt_tokens)
     ttfts_s = []
@@ -95,16 +95,16 @@ def serve_both(config: BenchConfig, model: str, budget: int | None) -> dict[str,
         ttfts_s.append(time.perf_counter() - arrived_s)
         decodes.step(num_steps=20)
     found = {
-        "itl_p50_ms": 1e3 * percentile(decodes.waits_s, 50),
-        "itl_p99_ms": 1e3 * percentile(decodes.waits_s, 99),
-        "itl_max_ms": 1e3 * max(decodes.waits_s),
+        "itl_p50_ms": 1e3 * percentile(decodes.itl_s, 50),
+        "itl_p99_ms": 1e3 * percentile(decodes.itl_s, 99),
+        "itl_max_ms": 1e3 * max(decodes.itl_s),
         "ttft_ms": 1e3 * median(ttfts_s),
     }
     engine.add_request("long", prompt.prompt_token_ids or [], SamplingParams(max_tokens=32, seed=0))
     decodes.step(until="long")
-    decodes.waits_s.clear()
-    decodes.step(num_steps=20)  # beside it: on a CPU, all decodes are padded to its context
-    return found | {"itl_beside_ms": 1e3 * median(decodes.waits_s)}
+    decodes.itl_s.clear()
+    decodes.step(num_steps=20)  # decodes beside a long context
+    return found | {"itl_beside_ms": 1e3 * median(decodes.itl_s)}
 
 
 def prompts(config: BenchConfig) -> list[WorkloadRequest]:
@@ -113,7 +113,7 @@ def prompts(config: BenchConfig) -> list[WorkloadRequest]:
 
 
 def prefill_alone(config: BenchConfig, model: str, budget: int | None) -> dict[str, float]:
-    """The case where chunks can only lose: prompts, and nobody who waits for a token."""
+    """The case where chunks can only lose: prompts with no decodes beside them."""
     engine = LLMEngine(engine_config(config, model, budget))
     num_tokens = 0
     started = time.perf_counter()
@@ -131,7 +131,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def compare(config: BenchConfig, model: str) -> dict[str, dict[str, float]]:
-    """Whole prompts and every budget, in turns."""
+    """Whole prompts and every budget, alternating."""
     budgets: dict[str, int | None] = {WHOLE: None, **{str(budget): budget for budget in BUDGETS}}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in budgets}
     for _ in range(config.repeats):
@@ -141,7 +141,7 @@ def compare(config: BenchConfig, model: str) -> dict[str, dict[str, float]]:
 
 
 def measure_host(config: BenchConfig) -> dict[str, float]:
-    """The engine's own work for a step of NUM_SEQS decodes: schedule, prepare, update."""
+    """The engine's own work in a step of NUM_SEQS decodes: schedule, prepare, update."""
 
     def run(engine: LLMEngine) -> None:
         for request in heavy_tailed(NUM_SEQS):
@@ -161,8 +161,8 @@ def measure_host(config: BenchConfig) -> dict[str, float]:
 def plot(found: dict[str, dict[str, float]], path: Path) -> None:
     fig, (left, right) = plotting.panels(
         [
-            ("Time between tokens of the others", "tokens in a step", "milliseconds"),
-            ("First token of a long prompt", "tokens in a step", "seconds"),
+            ("ITL of the decodes", "token budget of a step", "milliseconds"),
+            ("TTFT of a long prompt", "token budget of a step", "seconds"),
         ]
     )
     names = [*map(str, BUDGETS), WHOLE]
@@ -185,7 +185,14 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
 def report(console: Console, m: dict[str, Any], config: BenchConfig) -> None:
     for model, found in m["budgets"].items():
         table = Table(
-            "tokens in a step", "ITL p50", "p99", "max", "beside", "TTFT of the prompt", "prompts alone", title=model
+            "token budget",
+            "ITL p50",
+            "ITL p99",
+            "ITL max",
+            "ITL beside a long context",
+            "TTFT of the prompt",
+            "prompts alone",
+            title=model,
         )
         columns = ("itl_p50_ms", "itl_p99_ms", "itl_max_ms", "itl_beside_ms", "ttft_ms")
         for name, run in found.items():
@@ -195,9 +202,11 @@ def report(console: Console, m: dict[str, Any], config: BenchConfig) -> None:
             )  # fmt: skip
         console.print(table)
         ratio = found[WHOLE]["itl_p99_ms"] / found[str(config.recommended_budget)]["itl_p99_ms"]
-        console.print(f"{model}: p99 is {ratio:.1f} times lower with {config.recommended_budget}", highlight=False)
+        console.print(
+            f"{model}: ITL p99 is {ratio:.1f} times lower with a budget of {config.recommended_budget}", highlight=False
+        )
     console.print(
-        f"{config.small_model}: the engine's own work for {NUM_SEQS} decodes is {m['host']['host_ms']:.2f} ms a step",
+        f"{config.small_model}: the engine's own work for {NUM_SEQS} decodes is {m['host']['host_ms']:.2f} ms per step",
         highlight=False,
     )
 
@@ -223,7 +232,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = "part06_chunked_prefill.bench"
-    config = parse_config(BenchConfig, "What long prompts do to those who are being answered.", prog)
+    config = parse_config(BenchConfig, "ITL while long prompts arrive, whole and in chunks.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

@@ -1,12 +1,12 @@
-"""The flags of part 6."""
+"""The engine's settings, one flag each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.checkpoint import default_device
-from common.cli import option
+from common.checkpoint import Checkpoint, default_device
+from common.cli import check_minimums, option
 from common.errors import FieldError
 from common.threads import check_num_threads
 
@@ -16,46 +16,32 @@ class EngineConfig:
     """Raises FieldError naming a flag that is out of range."""
 
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on; 0 takes a free one")
-    api_key: str | None = option(None, "what clients must send as a bearer token (None: nothing)")
     device: str | None = option(None, "cpu or cuda (None: cuda if there is one)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: float32 on cpu, bfloat16 on cuda")
     num_threads: int | None = option(
         None, "CPU threads for the model (None: one per physical core; a server with more than two leaves one free)"
     )
-    max_model_len: int | None = option(None, "context in tokens, prompt and answer together (None: the model's)")
-    max_num_seqs: int = option(64, "requests in a step")
-    max_num_batched_tokens: int | None = option(None, "tokens in a step (None: 512 on cpu, 2,048 on cuda)")
-    enable_chunked_prefill: bool = option(True, "cut prompts that do not fit into a step")
-    long_prefill_token_threshold: int = option(0, "tokens that one prompt may take of a step (0: all that is left)")
-    max_queued_requests: int = option(256, "requests that may wait for their turn; one more gets status 429")
+    max_model_len: int | None = option(None, "context length in tokens, prompt and answer (None: the model's)", 2)
+    max_num_seqs: int = option(64, "requests in a step", 1)
+    max_num_batched_tokens: int | None = option(None, "tokens in a step (None: 512 on cpu, 2,048 on cuda)", 1)
+    enable_chunked_prefill: bool = option(True, "split prompts that do not fit into a step")
+    long_prefill_token_threshold: int = option(0, "largest chunk of one prompt in a step (0: all that is left)", 0)
+    max_queued_requests: int = option(256, "requests that may wait; one more gets status 429", 0)
     async_scheduling: bool = option(True, "schedule a step while the one before it runs")
-    block_size: int = option(16, "tokens in a KV block, a power of two")
-    num_kv_blocks: int | None = option(None, "size of the KV pool in blocks (None: what its memory holds)")
-    kv_cache_memory: int | None = option(
-        None, "size of the KV pool in bytes (None: 1 GiB on cpu, what is left on cuda)"
-    )
+    block_size: int = option(16, "tokens in a KV block, a power of two", 1)
+    num_kv_blocks: int | None = option(None, "KV pool in blocks, the null block included (None: kv_cache_memory)", 2)
+    kv_cache_memory: int | None = option(None, "KV pool in bytes (None: 1 GiB on cpu, what is left on cuda)", 1)
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory for weights, activations and KV pool")
     trace: str | None = option(None, "file to write one line a step to; python -m common.trace view shows it")
-    attention_backend: Literal["auto", "torch", "triton"] = option("auto", "auto: torch on cpu, triton on cuda")
+    attention_backend: Literal["auto", "torch", "numba", "triton"] = option(
+        "auto", "auto: numba on cpu, triton on cuda; torch is the slow reference"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65_535:
-            raise FieldError("port", f"expected 0 to 65535, got {self.port}")
+        check_minimums(self)
         check_num_threads(self.num_threads)
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise FieldError("max_model_len", f"expected at least 2 tokens, got {self.max_model_len}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise FieldError(name, f"expected at least 1, got {value}")
-        for name in ("max_queued_requests", "long_prefill_token_threshold"):
-            if getattr(self, name) < 0:
-                raise FieldError(name, f"expected 0 or more, got {getattr(self, name)}")
-        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+        if self.block_size & (self.block_size - 1):
             raise FieldError("block_size", f"expected a power of two, got {self.block_size}")
-        if self.num_kv_blocks is not None and self.num_kv_blocks < 2:
-            raise FieldError("num_kv_blocks", f"expected at least 2 (one is the null block), got {self.num_kv_blocks}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise FieldError(
                 "gpu_memory_utilization", f"expected above 0 and up to 1, got {self.gpu_memory_utilization}"
@@ -64,5 +50,27 @@ class EngineConfig:
         if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and default_device() == "cpu"):
             raise FieldError("device", f"expected cpu, or cuda where torch sees a GPU, got {device!r}")
         if self.attention_backend == "triton" and device == "cpu":
-            raise FieldError("attention_backend", "triton needs a GPU, expected auto or torch on cpu")
+            raise FieldError("attention_backend", "triton needs a GPU, expected auto, numba or torch on cpu")
+        if self.attention_backend == "numba" and device != "cpu":
+            raise FieldError("attention_backend", "numba runs on a CPU, expected auto, triton or torch on cuda")
+        if self.attention_backend == "numba" and self.dtype == "float16":
+            raise FieldError("attention_backend", "numba computes no float16, expected auto or torch")
         object.__setattr__(self, "device", device)
+
+
+def resolve_config(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
+    """The config with the numbers that depend on the model filled in. Raises FieldError if they do not fit together."""
+    max_model_len = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
+    max_num_batched_tokens = token_budget(config, max_model_len)
+    return replace(config, max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens)
+
+
+def token_budget(config: EngineConfig, max_model_len: int) -> int:
+    """Tokens in a step. Raises FieldError if that is too few for what must fit into one."""
+    needed, smallest = "a token of each of max_num_seqs requests", config.max_num_seqs
+    if not config.enable_chunked_prefill and max_model_len > smallest:
+        needed, smallest = "a whole prompt of max_model_len tokens", max_model_len
+    budget = config.max_num_batched_tokens or max(512 if config.device == "cpu" else 2_048, smallest)
+    if budget < smallest:
+        raise FieldError("max_num_batched_tokens", f"expected at least {smallest}, room for {needed}, got {budget}")
+    return budget

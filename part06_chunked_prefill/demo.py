@@ -1,4 +1,4 @@
-"""python -m part06_chunked_prefill.demo: a step's budget, and what a long prompt does to the others."""
+"""python -m part06_chunked_prefill.demo: the token budget of a step, and how a long prompt affects other requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .config import EngineConfig
 from .core.engine import LLMEngine
 from .lab.timeline import traced
 
-NUM_DECODES, NUM_BEFORE = 4, 12  # requests that are being answered, and their tokens before the prompt comes
+NUM_DECODES, NUM_BEFORE = 4, 12  # running requests, and how many tokens they have when the long prompt arrives
 LONG_PROMPT = 1_900
 WIDTH = 56  # columns of the longest bar
 
@@ -27,16 +27,19 @@ class DemoConfig:
 
 @dataclass(slots=True)
 class Run:
-    """step_ms: how long those who are being answered waited for each token. first_token_ms: how long the prompt did."""
+    """itl_ms: the time between two tokens of a running request. ttft_ms: from the long prompt's arrival to its first
+    token."""
 
-    step_ms: list[float] = field(default_factory=list)
-    first_token_ms: float = 0.0
+    itl_ms: list[float] = field(default_factory=list)
+    ttft_ms: float = 0.0
     token_ids: list[int] = field(default_factory=list)
 
 
 def show_budget(console: Console, model: str) -> None:
-    console.rule("1. One budget for all")
-    console.print("Three prompts of 800 tokens. Tokens that each computes in a step of at most 1,024:\n")
+    console.rule("1. One token budget per step")
+    console.print(
+        "Three prompts of 800 tokens, at most 1,024 tokens in a step. How many tokens each request computes:\n"
+    )
 
     def run(engine: LLMEngine) -> None:
         for number in range(3):
@@ -52,13 +55,13 @@ def show_budget(console: Console, model: str) -> None:
         for name in "ABC":
             found = [[request.num_scheduled for request in step.requests if request.id == name] for step in steps]
             table.add_row(name, *(str(count[0]) if count else "·" for count in found))
-        limit = f"a prompt takes at most {threshold} of it" if threshold else "a prompt takes what is left"
-        console.print(f"{limit}:", highlight=False)
+        limit = f"{threshold} tokens" if threshold else "none (a prompt takes the rest of the budget)"
+        console.print(f"Limit for the chunks of one prompt: {limit}", highlight=False)
         console.print(table)
 
 
 def answer_beside_a_prompt(config: EngineConfig) -> Run:
-    """Four requests are being answered when a long prompt arrives."""
+    """A long prompt arrives while four requests decode."""
     engine, run = LLMEngine(config), Run()
     for number in range(NUM_DECODES):
         params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
@@ -69,12 +72,12 @@ def answer_beside_a_prompt(config: EngineConfig) -> Run:
         outputs, now_s = engine.step(), time.perf_counter()
         for output in outputs:
             if output.request_id == "0":
-                run.step_ms.append(1e3 * (now_s - last_s))
+                run.itl_ms.append(1e3 * (now_s - last_s))
                 last_s = now_s
             if output.request_id == "long":
-                run.first_token_ms = run.first_token_ms or 1e3 * (now_s - arrived_s)
+                run.ttft_ms = run.ttft_ms or 1e3 * (now_s - arrived_s)
                 run.token_ids += output.token_ids
-        if len(run.step_ms) == NUM_BEFORE and not arrived_s:
+        if len(run.itl_ms) == NUM_BEFORE and not arrived_s:
             arrived_s = now_s
             prompt = [100 + position % 900 for position in range(LONG_PROMPT)]
             engine.add_request("long", prompt, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
@@ -84,29 +87,28 @@ def answer_beside_a_prompt(config: EngineConfig) -> Run:
 def show_waits(console: Console, model: str) -> None:
     console.rule("2. A long prompt arrives")
     console.print(
-        f"{NUM_DECODES} requests are being answered, then a prompt of {LONG_PROMPT:,} tokens comes. Each bar is the "
-        "time that one of the four waits for a token.\n",
+        f"{NUM_DECODES} requests decode, then a prompt of {LONG_PROMPT:,} tokens arrives. Each bar is the time between "
+        "two tokens of one of the four (ITL, inter-token latency).\n",
         highlight=False,
     )
     runs = {
         "Whole prompts": answer_beside_a_prompt(
             EngineConfig(model=model, enable_chunked_prefill=False, max_num_batched_tokens=2_048)
         ),
-        "Chunks, 256 tokens in a step": answer_beside_a_prompt(EngineConfig(model=model, max_num_batched_tokens=256)),
+        "Chunks, a budget of 256 tokens": answer_beside_a_prompt(EngineConfig(model=model, max_num_batched_tokens=256)),
     }
-    longest = max(max(run.step_ms[1:]) for run in runs.values())
+    longest = max(max(run.itl_ms[1:]) for run in runs.values())
     for name, run in runs.items():
         console.print(
-            f"[bold]{name}[/]: {max(run.step_ms[1:]):.0f} ms at most; the prompt's first token after "
-            f"{run.first_token_ms:.0f} ms",
+            f"[bold]{name}[/]: largest ITL {max(run.itl_ms[1:]):.0f} ms, TTFT of the long prompt {run.ttft_ms:.0f} ms",
             highlight=False,
         )
-        for step_ms in run.step_ms[NUM_BEFORE - 2 : NUM_BEFORE + 10]:
-            console.print(f"{step_ms:6.1f} ms {'█' * max(1, round(WIDTH * step_ms / longest))}", highlight=False)
+        for itl_ms in run.itl_ms[NUM_BEFORE - 2 : NUM_BEFORE + 10]:
+            console.print(f"{itl_ms:6.1f} ms {'█' * max(1, round(WIDTH * itl_ms / longest))}", highlight=False)
         console.print()
     answers = [run.token_ids for run in runs.values()]
     same = "the same" if answers[0] == answers[1] else "NOT the same: that is a bug"
-    console.print(f"The answers to the prompt are {same}.", highlight=False)
+    console.print(f"The two answers to the long prompt are {same}.", highlight=False)
 
 
 def run(model: str) -> None:
@@ -118,7 +120,7 @@ def run(model: str) -> None:
 
 def main() -> None:
     prog = "part06_chunked_prefill.demo"
-    config = parse_config(DemoConfig, "A step's budget, and what a long prompt does to those being answered.", prog)
+    config = parse_config(DemoConfig, "The token budget of a step, and how a long prompt affects other requests.", prog)
     exit_on_error(prog, lambda: run(config.model))
 
 

@@ -1,1 +1,1 @@
-"""Part 7: prefix caching. What was computed once is found again."""
+"""Part 7: prefix caching. KV blocks of a prompt that was computed before are reused."""

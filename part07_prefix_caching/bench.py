@@ -1,4 +1,4 @@
-"""python -m part07_prefix_caching.bench: a common beginning, chats, and nothing in common.
+"""python -m part07_prefix_caching.bench: prompts with a shared prefix, chats, and unrelated prompts.
 
 Writes results/part07.json and results/part07.png. Everything runs in one process, in turns.
 """
@@ -30,15 +30,15 @@ from .lab.timeline import summary, traced
 
 BLOCK_SIZE = 16
 MODES = {"off": False, "on": True}
-Conversation = list[list[int]]  # what the user says, turn by turn
+Conversation = list[list[int]]  # the user's questions, turn by turn
 
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     large_model: str = option("random:llama-110m", "a model whose prompts take seconds")
-    prefix_tokens: int = option(1_500, "tokens that prompts begin with in common")
-    num_requests: int = option(12, "prompts that share them")
+    prefix_tokens: int = option(1_500, "tokens in the shared prefix")
+    num_requests: int = option(12, "prompts that begin with it")
     repeats: int = option(3, "runs of each, in turns; medians are reported")
     results_dir: str = option("results", "where the JSON and the plots go")
 
@@ -48,7 +48,7 @@ class BenchConfig:
 
 
 class Client:
-    """Asks one thing after the other, and notes how long the first token takes."""
+    """Sends one request after the other and measures their TTFT."""
 
     def __init__(self, engine: LLMEngine) -> None:
         self.engine, self.ttfts_s, self.num_prompt_tokens = engine, list[float](), 0
@@ -70,9 +70,9 @@ class Client:
     def report(self) -> dict[str, float]:
         scheduler = self.engine.scheduler
         return {
-            "ttft_ms": 1e3 * median(self.ttfts_s[1:]),  # nobody finds anything at first
+            "ttft_ms": 1e3 * median(self.ttfts_s[1:]),  # the first request can hit nothing
             "hit_rate": scheduler.num_hit_tokens / self.num_prompt_tokens,
-            "tokens_computed": self.engine.runner.num_tokens_computed,
+            "tokens_computed": self.engine.executor.worker.runner.num_tokens_computed,
         }
 
 
@@ -89,7 +89,7 @@ def conversations(num_conversations: int = 4, num_turns: int = 5) -> list[Conver
 
 
 def chat(client: Client, config: BenchConfig) -> None:
-    """Turns of all conversations in turn: each sends all that was said before in it."""
+    """The conversations take turns. Each turn sends the whole conversation so far."""
     del config
     histories: list[list[int]] = [[] for _ in conversations()]
     for turn in zip(*conversations(), strict=True):
@@ -130,8 +130,8 @@ def measure_ttft(
 
 
 def measure_overhead(config: BenchConfig) -> dict[str, dict[str, float]]:
-    """What looking for nothing costs: the engine's own work for a step, and the tokens per second, of prompts that
-    have nothing in common. In step with the model, so that nothing is hidden behind it."""
+    """What prefix caching costs where it cannot help: the engine's own work in a step, for unrelated prompts. Without
+    async scheduling, so that none of it is hidden behind the model."""
     requests = nano_vllm_cpu()
 
     def run(engine: LLMEngine) -> None:
@@ -154,7 +154,7 @@ def measure_overhead(config: BenchConfig) -> dict[str, dict[str, float]]:
 
 
 def compare_lookups(num_blocks: int = 400) -> dict[str, dict[str, dict[str, float]]]:
-    """Hashes against a radix tree, in a pool that does not hold all: tokens found, and the time for each prompt."""
+    """Hashes against a radix tree, in a pool too small for all prompts: hit rate, and lookup time per prompt."""
     shared = shared_prefix(200, prefix_tokens=512, suffix_tokens=64, num_prefixes=20)
     prompts = {
         "20 prefixes": [request.prompt_token_ids or [] for request in shared],
@@ -181,8 +181,8 @@ def run_hashes(prompts: list[list[int]], num_blocks: int) -> dict[str, float]:
     for number, prompt in enumerate(prompts):
         request = Request(str(number), prompt, params, len(prompt) + 1)
         cached = blocks.find_cached(request)
-        assert blocks.allocate(request.request_id, len(prompt), cached), "the pool holds one prompt at least"
-        blocks.register(request, len(prompt))
+        assert blocks.admit(request.request_id, len(prompt), cached), "the pool has room for one prompt"
+        blocks.cache_full_blocks(request, len(prompt))
         blocks.free(request.request_id)
         num_found += len(cached) * BLOCK_SIZE
     return lookup_result(prompts, num_found, time.perf_counter() - started)
@@ -214,10 +214,10 @@ def lookup_result(prompts: list[list[int]], num_found: int, seconds: float) -> d
 
 
 def plot(m: dict[str, Any], path: Path) -> None:
+    model, found = next(iter(m["ttft"].items()))
     fig, (left, right) = plotting.panels(
-        [("First token, tiny", "", "milliseconds"), ("Prompt tokens found in the cache", "", "percent")]
+        [(f"TTFT, {model}", "", "milliseconds"), ("Prefix cache hit rate", "", "percent")]
     )
-    found = m["ttft"]["tiny"]
     for i, (name, color) in enumerate((("off", plotting.BASELINE_COLOR), ("on", plotting.COLORS[0]))):
         values = [found[workload][name]["ttft_ms"] for workload in WORKLOADS]
         bars = left.bar([x + 0.4 * i for x in range(len(values))], values, 0.36, color=color, label=f"caching {name}")
@@ -234,7 +234,7 @@ def plot(m: dict[str, Any], path: Path) -> None:
 
 def report(console: Console, m: dict[str, Any]) -> None:
     for model, found in m["ttft"].items():
-        table = Table("prompts", "caching", "found", "tokens computed", "first token", title=model)
+        table = Table("prompts", "caching", "hit rate", "tokens computed", "TTFT", title=model)
         for workload, runs in found.items():
             for name, run in runs.items():
                 table.add_row(
@@ -244,11 +244,11 @@ def report(console: Console, m: dict[str, Any]) -> None:
         console.print(table)
     off, on = m["overhead"]["off"], m["overhead"]["on"]
     console.print(
-        f"nothing in common: the engine's own work is {100 * off['host_share']:.2f}% of the time without caching, "
+        f"unrelated prompts: the engine's own work is {100 * off['host_share']:.2f}% of the time without caching, "
         f"{100 * on['host_share']:.2f}% with it",
         highlight=False,
     )
-    table = Table("prompts", "looked up by", "found", "µs a prompt")
+    table = Table("prompts", "lookup", "hit rate", "µs per prompt")
     for name, ways in m["lookups"].items():
         for way, run in ways.items():
             table.add_row(name, way, f"{100 * run['hit_rate']:.1f}%", f"{run['us_per_prompt']:.0f}")
@@ -280,7 +280,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = "part07_prefix_caching.bench"
-    config = parse_config(BenchConfig, "A common beginning, chats, and prompts that have nothing in common.", prog)
+    config = parse_config(BenchConfig, "Prompts with a shared prefix, chats, and unrelated prompts.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

@@ -1,1 +1,1 @@
-"""Part 8: speculative decoding. Several tokens in one step, where they were guessed right."""
+"""Part 8: speculative decoding. Several tokens in one step, where draft tokens are accepted."""

@@ -1,4 +1,4 @@
-"""python -m part08_speculative_decoding.bench: what guesses are worth, by task, by batch, and where they cost more.
+"""python -m part08_speculative_decoding.bench: the speedup by task and by batch size, and where it is a loss.
 
 Writes results/part08.json and results/part08.png. Everything runs in one process, in turns.
 """
@@ -25,10 +25,11 @@ from common.results import median, write_result
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .core.engine import LLM
 from .lab.deep_target import write_deep_model
+from .llm import LLM
 
 METHODS = ("none", "ngram", "draft_model")
+LABELS = {"none": "no speculation", "ngram": "n-gram lookup", "draft_model": "draft model"}
 COLORS = dict(zip(METHODS, (plotting.BASELINE_COLOR, plotting.COLORS[1], plotting.COLORS[0]), strict=True))
 QUESTIONS = (
     "What is a KV cache?", "What is preemption?", "What is paged attention?", "What is continuous batching?",
@@ -44,12 +45,12 @@ BATCH_SIZES = (1, 4, 16)
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
-    model: str = option("tiny", "the target, and with more layers that add nothing the large target")
+    model: str = option("tiny", "the small target; with more layers that add nothing, the large target")
     draft_model: str = option("tiny-draft", "the draft model")
     num_layers: int = option(48, "layers of the large target")
-    num_speculative_tokens: int = option(4, "guesses a step, at most")
+    num_speculative_tokens: int = option(4, "draft tokens of one request in a step, at most")
     max_tokens: int = option(48, "tokens of an answer, at most")
-    repeats: int = option(3, "runs of each, in turns; medians are reported")
+    repeats: int = option(3, "runs of each method, in turns; medians are reported")
     results_dir: str = option("results", "where the JSON and the plots go")
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ def tasks(model: str) -> dict[str, list[list[int]]]:
 
 
 def make_llms(config: BenchConfig, model: str, max_num_seqs: int) -> dict[str, LLM]:
-    """An engine for each method. max_num_seqs: also up to which batch it guesses, so that its cost shows."""
+    """An engine for each method. Speculation stays on up to max_num_seqs requests, so that its cost shows."""
     return {
         method: LLM(
             EngineConfig(
@@ -94,7 +95,7 @@ def make_llms(config: BenchConfig, model: str, max_num_seqs: int) -> dict[str, L
 def run_once(
     llm: LLM, prompts: list[list[int]], batch_size: int, max_tokens: int, temperature: float
 ) -> dict[str, Any]:
-    """Serve prompts in batches of so many: tokens a second, tokens a step and request, and the tokens themselves."""
+    """Serve prompts in batches: tokens per second, tokens of one request per step, and the tokens themselves."""
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=0)
     stats = llm.engine.speculation.stats
     steps, accepted = llm.engine.num_steps, stats.num_accepted_tokens
@@ -125,7 +126,7 @@ def compare(
         for method, llm in llms.items():
             runs[method].append(run_once(llm, prompts, batch_size, config.max_tokens, temperature))
     assert all(run["token_ids"] == runs["none"][0]["token_ids"] for each in runs.values() for run in each), (
-        "guesses changed an answer"
+        "speculation changed an answer"
     )
     keys = ("tokens_per_s", "steps", "tokens_per_row")
     return {
@@ -152,18 +153,18 @@ def speedups(found: dict[str, dict[str, float]]) -> Iterator[tuple[str, float]]:
 def plot(m: dict[str, Any], path: Path) -> None:
     fig, (left, right) = plotting.panels(
         [
-            ("Large target, one request", "", "times as fast"),
-            ("A mix of the three", "requests at once", "times as fast"),
+            ("Large target, one request", "", "speedup"),
+            ("A mix of the three", "requests at once", "speedup"),
         ]
     )
     for number, method in enumerate(METHODS[1:]):
         values = [dict(speedups(found))[method] for found in m["tasks"].values()]
-        places = [place + 0.4 * number for place in range(len(values))]
-        bars = left.bar(places, values, 0.36, color=COLORS[method], label=method.replace("_", " "))
+        xs = [x + 0.4 * number for x in range(len(values))]
+        bars = left.bar(xs, values, 0.36, color=COLORS[method], label=LABELS[method])
         plotting.label_bars(left, bars, "{:.1f}×")
         values = [dict(speedups(found))[method] for found in m["batches"].values()]
-        right.plot(range(len(values)), values, marker="o", color=COLORS[method], label=method.replace("_", " "))
-    left.set_xticks([place + 0.2 for place in range(len(m["tasks"]))], list(m["tasks"]))
+        right.plot(range(len(values)), values, marker="o", color=COLORS[method], label=LABELS[method])
+    left.set_xticks([x + 0.2 for x in range(len(m["tasks"]))], list(m["tasks"]))
     left.margins(y=0.2)
     right.set_xticks(range(len(m["batches"])), list(m["batches"]))
     right.set_ylim(bottom=0)
@@ -175,7 +176,7 @@ def plot(m: dict[str, Any], path: Path) -> None:
 
 
 def report(console: Console, m: dict[str, Any]) -> None:
-    table = Table("what", "guessed by", "tokens a step", "steps", "tokens/s", "times as fast")
+    table = Table("workload", "method", "tokens per step", "steps", "tokens/s", "speedup")
     rows = {
         **{f"{task}, one request": found for task, found in m["tasks"].items()},
         "stories, temperature 0.8": m["sampled"],
@@ -185,10 +186,8 @@ def report(console: Console, m: dict[str, Any]) -> None:
     for name, found in rows.items():
         for method, run in found.items():
             ratio = run["tokens_per_s"] / found["none"]["tokens_per_s"]
-            table.add_row(
-                name, method, f"{run['tokens_per_row']:.2f}", f"{run['steps']:,.0f}", f"{run['tokens_per_s']:,.0f}",
-                f"{ratio:.2f}×",
-            )  # fmt: skip
+            numbers = f"{run['tokens_per_row']:.2f}", f"{run['steps']:,.0f}", f"{run['tokens_per_s']:,.0f}"
+            table.add_row(name, LABELS[method], *numbers, f"{ratio:.2f}×")
     console.print(table)
 
 
@@ -212,7 +211,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = "part08_speculative_decoding.bench"
-    config = parse_config(BenchConfig, "What guesses are worth, by task, by batch, and where they cost more.", prog)
+    config = parse_config(BenchConfig, "The speedup by task and by batch size, and where it is a loss.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

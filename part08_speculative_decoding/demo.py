@@ -1,4 +1,4 @@
-"""python -m part08_speculative_decoding.demo: how many tokens a step brings, and what stays the same."""
+"""python -m part08_speculative_decoding.demo: how many tokens a step produces, and what stays the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
-from .core.engine import LLM
+from .llm import LLM
 
 WORDS = "apple river stone lantern bridge garden mirror market"
 TASKS: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "a story": {"prompt": "Once upon a time"},
     "copying": {"messages": [{"role": "user", "content": f"Repeat these words: {WORDS} {WORDS}"}]},
 }
-METHODS = {"none": "nobody", "ngram": "looking back", "draft_model": "a draft model"}
+METHODS = {"none": "no speculation", "ngram": "n-gram lookup", "draft_model": "draft model"}
 COLORS = ("cyan", "yellow")
 
 
@@ -32,7 +32,7 @@ class DemoConfig:
 
 
 def answer(llm: LLM, prompt: list[int], params: SamplingParams) -> list[CompletionOutput]:
-    """What each step brought."""
+    """What each step produced."""
     llm.engine.add_request("demo", prompt, params)
     llm.processor.add_request("demo", params)
     pieces: list[CompletionOutput] = []
@@ -44,8 +44,8 @@ def answer(llm: LLM, prompt: list[int], params: SamplingParams) -> list[Completi
 
 
 def show_steps(console: Console, llms: dict[str, LLM]) -> None:
-    console.rule("1. What a step brings")
-    console.print("What stands between two bars came out of one step.\n")
+    console.rule("1. Tokens per step")
+    console.print("Each |…| group was produced by one step.\n")
     for task, body in TASKS.items():
         texts = []
         for method, llm in llms.items():
@@ -54,8 +54,8 @@ def show_steps(console: Console, llms: dict[str, LLM]) -> None:
             texts.append("".join(piece.text for piece in pieces))
             num_tokens = sum(len(piece.token_ids) for piece in pieces)
             console.print(
-                f"[bold]{task}[/], guessed by {METHODS[method]}: {num_tokens} tokens in {len(pieces)} steps, "
-                f"{num_tokens / len(pieces):.1f} a step",
+                f"[bold]{task}[/], {METHODS[method]}: {num_tokens} tokens in {len(pieces)} steps, "
+                f"{num_tokens / len(pieces):.1f} per step",
                 highlight=False,
             )
             if method != "none":
@@ -69,26 +69,27 @@ def show_steps(console: Console, llms: dict[str, LLM]) -> None:
 
 
 def show_seeds(console: Console, llms: dict[str, LLM]) -> None:
-    console.rule("2. Drawn at random, and still the same")
+    console.rule("2. Random sampling with a seed")
     params = SamplingParams(temperature=0.8, seed=7, max_tokens=40)
     texts = set()
     for method, llm in llms.items():
         prompt = encode_prompt(TASKS["a story"], llm.tokenizer, llm.max_model_len)
         pieces = answer(llm, prompt, params)
         texts.add("".join(piece.text for piece in pieces))
-        console.print(f"temperature 0.8, seed 7, guessed by {METHODS[method]}: {len(pieces)} steps", highlight=False)
-    console.print(f"{'One text' if len(texts) == 1 else 'NOT one text: that is a bug'}: [green]{texts.pop()}[/]\n")
+        console.print(f"temperature 0.8, seed 7, {METHODS[method]}: {len(pieces)} steps", highlight=False)
+    same = "the same" if len(texts) == 1 else "NOT the same: that is a bug"
+    console.print(f"The three texts are {same}: [green]{texts.pop()}[/]\n", highlight=False)
 
 
 def show_stats(console: Console, llms: dict[str, LLM]) -> None:
-    console.rule("3. What became of the guesses")
+    console.rule("3. Acceptance")
     for method, llm in llms.items():
         stats = llm.engine.speculation.stats
         if stats.num_drafts:
-            shares = ", ".join(f"{100 * count / stats.num_drafts:.0f}%" for count in stats.num_accepted_at)
+            shares = ", ".join(f"{count / stats.num_drafts:.0%}" for count in stats.num_accepted_tokens_per_pos)
             console.print(
-                f"{METHODS[method]}: {stats.num_draft_tokens} guesses in {stats.num_drafts} steps, "
-                f"{stats.num_accepted_tokens} stood; the first, second, … in {shares} of the steps",
+                f"{METHODS[method]}: {stats.num_draft_tokens} draft tokens verified in {stats.num_drafts} steps, "
+                f"{stats.num_accepted_tokens} accepted; by position: {shares} of the steps",
                 highlight=False,
             )
 
@@ -104,7 +105,7 @@ def run(model: str) -> None:
 
 def main() -> None:
     prog = "part08_speculative_decoding.demo"
-    config = parse_config(DemoConfig, "How many tokens a step brings, and what stays the same.", prog)
+    config = parse_config(DemoConfig, "How many tokens a step produces, and what stays the same.", prog)
     exit_on_error(prog, lambda: run(config.model))
 
 

@@ -1,4 +1,4 @@
-"""Lives of an engine whose model is scripted: requests come, go, end and fail in any order. Each part draws its own."""
+"""Random runs of an engine over a scripted worker: requests are added, aborted, end and fail in any order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from common.sampling_params import SamplingParams
 from tests.engine_checks import EngineChecks, PrefixChecks
 from tests.lives import run_lives
-from tests.scripted import END, answer_alone, ids, params_for, runner_of
+from tests.scripted import END, answer_alone, executor_of, ids, params_for
 
 CAT = "the cat sat on it"
 
 
 class EngineLife(RuleBasedStateMachine):
-    """Whoever drives the engine: adds, aborts and steps, and aborts the requests of a step that failed.
+    """Drives an engine: adds, aborts and steps, and calls fail() after a step that raised.
 
     A part's own class has a rule `start` that calls begin, and counts of its own, of all lives together.
     """
@@ -27,6 +27,7 @@ class EngineLife(RuleBasedStateMachine):
     counts: Counter[str]
     LOOK: str
     LOOK_LENGTH: str
+    LOOK_FAIL = "Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset."
 
     def begin(self, engine: Any, watermark_blocks: int) -> None:
         self.engine = engine
@@ -59,7 +60,7 @@ class EngineLife(RuleBasedStateMachine):
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        """Anybody who has ever come: waiting, running, in flight, preempted, ended, aborted."""
+        """Any request there ever was: waiting, running, in flight, preempted, ended, aborted, failed."""
         self.abort_one(data.draw(st.sampled_from(sorted(self.expected, key=int)), "request"))
 
     def abort_one(self, name: str) -> None:
@@ -69,35 +70,81 @@ class EngineLife(RuleBasedStateMachine):
             self.counts["aborts"] += 1
         self.checks.check_engine(self.engine, f"after the abort of {name}")
 
+    @precondition(lambda self: self.engine.scheduler.has_unfinished_requests)
+    @rule(which=st.sampled_from(["launch_error", "result_error", "preemption_error"]))
+    def step_that_fails(self, which: str) -> None:
+        """The next step that is launched, or the next one with a preemption; a result fails a step later."""
+        setattr(executor_of(self.engine), which, ValueError(CAT))
+        self.step()
+
     def may_fail(self) -> bool:
-        runner = runner_of(self.engine)
-        errors = [runner.launch_error, runner.result_error, runner.preemption_error]
-        return any([*errors, *(step.error for step in runner.launched[-2:])])
+        executor = executor_of(self.engine)
+        errors = [executor.launch_error, executor.result_error, executor.preemption_error]
+        return any([*errors, *(step.error for step in executor.launched[-2:])])
 
     def step(self) -> None:
-        engine, module = self.engine, self.checks.part.engine
-        try:
-            outputs = module.LLMEngine.step(engine) if self.may_fail() else self.checks.take_step(engine)
-        except module.StepFailedError as failure:
-            assert CAT in str(failure.__cause__), f"{failure.__cause__!r}. {self.LOOK}"
-            self.check_failure(set(failure.request_ids))
-            engine.abort_requests(failure.request_ids)
-            self.failed |= set(failure.request_ids) - self.ended - self.aborted
-            self.counts["failures"] += 1
-            outputs = []
+        engine = self.engine
+        if not self.may_fail():
+            outputs = self.checks.take_step(engine)
+        else:
+            num_failures = engine.num_failures
+            try:
+                outputs = self.checks.part.engine.LLMEngine.step(engine)
+            except ValueError as error:
+                assert str(error) == CAT, f"{error!r}. {self.LOOK}"
+                self.fail(error, num_failures)
+                outputs = []
         self.receive(outputs)
+        assert not outputs or engine.num_failures == 0, (
+            f"a good step brought {outputs}: expected num_failures 0, got {engine.num_failures}. {self.LOOK_FAIL}"
+        )
         self.checks.check_engine(engine, f"after step {engine.num_steps}")
         self.check_scheduled()
         self.counts["steps"] += 1
 
-    def check_failure(self, request_ids: set[str]) -> None:
-        """Of the requests that ended with a step."""
+    def fail(self, error: Exception, num_failures_before: int) -> None:
+        """A step has raised: every request in the engine ends with the cause, once, and the engine is empty."""
+        engine, scheduler = self.engine, self.engine.scheduler
+        self.counts["failures"] += 1
+        self.counts["failed while waiting"] += bool(scheduler.waiting) and bool(scheduler.running)
+        self.counts["failed while preempted"] += any(request.num_output_placeholders for request in scheduler.waiting)
+        self.counts["failed with a step in flight"] += bool(engine.in_flight)
+        expected = set(self.expected) - self.ended - self.aborted - self.failed
+        outputs = engine.fail(error)
+        assert sorted(ids(outputs)) == sorted(expected), (
+            f"a step failed: expected an error for {sorted(expected)}, once each, got {outputs}. {self.LOOK_FAIL}"
+        )
+        for output in outputs:
+            got = (output.token_ids, output.finish_reason, output.error)
+            assert got == ([], None, f"ValueError: {CAT}"), (
+                f"a step failed with ValueError: {CAT}: expected the cause and no tokens, got {output}. "
+                f"{self.LOOK_FAIL}"
+            )
+        self.check_empty("after a failed step", self.LOOK_FAIL)
+        assert 1 <= engine.num_failures <= num_failures_before + 1, (
+            f"num_failures was {num_failures_before}, a step failed: got {engine.num_failures}. {self.LOOK_FAIL}"
+        )
+        self.failed |= expected
+
+    def check_empty(self, where: str, look: str) -> None:
+        engine, scheduler, blocks = self.engine, self.engine.scheduler, self.engine.blocks
+        remaining = ids([*scheduler.running, *scheduler.waiting])
+        assert not remaining and not engine.in_flight, (
+            f"{where}: requests {remaining} and {len(engine.in_flight)} steps are there, expected none. {look}"
+        )
+        assert blocks.num_free_blocks == blocks.num_blocks - 1, (
+            f"{where}: {blocks.num_used_blocks} blocks are not free. {look}"
+        )
+        assert not engine.unfinished, f"{where}: requests {engine.unfinished} count as unfinished. {look}"
+        assert sorted(scheduler.free_rows) == list(range(scheduler.max_num_seqs)), (
+            f"{where}: of {scheduler.max_num_seqs} rows only {sorted(scheduler.free_rows)} are free. {look}"
+        )
 
     def receive(self, outputs: list[Any]) -> None:
         for output in outputs:
             name = output.request_id
             assert name not in self.aborted | self.failed, (
-                f"request {name} was aborted, or its step failed, and it got {output}. {self.LOOK}"
+                f"request {name} was aborted, or failed, and it got {output}. {self.LOOK}"
             )
             self.num_outputs[name] += 1
             self.checks.merge(self.answers, output, f"step {self.engine.num_steps}")
@@ -107,7 +154,7 @@ class EngineLife(RuleBasedStateMachine):
     def check_scheduled(self) -> None:
         for step in self.engine.in_flight:
             requests, names = step.scheduled.requests, ids(step.scheduled.requests)
-            assert len(set(names)) == len(names), f"somebody is in a step twice: {names}. {self.LOOK}"
+            assert len(set(names)) == len(names), f"a request is in a step twice: {names}. {self.LOOK}"
             for request in requests:
                 assert request.num_expected_tokens <= request.max_num_tokens, (
                     f"request {request.request_id} is to get no longer than {request.max_num_tokens} tokens, and "
@@ -120,34 +167,31 @@ class EngineLife(RuleBasedStateMachine):
             self.checks.check_engine(self.engine, "between two calls")
 
     def most_steps(self) -> int:
-        """No life needs more of them to its end."""
+        """No run needs more of them to its end."""
         return 10 + 4 * sum(len(prompt) + params.max_tokens for prompt, params in self.requests.values())
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        engine, runner = self.engine, runner_of(self.engine)
+        engine, executor = self.engine, executor_of(self.engine)
         limit = self.most_steps()
         for _ in range(limit):
             if not engine.has_unfinished_requests:
                 break
             self.step()
-        left = ids([*engine.scheduler.running, *engine.scheduler.waiting])
-        assert not left and not engine.in_flight, f"{left} have not ended after {limit} steps. {self.LOOK}"
-        blocks = engine.blocks
-        assert blocks.num_free_blocks == blocks.num_blocks - 1, (
-            f"{blocks.num_used_blocks} blocks are not free. {self.LOOK}"
-        )
+        self.check_empty(f"after {limit} more steps", self.LOOK)
         for name in self.expected:
             self.check_answer(name)
-        self.counts["chunks"] += sum(not work.output_places for step in runner.launched for work in step.work)
+        self.counts["chunks"] += sum(not work.is_sampled for step in executor.launched for work in step.work)
         self.counts["preemptions"] += engine.scheduler.num_preemptions
         self.check_end()
-        runner.launch_error = runner.result_error = runner.preemption_error = None
-        engine.add_request("last", [100], params_for(1))  # its launch tells the runner who has left
-        self.step()
-        rows = set(runner.tokens.rows)
-        assert rows == {"last"}, f"one request is there, rows of the token buffer are held by {rows}. {self.LOOK}"
+        executor.launch_error = executor.result_error = executor.preemption_error = None
+        last = str(len(self.expected))
+        self.ask([100], 3, True, 0)
+        for _ in range(4):  # whatever has happened, the engine can be used
+            self.step()
+        self.check_answer(last)
+        self.check_empty("after one more request", self.LOOK)
 
     def check_answer(self, name: str) -> None:
         expected, answer = self.expected[name], self.answers.get(name)
@@ -156,32 +200,32 @@ class EngineLife(RuleBasedStateMachine):
             assert got == expected[: len(got)], f"request {name}, cut off: {got} does not begin {expected}. {self.LOOK}"
             return
         assert got == expected, f"request {name}: expected what it gets alone, {expected}, got {got}. {self.LOOK}"
-        assert answer is not None and answer.finish_reason, f"request {name} was never told to have ended. {self.LOOK}"
-        wasted = runner_of(self.engine).num_samples(name) - self.num_outputs[name]
+        assert answer is not None and answer.finish_reason, f"request {name} never got a finish_reason. {self.LOOK}"
+        wasted = executor_of(self.engine).num_samples(name) - self.num_outputs[name]
         may_waste = answer.finish_reason == "stop" and self.engine.max_steps_in_flight == 2
         assert 0 <= wasted <= may_waste, (
             f"request {name} ended with {answer.finish_reason!r}: {self.num_outputs[name]} steps brought it tokens, "
-            f"and {wasted} more were made for it, at most {int(may_waste)} may be. {self.LOOK_LENGTH}"
+            f"and {wasted} more were computed for it, at most {int(may_waste)} may be. {self.LOOK_LENGTH}"
         )
         self.counts["wasted"] += wasted
         self.counts["answers"] += 1
 
     def check_end(self) -> None:
-        """Of all that it was: everybody has ended."""
+        """All requests have ended."""
 
     @classmethod
     def run(cls, max_examples: int, stateful_step_count: int, seed: int, wanted: dict[str, int]) -> None:
-        """wanted: how often what must have happened in all lives together, at the least."""
+        """wanted: the least counts of all runs together."""
         cls.counts.clear()
         run_lives(cls, max_examples, stateful_step_count, seed)
         got = {name: cls.counts[name] for name in wanted}
         assert all(got[name] >= count for name, count in wanted.items()), (
-            f"all lives together: {got}, too few to prove anything; expected at least {wanted}"
+            f"all runs together: {got}, too few to prove anything; expected at least {wanted}"
         )
 
 
 class ChunkLife(EngineLife):
-    """From part 6 on: small budgets, and requests that leave half-way."""
+    """From part 6 on: small budgets, and requests that are preempted or aborted in the middle of their prompt."""
 
     MAX_MODEL_LEN = 80
 
@@ -211,10 +255,10 @@ class ChunkLife(EngineLife):
         self.begin(engine, watermark_blocks)
 
     def note_preemption(self, request: Any) -> None:
-        self.counts["preempted half-way"] += request.num_missing_tokens > 1
+        self.counts["preempted half-way"] += request.num_new_tokens > 1
 
     def room(self) -> int:
-        """So long a prompt takes all that it may: who needs another block soon throws it out again, maybe half-way."""
+        """A prompt of this length takes all free blocks, so it is soon preempted, maybe in the middle."""
         blocks = self.engine.blocks
         num_blocks = blocks.num_free_blocks - self.engine.scheduler.watermark_blocks
         return min(max(1, num_blocks * blocks.block_size), 50)
@@ -225,7 +269,7 @@ class ChunkLife(EngineLife):
         self.abort_one(data.draw(st.sampled_from(self.half_way()), "request"))
 
     def half_way(self) -> list[str]:
-        return [request.request_id for request in self.engine.scheduler.running if request.num_missing_tokens > 1]
+        return [request.request_id for request in self.engine.scheduler.running if request.num_new_tokens > 1]
 
     def abort_one(self, name: str) -> None:
         self.counts["aborted half-way"] += name in self.half_way()
@@ -236,24 +280,16 @@ class ChunkLife(EngineLife):
         for _ in range(count):
             self.step()
 
-    @precondition(lambda self: self.engine.scheduler.has_unfinished_requests)
-    @rule(which=st.sampled_from(["launch_error", "result_error", "preemption_error"]))
-    def step_that_fails(self, which: str) -> None:
-        """The next step that is launched, or the next in which somebody is preempted; a result fails a step later."""
-        setattr(runner_of(self.engine), which, ValueError(CAT))
-        self.step()
-
 
 def beginning_of(base: int) -> list[int]:
-    """50 tokens, the first 6 · base + 2 of which are all bases'."""
+    """50 tokens, of which the first 6 · base + 2 are the same for every base."""
     return [100 + position if position < 6 * base + 2 else 100 + position + base for position in range(50)]
 
 
 class PrefixLife(ChunkLife):
-    """From part 7 on: prompts that begin alike, and requests that go on with an earlier one's answer."""
+    """From part 7 on: prompts that share prefixes, and requests that continue an earlier one's answer."""
 
     checks: PrefixChecks
-    LOOK_FAIL: str
 
     def note_preemption(self, request: Any) -> None:
         super().note_preemption(request)
@@ -263,27 +299,20 @@ class PrefixLife(ChunkLife):
         )
 
     def begin_alike(self, base: int, length: int, tail: int) -> list[int]:
-        """A prompt: those of base 1 begin with all of base 0's first 6 tokens, and so on; a tail is its own."""
+        """A prompt that has its first 6 · base + 2 tokens in common with those of base 0; its tail is its own."""
         own = [200 + (len(self.expected) + number) % 20 for number in range(tail)]
         return beginning_of(base)[:length] + own or [5]
 
     @precondition(lambda self: self.expected)
     @rule(data=st.data(), num_new=st.integers(0, 4), max_tokens=st.integers(1, 9))
     def next_turn(self, data: st.DataObject, num_new: int, max_tokens: int) -> None:
-        """A prompt that goes on where an earlier answer ended, or is at the moment."""
+        """A prompt that continues an earlier answer, ended or not."""
         name = data.draw(st.sampled_from(sorted(self.expected, key=int)), "request")
         (prompt, params), answer = self.requests[name], self.expected[name]
         if len(prompt) + len(answer) + num_new < self.MAX_MODEL_LEN - 1:
             self.counts["turns"] += 1
             new = [220 + number for number in range(num_new)]
             self.ask(prompt + answer + new, max_tokens, True, 0, cache_salt=params.cache_salt)
-
-    def check_failure(self, request_ids: set[str]) -> None:
-        twice = request_ids & (self.ended | self.aborted | self.failed)
-        assert not twice, f"requests {sorted(twice)} had ended, and end again with a step that failed. {self.LOOK_FAIL}"
-        last_steps = runner_of(self.engine).launched[-2:]
-        shared = request_ids - {work.request_id for step in last_steps for work in step.work}
-        self.counts["failures of sharers"] += bool(shared)
 
     def receive(self, outputs: list[Any]) -> None:
         self.checks.check_reads(self.engine, outputs)
@@ -297,5 +326,5 @@ class PrefixLife(ChunkLife):
     def check_end(self) -> None:
         hits = sum(answer.num_cached_tokens or 0 for answer in self.answers.values())
         assert hits <= self.engine.scheduler.num_hit_tokens, (
-            f"{hits} tokens of hits told, more than counted. {self.LOOK}"
+            f"{hits} tokens of hits reported, more than counted. {self.LOOK}"
         )

@@ -16,7 +16,7 @@ from unittest import mock
 import zmq
 
 from tests.async_checks import DEADLINE_S, shut_down_at_the_end
-from tests.scripted import Part, answer_alone
+from tests.scripted import Part, answer_alone, executor_of
 
 NUM_TOKENS = 6  # of an answer, and of a prompt
 
@@ -33,9 +33,10 @@ class Killed(BaseException):
 
 
 class Gate:
-    """Each step of a scripted engine waits for a permit. begun: who is in each step whose result was asked for.
+    """Each step of a scripted engine waits for a permit.
 
-    must_hear: the core takes no step before it has heard so many messages. num_sent: how many there were so far.
+    begun: the requests in each step whose result was asked for. must_hear: the core takes no step before it has
+    received so many messages. num_sent: how many were sent so far.
     """
 
     def __init__(self, part: Part, engine: Any) -> None:
@@ -45,7 +46,8 @@ class Gate:
         self.begun: list[list[str]] = []
         self.start_error: Exception | None = None
         self.must_hear = self.num_heard = self.num_sent = 0
-        self._run, engine.runner.run = engine.runner.run, self.run
+        executor = executor_of(engine)
+        self._run, executor.run = executor.run, self.run
         self._receive, self._send = part.engine_core.EngineCore.receive, part.core_client.CoreClient.send
 
     def make_engine(self, config: Any) -> Any:
@@ -76,13 +78,13 @@ class Gate:
         self.permits.release(num_steps)
 
     def open(self) -> None:
-        """As many steps as anybody wants, from now on."""
+        """From now on no step waits."""
         self.is_open = True
         self.permits.release()
 
     @property
     def launched(self) -> list[list[str]]:
-        return [[work.request_id for work in step.work] for step in self.engine.runner.launched]
+        return [[work.request_id for work in step.work] for step in executor_of(self.engine).launched]
 
     def answer(self, name: int, num_tokens: int = NUM_TOKENS) -> tuple[str, list[int]]:
         """Text and tokens that request `name` gets."""
@@ -95,14 +97,14 @@ def prompt_of(name: int) -> list[int]:
 
 
 class CoreThread:
-    """In place of a multiprocessing process: runs the core's own code over the sockets in the directory."""
+    """In place of a multiprocessing process: a thread that runs the core over the sockets in the directory."""
 
     def __init__(self, gate: Gate, directory: str) -> None:
         self.gate, self.directory = gate, directory
         self.mode = Path(directory).stat().st_mode & 0o777
         self.pid: int | None = None
         self.exitcode: int | None = None
-        self.how_it_ends = -15  # the exit code, once it is told to end
+        self.how_it_ends = -15  # the exit code after terminate()
         self.context = zmq.Context()
         self.sentinel, self._end = os.pipe()
         self.thread = threading.Thread(target=self.serve, name="core", daemon=True)
@@ -118,7 +120,7 @@ class CoreThread:
         self.exitcode = 0
         try:
             start = self.gate.part.messages.decode_to_core(requests.recv())
-            if self.gate.is_killed:  # it never says a word
+            if self.gate.is_killed:  # it never answers
                 return
             self.gate.part.engine_core._serve(start.config, requests, outputs)
         except (Killed, zmq.ContextTerminated):
@@ -173,7 +175,7 @@ def gated_engine(gate: Gate, **flags: Any) -> Iterator[Any]:
 
 
 class engine_that_has_ended:
-    """Is alive as long as its core's process is."""
+    """is_alive as long as its core's process is."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine

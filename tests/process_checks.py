@@ -131,27 +131,27 @@ def serve(
 
 
 def check_loading_starts_no_helpers(part_dir: Path, look: str) -> None:
-    """Of OpenMP, in a process that has two threads to compute with: the engine's thread will have its own."""
+    """No OpenMP workers, in a process that has two threads to compute with: the engine's thread will have its own."""
     code = (
         "import os, torch\n"
         "torch.set_num_threads(2)\n"
         f"from {part_dir.name} import __main__ as part\n"
         "count = lambda: len(os.listdir('/proc/self/task'))\n"
         "before = count()\n"
-        "part.serve_app = lambda *_: print(count() - before)\n"
-        "part.serve(part.EngineConfig(device='cpu', port=0))\n"
+        "part.serve_app = lambda *_, **__: print(count() - before)\n"
+        "part.serve(part.ServerConfig(port=0), part.EngineConfig(device='cpu'))\n"
     )
     command = [sys.executable, "-c", code]
     env = {**course_environment(part_dir), "OMP_NUM_THREADS": "2"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=part_dir.parent, env=env, timeout=TIMEOUT_S)
     assert run.stdout == "0\n", (
-        f"the model is loaded, by a thread that will not run it: expected no thread more than before, got "
-        f"{run.stdout.strip()} {run.stderr[-400:]}. OpenMP's helpers stay, and the engine's own then sleep. {look}"
+        f"the model is loaded by a thread that will not run it: expected no thread more than before, got "
+        f"{run.stdout.strip()} {run.stderr[-400:]}. OpenMP's workers stay, and the engine's own then sleep. {look}"
     )
 
 
 def refuses(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     try:
         socket.create_connection((host, port), timeout=TIMEOUT_S).close()
     except ConnectionRefusedError:
@@ -192,10 +192,13 @@ json.dump(results, sys.stdout)
 """
 
 
-def check_command_lines(part_dir: Path, config: type, cases: dict[str, tuple[list[str], list[str]]], look: str) -> None:
+def check_command_lines(
+    part_dir: Path, config: type | tuple[type, ...], cases: dict[str, tuple[list[str], list[str]]], look: str
+) -> None:
     """--help explains every flag of the config; every other command line ends with status 2 and one line of error.
 
-    cases: what is wrong → the arguments, and words that the error must have.
+    config: from part 3 on ServerConfig and EngineConfig. cases: what is wrong → the arguments, and words that the error
+    must have.
     """
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, part_dir.name],
@@ -205,7 +208,8 @@ def check_command_lines(part_dir: Path, config: type, cases: dict[str, tuple[lis
     assert done.returncode == 0, f"the runs of {list(cases)} ended with {done.returncode}: {done.stderr}"
     (status, output, errors), *results = json.loads(done.stdout)
     assert (status, errors) == (0, ""), f"--help: expected status 0, got {status}, stderr {errors!r}. {look}"
-    for field in dataclasses.fields(config):
+    configs = config if isinstance(config, tuple) else (config,)
+    for field in (field for each in configs for field in dataclasses.fields(each)):
         flag = "--" + field.name.replace("_", "-")
         assert re.search(rf"^  {flag}[ ,]", output, re.MULTILINE), f"--help does not explain {flag}: {output}. {look}"
     for (name, (argv, words)), (status, output, errors) in zip(cases.items(), results, strict=True):

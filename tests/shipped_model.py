@@ -22,7 +22,7 @@ def loaded_once(checks: EngineChecks, *models: str) -> Iterator[Callable[..., An
     """An LLM of the part over the shipped model, in float32 on the CPU, every step of which is held to the checks;
     flags are EngineConfig's. models: all that are loaded only once."""
     part = checks.part
-    load_decoder = part.model_runner.load_decoder
+    load_decoder = part.worker.load_decoder
     decoders = [
         (checkpoint, load_decoder(checkpoint, torch.float32, "cpu")) for checkpoint in map(resolve_checkpoint, models)
     ]
@@ -34,13 +34,13 @@ def loaded_once(checks: EngineChecks, *models: str) -> Iterator[Callable[..., An
 
     def make(**flags: Any) -> Any:
         config = part.config.EngineConfig(**{"model": "tiny", "device": "cpu", "num_kv_blocks": 200, **flags})
-        llm = part.engine.LLM(config)
+        llm = part.llm.LLM(config)
         checks.hold(llm.engine)
         return llm
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part.model_runner, "load_decoder", load)
-        patch.setattr(part.engine, "load_tokenizer", lambda _: tokenizer)
+        patch.setattr(part.worker, "load_decoder", load)
+        patch.setattr(part.llm, "load_tokenizer", lambda _: tokenizer)
         yield make
 
 

@@ -1,7 +1,7 @@
-"""All parts and transformers on the same work, in one run: python -m tools.comparison [--write | --table].
+"""Compare all parts and transformers on the same work, in one run: python -m tools.comparison [--write | --table].
 
 Without a flag it measures and prints. --write also writes results/comparison.json, its plot and README's table; --table
-writes the plot and the table again from the JSON that is there.
+rewrites the plot and the table from the existing JSON.
 """
 
 from __future__ import annotations
@@ -31,45 +31,45 @@ MARKERS = ("<!-- comparison:begin -->", "<!-- comparison:end -->")
 BASELINE = "transformers, one by one"
 TRANSFORMERS = (BASELINE, "transformers, padded", "transformers, continuous")
 PARTS = tuple(f"part {number}" for number in range(3, 9))
-GUESSERS = {"part 8, ngram": "ngram", "part 8, draft_model": "draft_model"}
+PROPOSERS = {"part 8, ngram": "ngram", "part 8, draft_model": "draft_model"}
 REPEATS = {"tiny": 5, "random:llama-110m": 1}
 WORKLOADS = {"32 requests": 32, "one request": 1}  # of nano_vllm_cpu
-Way = Callable[[list[WorkloadRequest]], object]
+Engine = Callable[[list[WorkloadRequest]], object]  # runs all of these requests
 
 
-def ways_of(model: str) -> list[str]:
-    """Parts with their defaults, and part 8 with somebody who guesses; there is a draft for the shipped model only."""
-    return [name for name in (*TRANSFORMERS, *PARTS, *GUESSERS) if model == "tiny" or "draft_model" not in name]
+def engine_names(model: str) -> list[str]:
+    """Transformers, parts with their defaults, part 8 with each proposer; only the shipped model has a draft model."""
+    return [name for name in (*TRANSFORMERS, *PARTS, *PROPOSERS) if model == "tiny" or "draft_model" not in name]
 
 
-def load(name: str, model: str) -> Way:
-    """What serves requests in this way."""
+def load(name: str, model: str) -> Engine:
+    """Load one of engine_names()."""
     if name in TRANSFORMERS:
-        return transformers_way(name, model)
-    flags = {"speculative_method": GUESSERS[name]} if name in GUESSERS else {}
+        return load_transformers(name, model)
+    flags = {"speculative_method": PROPOSERS[name]} if name in PROPOSERS else {}
     [folder] = ROOT.glob(f"part{int(name.split()[1].rstrip(',')):02d}_*")
-    return engine_way(folder.name, model, **flags)
+    return load_part(folder.name, model, **flags)
 
 
-def engine_way(part: str, model: str, **flags: Any) -> Way:
+def load_part(part: str, model: str, **flags: Any) -> Engine:
     config = importlib.import_module(f"{part}.config").EngineConfig(
         model=model, device="cpu", dtype="float32", max_num_seqs=32, max_model_len=1_024, **flags
     )
-    llm = importlib.import_module(f"{part}.core.engine").LLM(config)
+    llm = importlib.import_module(f"{part}.llm").LLM(config)
 
     def run(requests: list[WorkloadRequest]) -> None:
         params = [SamplingParams(temperature=0, max_tokens=r.max_tokens, ignore_eos=True) for r in requests]
         results = llm.generate([r.prompt_token_ids or [] for r in requests], params)
         lengths = [len(result.outputs[0].token_ids) for result in results]
         assert lengths == [r.max_tokens for r in requests], f"{part} answered with {lengths} tokens"
-        if hasattr(llm.engine, "reset_prefix_cache"):  # else the next run would find this one's prompts
+        if hasattr(llm.engine, "reset_prefix_cache"):  # otherwise the next run would find this one's prompts
             assert llm.engine.reset_prefix_cache(), "the engine is idle"
 
     return run
 
 
-def transformers_way(name: str, model: str) -> Way:
-    """As part 4's bench runs them."""
+def load_transformers(name: str, model: str) -> Engine:
+    """Load transformers, to run it as part 4's bench does."""
     logging.set_verbosity_error()
     bench = importlib.import_module("part04_continuous_batching.bench")
     loaded = load_model(resolve_checkpoint(model), torch.float32, "cpu")
@@ -79,34 +79,34 @@ def transformers_way(name: str, model: str) -> Way:
     return lambda requests: generate(loaded, requests)
 
 
-_way: Way | None = None  # in a way's own process
+_engine: Engine | None = None  # in an engine's own process
 
 
 def _load(name: str, model: str) -> None:
-    global _way
-    _way = load(name, model)
-    _way(nano_vllm_cpu(1, seed=1))  # warm-up
+    global _engine
+    _engine = load(name, model)
+    _engine(nano_vllm_cpu(1, seed=1))  # warm-up
 
 
 def _seconds(num_requests: int) -> float:
-    assert _way is not None, "the process has loaded it"
+    assert _engine is not None, "_load() runs first"
     requests = nano_vllm_cpu(num_requests)
     started = time.perf_counter()
-    _way(requests)
+    _engine(requests)
     return time.perf_counter() - started
 
 
 def measure(model: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Output tokens/s by workload and way; the ways take turns.
+    """Output tokens/s by workload and engine; the engines take turns.
 
-    Each has a process of its own: threads that another way has left behind slow a model down.
+    Each engine has its own process: threads that another engine left running would slow it down.
     """
     spawn = multiprocessing.get_context("spawn")
     found: dict[str, dict[str, float]] = {}
     with contextlib.ExitStack() as stack:
         pools = {
             name: stack.enter_context(ProcessPoolExecutor(1, spawn, initializer=_load, initargs=(name, model)))
-            for name in ways_of(model)
+            for name in engine_names(model)
         }
         for workload, num_requests in WORKLOADS.items():
             seconds: dict[str, list[float]] = {name: [] for name in pools}
@@ -120,12 +120,12 @@ def measure(model: str, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a way, a column a model and workload: tokens/s, and how many times transformers one by one."""
+    """A row per engine, a column per model and workload: tokens/s, and the ratio to transformers one by one."""
     measurements, machine = result["measurements"], result["machine"]
     columns = [(model, workload) for model in REPEATS for workload in WORKLOADS]
     lines = ["| | " + " | ".join(f"`{model}`, {workload}" for model, workload in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
-    for name in (*TRANSFORMERS, *PARTS, *GUESSERS):
+    for name in (*TRANSFORMERS, *PARTS, *PROPOSERS):
         cells = []
         for model, workload in columns:
             rates = measurements[model][workload]
@@ -140,7 +140,7 @@ def plot(rates_by_workload: dict[str, dict[str, float]], path: Path) -> None:
     fig, panels = plotting.panels([(workload, "output tokens/s", "") for workload in WORKLOADS])
     for axes, workload in zip(panels, WORKLOADS, strict=True):
         rates = rates_by_workload[workload]
-        names = [name for name in (*TRANSFORMERS, *PARTS, *GUESSERS) if name in rates][::-1]
+        names = [name for name in (*TRANSFORMERS, *PARTS, *PROPOSERS) if name in rates][::-1]
         colors = [plotting.BASELINE_COLOR if name in TRANSFORMERS else plotting.COLORS[0] for name in names]
         bars = axes.barh(names, [rates[name] for name in names], color=colors)
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
@@ -151,7 +151,7 @@ def plot(rates_by_workload: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def write_table(result: dict[str, Any]) -> None:
-    """Plot and table, from what was measured."""
+    """Write the plot and the table from the measurements."""
     plot(result["measurements"]["tiny"], RESULT.with_suffix(".png"))
     readme = ROOT / "README.md"
     head, begin, rest = readme.read_text("utf-8").partition(MARKERS[0])

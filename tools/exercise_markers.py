@@ -1,6 +1,6 @@
-"""Exercise markers: the lines `# exercise: NAME` and `# exercise: end`, which are each part's own.
+"""Exercise markers: the lines `# exercise: NAME` and `# exercise: end`. Each part has its own.
 
-Parts are compared and merged without them: `without_markers`. After a merge `with_markers_of` puts a part's own back.
+Parts are compared and merged without them: `without_markers`. After a merge, `with_markers_of` restores a part's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MARKER = re.compile(bodies.MARKER.pattern.encode() + rb"\r?\n?")
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """One marker line. index: how many lines that are no markers stand above it; exercise: its name."""
+    """One marker line. index: the number of non-marker lines above it; exercise: its name."""
 
     line: bytes
     index: int
@@ -30,15 +30,15 @@ def without_markers(content: bytes) -> bytes:
 
 
 def with_markers_of(marked: bytes, content: bytes) -> tuple[bytes, list[str]]:
-    """Put the markers of one text into another that was made from it, and has none.
+    """Insert the markers of one text into another text that was made from it and has none.
 
-    Returns the text, and the names of the exercises whose markers could belong a line higher or lower: what was added
-    or rewritten right beside a marker may be meant as part of the body or not.
+    Returns the text, and the names of the exercises with an uncertain marker: lines that were added or rewritten right
+    next to it may or may not belong to the body.
     """
     old, markers = _split(marked)
     new = content.splitlines(keepends=True)
     gaps = _Gaps(old, new)
-    placed = [gaps.place(marker) for marker in markers]
+    placed = [gaps.find(marker) for marker in markers]
     unsure = {marker.exercise: None for marker, (_, is_sure) in zip(markers, placed, strict=True) if not is_sure}
     for marker, (index, _) in reversed(list(zip(markers, placed, strict=True))):
         new.insert(index, marker.line)
@@ -46,7 +46,7 @@ def with_markers_of(marked: bytes, content: bytes) -> tuple[bytes, list[str]]:
 
 
 def _split(content: bytes) -> tuple[list[bytes], list[Marker]]:
-    """The lines that are no markers, and the markers."""
+    """The non-marker lines, and the markers."""
     lines: list[bytes] = []
     markers: list[Marker] = []
     for line in content.splitlines(keepends=True):
@@ -60,7 +60,7 @@ def _split(content: bytes) -> tuple[list[bytes], list[Marker]]:
 
 
 class _Gaps:
-    """Where the gap between two old lines is among the new lines."""
+    """Finds the gap between two old lines among the new lines."""
 
     def __init__(self, old: list[bytes], new: list[bytes]) -> None:
         self.new = new
@@ -69,11 +69,11 @@ class _Gaps:
         for block in matcher.get_matching_blocks():
             self.kept.update((block.a + i, block.b + i) for i in range(block.size))
 
-    def place(self, marker: Marker) -> tuple[int, bool]:
-        """The index among the new lines to insert a marker at, and whether no other index would do.
+    def find(self, marker: Marker) -> tuple[int, bool]:
+        """The index among the new lines at which to insert a marker, and whether it is certain.
 
-        A marker stays beside the body's line that it stood beside, if that is still there; else beside the line on its
-        other side; else as many lines below the last line kept above it as before.
+        A marker stays next to its neighboring line in the body, if that line still exists; else next to the line on its
+        other side; else as many lines below the last kept line above it as before.
         """
         above, below = self.kept.get(marker.index - 1), self.kept.get(marker.index)
         if above is not None and below is not None and above + 1 == below:
@@ -81,8 +81,8 @@ class _Gaps:
         in_body, outside = (above, below) if marker.is_end else (below, above)
         if in_body is not None:
             index = in_body + 1 if marker.is_end else in_body
-            beside = self.new[index] if marker.is_end and index < len(self.new) else self.new[index - 1]
-            return index, _indent(beside) < _indent(marker.line)
+            neighbor = self.new[index] if marker.is_end and index < len(self.new) else self.new[index - 1]
+            return index, _indent(neighbor) < _indent(marker.line)
         if outside is not None:
             return (outside if marker.is_end else outside + 1), True
         last_kept = max(old for old in self.kept if old < marker.index)

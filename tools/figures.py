@@ -1,4 +1,4 @@
-"""Draw the figures that explain: python -m tools.figures [part01 …]. Plots are each bench's."""
+"""Draw the explanatory figures: python -m tools.figures [part01 …]. Each bench draws its own plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPT_COLOR, COMPUTED_COLOR, CACHED_COLOR = plotting.COLORS[0], plotting.COLORS
 
 
 def draw_passes(axes: Axes, num_prompt: int, num_output: int, use_cache: bool) -> int:
-    """One row a forward pass, one cell a position, computed or read from the cache. Returns the computed cells."""
+    """One row per forward pass, one cell per position: computed or cached. Returns the number of computed cells."""
     computed = 0
     for row in range(num_output):
         for position in range(num_prompt + row):
@@ -48,7 +48,7 @@ def draw_lane(axes: Axes, row: int, boxes: list[tuple[float, float]], color: str
 
 
 def part02() -> None:
-    """Who is busy when, while an answer of eight tokens is generated and somebody asks for /health."""
+    """Which thread is busy when, while an answer of eight tokens is generated and a client calls /health."""
     labels = [(title, "time", "") for title in ("Part 1: one thread", "Part 2: two threads")]
     fig, (left, right) = plotting.panels(labels, height_px=300)
     num_tokens, asked = 8, 2.4

@@ -1,8 +1,8 @@
 """Carry a fix made in one part's file through all later parts: `python -m tools.forward part03_…/block_manager.py`.
 
-A fix goes into the earliest part that has the fault. From there each next part's copy is merged three ways, part by
+A fix goes into the earliest part that has the bug. From there each next part's copy is merged three ways, part by
 part: ours is the next part's file, base is this part's file at HEAD, theirs is this part's file as it is now.
-Exercise markers take no part in it: every part keeps its own.
+Exercise markers are left out: every part keeps its own.
 """
 
 import argparse
@@ -19,21 +19,21 @@ from tools.exercise_markers import with_markers_of, without_markers
 
 CONFLICT_MARKER = re.compile(rb"^(<{7}|>{7})( |\r?$)", re.MULTILINE)
 HELP = """\
-Carry a fix through all later parts. Make it in the earliest part that has the fault, do not commit, then name the file:
+Carry a fix through all later parts. Make it in the earliest part that has the bug, do not commit, then name the file:
 
-  python -m tools.forward part03_paged_attention/block_manager.py
+  python -m tools.forward part03_paged_attention/core/block_manager.py
 
-What the working tree changes in that file against HEAD is merged into part 4's copy, what that changes into part 5's,
-and so on. Copies that were identical stay identical. A part without the file ends the chain: the module was removed.
-Uncommitted changes that a later copy already has travel on from there as well. Then step diffs and the evolution map
+The change of that file against HEAD is merged into part 4's copy, the resulting change into part 5's, and so on. Copies
+that were identical stay identical. A part without the file ends the chain: the module was removed.
+Uncommitted changes that a later copy already has are carried on from there too. Then step diffs and the evolution map
 are regenerated and the tests of the touched parts run. Nothing is committed.
 
 Exercise markers are left out of the merge, so each part keeps its own. Where the fix adds or rewrites lines right
-beside a marker, the exercise is named: check that its markers still enclose the right lines.
+next to a marker, the exercise is named: check that its markers still enclose the right lines.
 
 At a conflict it stops and leaves the markers in that part's file. Resolve them, then name that file to go on:
 
-  python -m tools.forward part06_chunked_prefill/block_manager.py
+  python -m tools.forward part06_chunked_prefill/core/block_manager.py
 
 If the resolved file is as it was at HEAD, the fix ends there: run `python -m tools.snapshots` and the tests.
 If you change the fix after carrying it, first `git restore` the later copies: the old fix in them would conflict.
@@ -41,7 +41,7 @@ If you change the fix after carrying it, first `git restore` the later copies: t
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the message is one line for the user."""
+    """The command cannot be carried out; the message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +79,19 @@ def parse_source(root: Path, argument: str) -> PartFile:
     absolute = (root / argument).resolve()
     inside = absolute.relative_to(root) if absolute.is_relative_to(root) else PurePath()
     if len(inside.parts) < 2 or not snapshots.PART_NAME.fullmatch(inside.parts[0]):
-        raise UsageError(f"{argument}: not a file of a part; expected a path such as part03_paged_attention/engine.py")
+        raise UsageError(f"{argument}: not a file of a part; expected, say, part03_paged_attention/core/engine.py")
     file = PartFile(inside.parts[0], PurePath(*inside.parts[1:]).as_posix())
     if not absolute.is_file():
         raise UsageError(f"{file}: no such file")
     if not snapshots.is_source(PurePath(file.path)):
-        raise UsageError(f"{file}: not a source file; lessons and generated files are each part's own")
+        raise UsageError(f"{file}: not a source file; lessons and generated files differ from part to part")
     head, now = read_head(root, file), absolute.read_bytes()
     if head is None:
         raise UsageError(f"{file}: not in HEAD, so there is no change to merge; copy a new file to later parts by hand")
     if head == now:
         raise UsageError(f"{file}: same as in HEAD, so there is nothing to carry")
     if without_markers(head) == without_markers(now):
-        raise UsageError(f"{file}: only exercise markers changed, and those are each part's own; nothing to carry")
+        raise UsageError(f"{file}: only exercise markers changed, and every part keeps its own; nothing to carry")
     check_resolved(file, now)
     return file
 
@@ -127,7 +127,7 @@ def carry_once(root: Path, ours: PartFile, base: bytes, theirs: PartFile) -> str
     merged, is_clean = merge(root, ours, base, theirs)
     content, unsure = with_markers_of(before, merged)
     if content == before:
-        return "has it already"
+        return "already has it"
     ours.under(root).write_bytes(content)
     if not is_clean:
         return None
@@ -148,19 +148,19 @@ def carry(root: Path, source: PartFile) -> PartFile | None:
         before = ours.under(root).read_bytes()
         assert base is not None, f"{theirs} must have a base to merge from"
         if without_markers(theirs.under(root).read_bytes()) == without_markers(base):
-            print(f"  {this}: had the fix before, so it brings nothing to later parts; the chain ends here")
+            print(f"  {this}: already had the fix, so nothing is left to carry; the chain ends here")
             return None
         outcome = carry_once(root, ours, base, theirs)
         print(f"  {following}: {outcome or 'conflict'}")
         if outcome is None:
             return ours
         head = read_head(root, ours)
-        base = before if head is None else head  # a part never committed changes only by what was merged now
+        base = before if head is None else head  # a part that was never committed changes only by this merge
     return None
 
 
 def explain_conflict(root: Path, conflict: PartFile, others: list[PartFile]) -> str:
-    """Say where the conflict is and which command goes on from it, with the files not yet carried."""
+    """Say where the conflict is and which command continues from it, with the files not yet carried."""
     lines = conflict_lines(conflict.under(root).read_bytes())
     files = " ".join(map(str, [conflict, *others]))
     return (
@@ -170,7 +170,7 @@ def explain_conflict(root: Path, conflict: PartFile, others: list[PartFile]) -> 
 
 
 def touched_parts(root: Path, sources: list[PartFile]) -> list[str]:
-    """The parts whose copy of any of the files differs from HEAD, those of an earlier, interrupted run included."""
+    """The parts whose copy of any of the files differs from HEAD, including those of an earlier, interrupted run."""
     copies = [PartFile(part, path) for part in snapshots.list_parts(root) for path in sorted({s.path for s in sources})]
     present = [file for file in copies if file.under(root).is_file()]
     return sorted({file.part for file in present if read_head(root, file) != file.under(root).read_bytes()})
@@ -200,19 +200,19 @@ def forward(root: Path, arguments: list[str], *, with_tests: bool) -> int:
         if conflict := carry(root, source):
             print(explain_conflict(root, conflict, sources[done:]), file=sys.stderr)
             return 1
-    complaints = snapshots.update(root, check=False)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
+    problems = snapshots.update(root, check=False)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     passed = not with_tests or run_tests(root, touched_parts(root, sources))
-    return 0 if passed and not complaints else 1
+    return 0 if passed and not problems else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 carried, 1 conflict or something to mend, 2 wrong usage."""
+    """Run the command line; returns the exit status: 0 carried, 1 conflict or something to fix, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.forward",
         description=HELP,
-        epilog="Exit status: 0 carried and all well; 1 conflict, failing test or a table to mend; 2 wrong usage.",
+        epilog="Exit status: 0 success; 1 conflict, failing test or a table to fix; 2 wrong usage.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", metavar="partNN_name/file", help="a file with an uncommitted fix")

@@ -1,11 +1,11 @@
-"""Keep what is derived from the parts in step with them: `python -m tools.snapshots`, or `--check` to compare only.
+"""Regenerate the files that derive from the parts: `python -m tools.snapshots`, or `--check` to compare only.
 
-Derived are each part's `step.diff` (from the previous part) and the evolution map in the root README. The table
+These are each part's `step.diff` (from the previous part) and the evolution map in the root README. The table
 "What changed" in a part's README is written by hand, because it says why; here it is compared with the files.
 
 Only source files count: those with a suffix in SOURCE_SUFFIXES, outside hidden, `__pycache__` and `build` folders. So
-lessons, pictures, compiled kernels and editor leftovers never reach a diff. Exercise markers don't count either: which
-bodies are exercises is each part's own affair, so a module that differs only in its markers is the same.
+lessons, pictures, compiled kernels and editor leftovers never reach a diff. Exercise markers don't count either:
+every part has its own, so a module that differs only in its markers is the same.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TABLE_ROW = re.compile(r"\|\s*`([^`]+)`\s*\|\s*(new|changed|removed)\s*\|.*\|")
 INDEX_LINE = re.compile(rb"^index [0-9a-f]+\.\.[0-9a-f]+( \d+)?\n", re.MULTILINE)
 DIFF_OPTIONS = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--diff-algorithm=histogram"]
 DIFF_OPTIONS += ["--indent-heuristic", "--unified=3", "--inter-hunk-context=0", "--src-prefix=a/", "--dst-prefix=b/"]
-MEND = "run `python -m tools.snapshots`"
+FIX = "run `python -m tools.snapshots`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def steps(parts: list[Part]) -> list[tuple[Part | None, Part]]:
 def evolution_map(parts: list[Part]) -> str:
     """The Markdown table of Python modules (down) and parts (across), and the share of modules that a step kept.
 
-    The modules of a folder stand together, those of the part's root first, in the order of their first appearance.
+    The modules of a folder are grouped, those of the part's root first, in the order of their first appearance.
     """
     columns = [compare(old, new) for old, new in steps(parts)]
     modules: dict[str, None] = {}  # an ordered set
@@ -140,97 +140,97 @@ def unchanged_share(changes: dict[str, str]) -> float:
 
 
 def table_rows(readme: str) -> tuple[dict[str, str], list[str]]:
-    """The rows of the table "What changed": (file -> word, complaints about rows that cannot be read)."""
+    """The rows of the table "What changed": (file -> word, problems about rows that cannot be read)."""
     section = TABLE_SECTION.search(readme)
     if section is None:
         return {}, ["has no section `## What changed`"]
     rows: dict[str, str] = {}
-    complaints = []
+    problems = []
     for line in [line.strip() for line in section[1].splitlines() if line.startswith("|")][2:]:
         row = TABLE_ROW.fullmatch(line)
         if row is None:
-            complaints.append(f"cannot read the row {line!r}: expected | `file.py` | new, changed or removed | why |")
+            problems.append(f"cannot read the row {line!r}: expected | `file.py` | new, changed or removed | why |")
         elif row[1] in rows:
-            complaints.append(f"lists `{row[1]}` twice: delete one row")
+            problems.append(f"lists `{row[1]}` twice: delete one row")
         else:
             rows[row[1]] = row[2]
-    return rows, complaints
+    return rows, problems
 
 
 def check_table(root: Path, old: Part, new: Part) -> list[str]:
     """What is wrong with the table "What changed" of a part's README, one message each.
 
-    Python files must be listed; other source files may be, and are then held to the same.
+    Python files must be listed; other source files may be, and are then checked too.
     """
     path = root / new.name / "README.md"
     if not path.is_file():
         return [f"{new.name}/README.md is missing: its section `## What changed` must list this part's files"]
-    rows, complaints = table_rows(path.read_text(encoding="utf-8"))
+    rows, problems = table_rows(path.read_text(encoding="utf-8"))
     changes = compare(old, new)
     for name, change in changes.items():
         if change != "same" and name.endswith(".py") and name not in rows:
-            complaints.append(f"does not list `{name}`: add the row | `{name}` | {change} | why |")
+            problems.append(f"does not list `{name}`: add the row | `{name}` | {change} | why |")
     for name, word in rows.items():
         actual = changes.get(name)
         if actual is None:
-            complaints.append(f"lists `{name}`, which is no source file of this part or of {old.name}: delete the row")
+            problems.append(f"lists `{name}`, which is not a source file of this part or of {old.name}: delete the row")
         elif actual == "same":
-            complaints.append(f"lists `{name}`, which is the same in {old.name} (markers apart): delete the row")
+            problems.append(f"lists `{name}`, which is the same in {old.name} (except markers): delete the row")
         elif actual != word:
-            complaints.append(f"lists `{name}` as {word}, but compared with {old.name} it is {actual}: write {actual}")
-    return [f'{new.name}/README.md, "What changed": {complaint}' for complaint in complaints]
+            problems.append(f"lists `{name}` as {word}, but compared with {old.name} it is {actual}: write {actual}")
+    return [f'{new.name}/README.md, "What changed": {problem}' for problem in problems]
 
 
 def readme_with_map(readme: str, table: str) -> str | None:
-    """The root README with the evolution map put between its markers, or None if it has not got them."""
+    """The root README with the evolution map put between its markers, or None if it lacks them."""
     head, begin, rest = readme.partition(MAP_BEGIN)
     _, end, tail = rest.partition(MAP_END)
     return f"{head}{begin}\n\n{table}\n{end}{tail}" if begin and end else None
 
 
 def generate(root: Path, parts: list[Part]) -> tuple[dict[Path, bytes], list[str]]:
-    """What the generated files should hold, and complaints about those that cannot be generated."""
+    """The contents of the generated files, and problems with those that cannot be generated."""
     generated: dict[Path, bytes] = {}
-    complaints = []
+    problems = []
     for old, new in steps(parts):
         diff_path = root / new.name / "step.diff"
         if old is not None:
             generated[diff_path] = step_diff(old, new)
         elif diff_path.exists():
-            complaints.append(f"{new.name}/step.diff: the first part follows no other, so delete this file")
+            problems.append(f"{new.name}/step.diff: the first part has no previous part, so delete this file")
     readme = root / "README.md"
     text = readme_with_map(read_lf(readme).decode() if readme.is_file() else "", evolution_map(parts))
     if text is None:
-        complaints.append(f"README.md needs the lines `{MAP_BEGIN}` and `{MAP_END}`: add them, then {MEND}")
+        problems.append(f"README.md needs the lines `{MAP_BEGIN}` and `{MAP_END}`: add them, then {FIX}")
     else:
         generated[readme] = text.encode()
-    return generated, complaints
+    return generated, problems
 
 
 def update(root: Path, *, check: bool) -> list[str]:
-    """Write what is generated (or, if check, compare it) and compare the tables; returns what is wrong, a line each."""
+    """Write the generated files (or, if check, compare them) and check the tables; returns the problems."""
     parts = load_parts(root)
-    generated, complaints = generate(root, parts)
+    generated, problems = generate(root, parts)
     for path, content in generated.items():
         name = path.relative_to(root).as_posix()
         if path.is_file() and read_lf(path) == content:
             continue
         if check:
-            complaints.append(f"{name} is {'out of date' if path.is_file() else 'missing'}: {MEND}")
+            problems.append(f"{name} is {'out of date' if path.is_file() else 'missing'}: {FIX}")
         else:
             path.write_bytes(content)
             print(f"wrote {name}")
     for old, new in steps(parts):
-        complaints += check_table(root, old, new) if old else []
-    return complaints
+        problems += check_table(root, old, new) if old else []
+    return problems
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 all well, 1 something to mend, 2 wrong usage."""
+    """Run the command line; returns the exit status: 0 no problems, 1 something to fix, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.snapshots",
         description="Write each part's step.diff and the evolution map in README.md; check the tables 'What changed'.",
-        epilog="Exit status: 0 all well; 1 something is left to mend, each named on a line; 2 wrong usage.",
+        epilog="Exit status: 0 no problems; 1 problems left to fix, one per line; 2 wrong usage.",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; report what is out of date")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the repository, if not this one")
@@ -238,10 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     if not args.root.is_dir() or not list_parts(args.root):
         print(f"snapshots: no folder named partNN_… in {args.root}", file=sys.stderr)
         return 2
-    complaints = update(args.root, check=args.check)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    return 1 if complaints else 0
+    problems = update(args.root, check=args.check)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m workshop",
         description="Do the course's exercises: they are written to workspace/, checked there, and come with hints.",
-        epilog="Exit status: 0 all well; 1 something fails or is not done yet; 2 wrong usage.",
+        epilog="Exit status: 0 success; 1 something fails or is not done yet; 2 wrong usage.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -26,24 +26,24 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("exercises", nargs=exercises, metavar="EXERCISE", help="only this (default: all)")
         return command
 
-    add("doctor", "see whether this machine has what the course needs, and what to do about the rest")
-    add("list", "the parts, their exercises, and how far you are")
+    add("doctor", "check that this machine has what the course needs, and say how to fix what is missing")
+    add("list", "list the parts, their exercises and your progress")
     start = add("start", "write part N to workspace/ with the bodies of its exercises blanked")
-    start.add_argument("--force", action="store_true", help="begin again; what you have becomes a backup")
+    start.add_argument("--force", action="store_true", help="start over; your current copy is backed up")
     check = add("check", "run the tests of part N on your copy", "*")
-    check.add_argument("--watch", action="store_true", help="again at every save, until Ctrl-C")
-    check.add_argument("--verbose", action="store_true", help="all failures, with tracebacks")
+    check.add_argument("--watch", action="store_true", help="check again after every save, until Ctrl-C")
+    check.add_argument("--verbose", action="store_true", help="show all failures, with tracebacks")
     hint = add("hint", "a hint for an exercise of part N (default: the first that does not pass yet)", "?")
     hint.add_argument("--level", type=int, choices=(1, 2), default=1, help="2: nearly the solution")
-    add("diff", "your part N against the reference; an exercise still blank shows only if you name it", "*")
-    add("catch-up", "put the reference in place of part N, or of one exercise; yours becomes a backup", "*")
+    add("diff", "compare your part N with the reference; a blank exercise is shown only if you name it", "*")
+    add("catch-up", "replace part N, or one exercise, with the reference; your version is backed up", "*")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run the command line; returns the exit status."""
     args = build_parser().parse_args(argv)
-    if args.command == "doctor":  # works, and is most needed, where nothing is installed yet
+    if args.command == "doctor":  # must work before anything is installed
         from workshop import doctor
 
         return doctor.main(root)

@@ -1,4 +1,4 @@
-"""The bodies between `# exercise: NAME` and `# exercise: end`: find them, blank them, put one in another's place."""
+"""The bodies between `# exercise: NAME` and `# exercise: end`: find, blank and replace them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Body:
     lines: tuple[str, ...]
 
     def is_blank(self, exercise: Exercise) -> bool:
-        """Whether nothing has been written yet: only the `raise` that blanking put there."""
+        """Whether the body is still only the `raise` that blanking wrote."""
         written = [line.strip() for line in self.lines if line.strip()]
         return len(written) == 1 and written[0].startswith(f'raise NotImplementedError("{exercise.blank}')
 
 
 def find_bodies(text: str, where: str) -> dict[str, Body]:
-    """All bodies of a file, in order. Raises WorkshopError naming the line of a marker that has no partner."""
+    """All bodies of a file, in order. Raises WorkshopError naming the line of an unmatched marker."""
     bodies: dict[str, Body] = {}
     opened: tuple[str, str, int] | None = None
     lines = text.split("\n")
@@ -38,11 +38,11 @@ def find_bodies(text: str, where: str) -> dict[str, Body]:
             continue
         indent, name = marker.groups()
         if (name == "end") != (opened is not None):
-            what = "ends nothing" if opened is None else f"comes before the end of `# exercise: {opened[1]}`"
+            what = "has no start marker" if opened is None else f"comes before the end of `# exercise: {opened[1]}`"
             raise WorkshopError(f"{where}:{index + 1}: `# exercise: {name}` {what}")
         if opened is None:
             if name in bodies:
-                raise WorkshopError(f"{where}:{index + 1}: exercise {name} stands here a second time")
+                raise WorkshopError(f"{where}:{index + 1}: exercise {name} appears a second time")
             opened = (indent, name, index + 1)
         else:
             bodies[opened[1]] = Body(opened[1], opened[0], opened[2], tuple(lines[opened[2] : index]))
@@ -53,10 +53,10 @@ def find_bodies(text: str, where: str) -> dict[str, Body]:
 
 
 def replace_bodies(text: str, new: Mapping[str, Iterable[str]], where: str) -> tuple[str, list[int]]:
-    """Put new lines in the place of some bodies; names that the text has no markers for are passed over.
+    """Replace some bodies with new lines; names without markers in the text are skipped.
 
-    Returns the text, and for each of its lines the number, from 1, of the line in the old text: a new line has the
-    number of the marker above it.
+    Returns the text and, for each of its lines, the line number (from 1) in the old text; a new line gets the number of
+    the marker above it.
     """
     lines = text.split("\n")
     kept = list(enumerate(lines, 1))
@@ -67,7 +67,7 @@ def replace_bodies(text: str, new: Mapping[str, Iterable[str]], where: str) -> t
 
 
 def blank_bodies(text: str, exercises: Iterable[Exercise], where: str) -> str:
-    """Replace every body by one `raise` that names it. Raises WorkshopError if exercises.md does not describe it."""
+    """Replace every body with one `raise` that names it. Raises WorkshopError if exercises.md does not describe it."""
     known = {exercise.name: exercise for exercise in exercises}
     new = {}
     for name, body in find_bodies(text, where).items():

@@ -1,4 +1,4 @@
-"""Check the learner's exercises, each alone, then all together; once, or again at every save."""
+"""Check the learner's exercises, each alone, then all together; once, or after every save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Stamps = dict[str, tuple[int, int]]
 
 @dataclass(slots=True)
 class Checker:
-    """Checks the named exercises of one part; all that have been started, if none is named.
+    """Checks the named exercises of one part, or all started exercises if none is named.
 
     num_checks counts the runs of an exercise's tests.
     """
@@ -34,7 +34,7 @@ class Checker:
     checked: dict[str, str] = field(default_factory=dict)  # exercise -> the fingerprint it was last checked with
 
     def check(self, cancelled: Callable[[], bool] = lambda: False) -> bool:
-        """Check what has changed since the last call, and report. Returns whether all that was asked for passes."""
+        """Check what has changed since the last call, and report. Returns whether all requested exercises pass."""
         require_copy(self.part)
         exercises = self.part.select(self.names)
         prints = fingerprints(self.part)
@@ -67,7 +67,7 @@ class Checker:
         return result
 
     def run_together(self, cancelled: Callable[[], bool]) -> Result | None:
-        """The learner's copy as it is, nothing lent."""
+        """Run the tests on the learner's copy as it is, with nothing from the reference."""
         tests = dict.fromkeys(test for exercise in self.part.exercises for test in exercise.tests)
         with self.report.working("checking them together"):
             return self.runner.run(list(tests), [], cancelled=cancelled)
@@ -84,7 +84,7 @@ class Checker:
 
 
 def watch(checker: Checker, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Check, then again at every save, until Ctrl-C. A save during a check breaks it off and begins anew."""
+    """Check now and after every save, until Ctrl-C. A save during a check cancels it and starts a new one."""
     while True:
         seen = stamps(checker.part)
         checker.report.clear()
@@ -98,7 +98,7 @@ def watch(checker: Checker, sleep: Callable[[float], None] = time.sleep) -> None
 
 
 def stamps(part: Part) -> Stamps:
-    """Time and size of each of the learner's files, without those that an editor has just moved away."""
+    """Modification time and size of each of the learner's files, without files that an editor just moved away."""
     found = {}
     for path in sources(part.copy):
         try:

@@ -16,7 +16,7 @@ from workshop.runner import Runner
 
 
 def run(args: argparse.Namespace, root: Path) -> int:
-    """Run one command; returns the exit status. What the user can mend is one line on stderr and status 2."""
+    """Run one command; returns the exit status. An error that the user can fix prints one line and returns 2."""
     report = Report(verbose=getattr(args, "verbose", False))
     try:
         if args.command == "list":
@@ -35,7 +35,7 @@ def start(part: Part, args: argparse.Namespace, report: Report) -> int:
     backup = workspace.start(part, force=args.force)
     say_backup(part, backup, report)
     copy = workspace.relative(part, part.copy)
-    report.say(f"Part {part.number} is in {copy}, with these bodies for you to write, in any order:\n")
+    report.say(f"Part {part.number} is in {copy}, with these function bodies for you to write, in any order:\n")
     for exercise in part.exercises:
         report.say(
             f"{exercise.name:<{width(part.exercises)}}  {exercise.file}::{exercise.symbol}, lesson: {exercise.lesson}",
@@ -50,7 +50,7 @@ def start(part: Part, args: argparse.Namespace, report: Report) -> int:
 
 def check(part: Part, args: argparse.Namespace, report: Report) -> int:
     workspace.require_copy(part)
-    part.select(args.exercises)  # a misspelt name should not wait for the runner
+    part.select(args.exercises)  # report a misspelled name before starting the runner
     with Runner(part) as runner:
         checker = Checker(part, args.exercises, runner, report)
         if args.watch:
@@ -89,7 +89,7 @@ def catch_up(part: Part, args: argparse.Namespace, report: Report) -> int:
 
 def say_backup(part: Part, backup: Path | None, report: Report) -> None:
     if backup is not None:
-        report.say(f"What you had is kept in {workspace.relative(part, backup)}.")
+        report.say(f"Your previous version is in {workspace.relative(part, backup)}.")
 
 
 COMMANDS = {"start": start, "check": check, "hint": hint, "diff": diff, "catch-up": catch_up}

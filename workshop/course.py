@@ -1,4 +1,4 @@
-"""What the course holds: its parts, and the exercises that each part's exercises.md describes."""
+"""The parts of the course, and the exercises that each part's exercises.md describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SENTENCE = re.compile(r".+?[.!?](?=\s|$)", re.DOTALL)
 
 
 class WorkshopError(Exception):
-    """Something the user can mend; its text is one line that says how."""
+    """An error that the user can fix; its text is one line that says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,13 @@ class Exercise:
 
     @property
     def blank(self) -> str:
-        """What stands in the body's place until it is written, and starts every message about it."""
+        """The start of the message that a blank body raises."""
         return f"{self.part[:6]} {self.name}:"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part under root. path is the reference; copy is the learner's, which may not be there yet."""
+    """A part under root. path is the reference; copy is the learner's, which may not exist yet."""
 
     root: Path
     name: str
@@ -78,7 +78,7 @@ def read_parts(root: Path) -> list[Part]:
 
 
 def find_part(root: Path, number: int) -> Part:
-    """Raises WorkshopError naming the parts there are."""
+    """Raises WorkshopError listing the existing parts."""
     parts = {part.number: part for part in read_parts(root)}
     if number not in parts:
         raise WorkshopError(f"there is no part {number}; the parts so far: {', '.join(map(str, parts)) or 'none'}")
@@ -99,7 +99,7 @@ def read_exercises(part: Path) -> list[Exercise]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if heading := HEADING.fullmatch(line):
             if heading[1] in sections:
-                raise WorkshopError(f"{path}:{number}: exercise {heading[1]} is described a second time")
+                raise WorkshopError(f"{path}:{number}: exercise {heading[1]} is described twice")
             label = "Task"
             fields = sections[heading[1]] = {label: ""}
         elif fields is not None:
@@ -110,7 +110,7 @@ def read_exercises(part: Path) -> list[Exercise]:
 
 
 def build_exercise(path: Path, name: str, fields: dict[str, str]) -> Exercise:
-    """Check the labels of one section and make an Exercise of them."""
+    """Check the labels of one section and build an Exercise from them."""
     for label in ("File", "Test", "Lesson", "Hint 1", "Hint 2"):
         if not fields.get(label):
             raise WorkshopError(f"{path}: exercise {name} has no line `{label}: …`")

@@ -1,6 +1,6 @@
-"""`python -m workshop doctor`: what this machine has, what the course needs, and what to do about the difference.
+"""`python -m workshop doctor`: check that this machine has what the course needs, and say how to fix the rest.
 
-It needs no package itself, so that it can be asked before anything is installed.
+It needs no packages, so it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Level(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. advice: what to do about it, empty if nothing."""
+    """The result of one check. advice: what to do, empty if nothing."""
 
     level: Level
     what: str
@@ -42,19 +42,19 @@ class Finding:
 
 
 def main(root: Path) -> int:
-    """Print all findings. Returns 0 unless something that is needed is missing."""
-    findings = [finding for examine in EXAMINATIONS for finding in examine(root)]
+    """Print all findings. Returns 1 if something required is missing, else 0."""
+    findings = [finding for check in CHECKS for finding in check(root)]
     for finding in findings:
         print(f"{finding.level.value:<8} {finding.what:<10} {finding.found}")
         if finding.advice:
             print(f"{'':<19} -> {finding.advice}")
     num_missing = sum(finding.level is Level.MISSING for finding in findings)
-    print(f"\n{num_missing} of these must be mended first" if num_missing else "\nThis machine can run the course: "
+    print(f"\n{num_missing} of these must be fixed first" if num_missing else "\nThis machine can run the course: "
           "python -m workshop start 1")  # fmt: skip
     return 1 if num_missing else 0
 
 
-def examine_python(root: Path) -> list[Finding]:
+def check_python(root: Path) -> list[Finding]:
     oldest, newest = PYTHON_VERSIONS
     found = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info[:2] < oldest:
@@ -66,7 +66,7 @@ def examine_python(root: Path) -> list[Finding]:
     return [Finding(Level.OK, "Python", found)]
 
 
-def examine_cores(root: Path) -> list[Finding]:
+def check_cores(root: Path) -> list[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < MIN_CORES:
         advice = "all parts run; parts 9 to 13 start several processes and will be slow"
@@ -74,7 +74,7 @@ def examine_cores(root: Path) -> list[Finding]:
     return [Finding(Level.OK, "cores", str(cores))]
 
 
-def examine_memory(root: Path) -> list[Finding]:
+def check_memory(root: Path) -> list[Finding]:
     names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
     if not hasattr(os, "sysconf") or not all(name in os.sysconf_names for name in names):
         return [Finding(Level.NOTE, "memory", "unknown", f"{MIN_MEMORY_GB:g} GB are enough for the shipped models")]
@@ -85,24 +85,24 @@ def examine_memory(root: Path) -> list[Finding]:
     return [Finding(Level.OK, "memory", f"{memory_gb:.1f} GB")]
 
 
-def examine_disk(root: Path) -> list[Finding]:
+def check_disk(root: Path) -> list[Finding]:
     free_gb = shutil.disk_usage(root).free / 1e9
     if free_gb < MIN_DISK_GB:
-        advice = f"torch alone takes several; free {MIN_DISK_GB:g} GB, unless the set-up is done"
+        advice = f"torch alone takes several GB: free {MIN_DISK_GB:g} GB, unless `make setup` is done"
         return [Finding(Level.NOTE, "disk", f"{free_gb:.1f} GB free", advice)]
     return [Finding(Level.OK, "disk", f"{free_gb:.1f} GB free")]
 
 
-def examine_ports(root: Path) -> list[Finding]:
+def check_ports(root: Path) -> list[Finding]:
     try:
         with socket.create_server(("127.0.0.1", SERVER_PORT)):
             return [Finding(Level.OK, "ports", f"127.0.0.1:{SERVER_PORT} is free")]
     except OSError as error:
-        advice = f'serve elsewhere: make serve PART=1 ARGS="--port {SERVER_PORT + 1}", or end what uses the port'
+        advice = f'use another port: make serve PART=1 ARGS="--port {SERVER_PORT + 1}", or stop what uses it'
         return [Finding(Level.NOTE, "ports", f"127.0.0.1:{SERVER_PORT}: {error.strerror}", advice)]
 
 
-def examine_compiler(root: Path) -> list[Finding]:
+def check_compiler(root: Path) -> list[Finding]:
     names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -116,21 +116,21 @@ def examine_compiler(root: Path) -> list[Finding]:
     return [Finding(Level.OK, "compiler", compiler)]
 
 
-def examine_gpu(root: Path) -> list[Finding]:
-    """Asks nvidia-smi for the card and torch, in a process of its own, whether it can use it."""
+def check_gpu(root: Path) -> list[Finding]:
+    """Ask nvidia-smi for the GPU and, in a separate process, torch whether it can use it."""
     tool = shutil.which("nvidia-smi")
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"] if tool else []
     cards = run_quietly(query).splitlines() if query else []
     if not cards:
-        return [Finding(Level.OK, "GPU", "none, and none is needed: every part runs on the CPU")]
+        return [Finding(Level.OK, "GPU", "none; not needed, every part runs on the CPU")]
     if run_quietly([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]) != "True":
-        advice = "the CPU does; for the GPU install torch's CUDA build: pip install -c constraints.txt torch"
+        advice = "the CPU works too; for the GPU install torch's CUDA build: pip install -c constraints.txt torch"
         return [Finding(Level.NOTE, "GPU", f"{cards[0]}, which torch cannot use", advice)]
     return [Finding(Level.OK, "GPU", "; ".join(cards))]
 
 
 def run_quietly(command: list[str]) -> str:
-    """What a command prints, or nothing if it fails."""
+    """The output of a command, empty if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -138,8 +138,8 @@ def run_quietly(command: list[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def examine_packages(root: Path) -> list[Finding]:
-    """Compare what is installed with constraints.txt, which pins all that the course needs."""
+def check_packages(root: Path) -> list[Finding]:
+    """Compare the installed packages with constraints.txt, which pins all that the course needs."""
     if importlib.util.find_spec("packaging") is None:
         return [Finding(Level.MISSING, "packages", "not installed", INSTALL)]
     from packaging.requirements import Requirement
@@ -163,19 +163,19 @@ def examine_packages(root: Path) -> list[Finding]:
         findings.append(Finding(Level.MISSING, "packages", f"not installed: {', '.join(missing)}", INSTALL))
     if other:
         findings.append(
-            Finding(Level.NOTE, "packages", f"other versions: {', '.join(other)}", f"probably fine; {INSTALL}")
+            Finding(Level.NOTE, "packages", f"other versions: {', '.join(other)}", f"probably fine; if not, {INSTALL}")
         )
     return findings or [Finding(Level.OK, "packages", "as in constraints.txt")]
 
 
 def direct_dependencies(root: Path) -> set[str]:
-    """The names under `dependencies` and `dev` in pyproject.toml, without those that are for some platforms only."""
+    """The names under `dependencies` and `dev` in pyproject.toml, without platform-specific ones."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     names = set()
     for line in (root / "pyproject.toml").read_text(encoding="utf-8").splitlines():
         text = line.strip().rstrip(",")
-        if line.startswith("    ") and text[:1] == text[-1:] == '"':  # tomllib comes with Python 3.11 only
+        if line.startswith("    ") and text[:1] == text[-1:] == '"':  # tomllib needs Python 3.11
             try:
                 requirement = Requirement(text.strip('"'))
             except InvalidRequirement:
@@ -184,7 +184,7 @@ def direct_dependencies(root: Path) -> set[str]:
     return names
 
 
-def examine_models(root: Path) -> list[Finding]:
+def check_models(root: Path) -> list[Finding]:
     folders = sorted(path.parent for path in (root / "models").glob("*/config.json"))
     if not folders:
         return [
@@ -192,21 +192,21 @@ def examine_models(root: Path) -> list[Finding]:
         ]
     findings = []
     for folder in folders:
-        if complaint := weights_complaint(folder / "model.safetensors"):
+        if problem := weights_problem(folder / "model.safetensors"):
             advice = f"git checkout models/{folder.name}, or git lfs pull if your clone uses LFS"
-            findings.append(Finding(Level.MISSING, "models", f"{folder.name}: {complaint}", advice))
+            findings.append(Finding(Level.MISSING, "models", f"{folder.name}: {problem}", advice))
     return findings or [Finding(Level.OK, "models", ", ".join(folder.name for folder in folders))]
 
 
-def weights_complaint(path: Path) -> str:
-    """What is wrong with a safetensors file (8 bytes of length, a JSON header, the data), or nothing."""
+def weights_problem(path: Path) -> str:
+    """What is wrong with a safetensors file (8 bytes of length, a JSON header, the data); empty if nothing."""
     if not path.is_file():
         return "no model.safetensors"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
         if length > size:
-            return f"model.safetensors is no safetensors file ({size:,} bytes)"
+            return f"model.safetensors is not a safetensors file ({size:,} bytes)"
         try:
             tensors = json.loads(file.read(length))
             end = max(tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__")
@@ -216,7 +216,7 @@ def weights_complaint(path: Path) -> str:
     return "" if size == expected else f"model.safetensors has {size:,} bytes, expected {expected:,}"
 
 
-EXAMINATIONS: list[Callable[[Path], list[Finding]]] = [
-    examine_python, examine_cores, examine_memory, examine_disk, examine_ports, examine_compiler, examine_gpu,
-    examine_packages, examine_models,
+CHECKS: list[Callable[[Path], list[Finding]]] = [
+    check_python, check_cores, check_memory, check_disk, check_ports, check_compiler, check_gpu,
+    check_packages, check_models,
 ]  # fmt: skip

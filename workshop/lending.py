@@ -1,6 +1,6 @@
-"""Import the learner's copy of a part, with the reference's bodies lent for all exercises but the one that is checked.
+"""Import the learner's copy of a part, with all bodies but the checked one lent: replaced by the reference's.
 
-So each exercise is judged alone: a part can be solved in any order, and a mistake in one body fails only its own tests.
+So each exercise is checked alone: a part can be solved in any order, and a mistake in a body fails only its own tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workshop.bodies import find_bodies, replace_bodies
 
 
 class CopyFinder(MetaPathFinder):
-    """Finds one part in workspace/ and nowhere else, whatever sys.path or an editable install say."""
+    """Finds one part in workspace/ only, whatever sys.path or an editable install contain."""
 
     def __init__(self, workspace: Path, reference: Path, lent: Iterable[str]) -> None:
         self.workspace, self.reference, self.lent = workspace, reference, frozenset(lent)
@@ -37,14 +37,14 @@ class CopyFinder(MetaPathFinder):
 
 
 class LendingLoader(SourceFileLoader):
-    """Compiles a file of the learner's with the reference's bodies put in; line numbers stay those of the file."""
+    """Compiles a learner's file with the lent bodies inserted; line numbers stay those of the file."""
 
     def __init__(self, fullname: str, path: str, finder: CopyFinder) -> None:
         super().__init__(fullname, path)
         self.finder = finder
 
     def path_stats(self, path: str) -> Any:
-        """No bytecode cache: it would hold lent bodies, and misses two saves within a second."""
+        """Disable the bytecode cache: it would hold lent bodies and miss a second save within one second."""
         raise OSError
 
     def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
@@ -52,13 +52,13 @@ class LendingLoader(SourceFileLoader):
         reference = self.finder.reference / Path(path).relative_to(self.finder.workspace / self.finder.reference.name)
         bodies = find_bodies(reference.read_text(encoding="utf-8"), str(reference)) if reference.is_file() else {}
         lent = {name: body.lines for name, body in bodies.items() if name in self.finder.lent}
-        ast.parse(text, path)  # a syntax error is the learner's, at the learner's line
+        ast.parse(text, path)  # a syntax error is reported at the learner's line
         text, numbers = replace_bodies(text, lent, Path(path).name)
         tree = ast.parse(text, path)
         nodes: list[Any] = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
         for node in nodes:
             node.lineno, node.end_lineno = numbers[node.lineno - 1], numbers[node.end_lineno - 1]
-            if node.lineno == node.end_lineno:  # a lent statement of several lines: they have all become one
+            if node.lineno == node.end_lineno:  # a lent statement of several lines, now all one line
                 node.end_col_offset = max(node.end_col_offset, node.col_offset)
         return compile(tree, path, "exec", dont_inherit=True)
 
@@ -67,5 +67,5 @@ def install(finder: CopyFinder) -> None:
     """Make every import of the part from here on find the learner's copy."""
     part = finder.reference.name
     loaded = [name for name in sys.modules if name.partition(".")[0] == part]
-    assert not loaded, f"{loaded} were imported before the learner's copy could be"
+    assert not loaded, f"{loaded} were imported before the learner's copy"
     sys.meta_path.insert(0, finder)

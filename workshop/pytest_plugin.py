@@ -1,4 +1,4 @@
-"""A pytest plugin that writes what happens as JSON lines: what was collected, started, and how it ended and why."""
+"""A pytest plugin that writes events as JSON lines: tests collected, tests started, their outcomes and reasons."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EventWriter:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
         report = yield
         if report.failed:
-            assert call.excinfo is not None, "what failed has raised something"
+            assert call.excinfo is not None, "a failed test raised an exception"
             self.write_failure(item.nodeid, call.excinfo.value, str(report.longrepr), report.capstdout)
         elif report.when == "call" or report.skipped:
             self.write(report.outcome, test=item.nodeid)
@@ -56,7 +56,7 @@ class EventWriter:
         )
 
     def locate(self, error: BaseException) -> str | None:
-        """The deepest line of the learner's that the error passed through, or None."""
+        """The deepest line of the learner's code in the traceback, or None."""
         if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_relative_to(self.copy):
             return f"{Path(error.filename).relative_to(self.copy).as_posix()}:{error.lineno}"
         found, frame = None, error.__traceback__
@@ -70,7 +70,7 @@ class EventWriter:
 
 
 def explain(error: BaseException) -> str:
-    """The message that the test's author wrote; without one, what Python or pytest says."""
+    """The test's own message, or else the one from Python or pytest."""
     text = str(error).strip()
     if isinstance(error, AssertionError):
         message = text.partition("\nassert ")[0] or "assert"  # pytest appends the expression it evaluated

@@ -1,4 +1,4 @@
-"""What the learner reads: states, failures with the test's own words first, and what to do next."""
+"""The learner's output: states, failures with the test's message first, and the next step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Report:
         self.verbose = verbose
 
     def say(self, text: str | Text = "", style: str | None = None, indent: int = 0) -> None:
-        """Print text as it is: square brackets in it are no markup."""
+        """Print text as it is: square brackets are not markup."""
         whole = text if isinstance(text, Text) else Text(text, style=style or "")
         if self.console.is_terminal:  # wrap, and keep the indent
             self.console.print(Padding(whole, (0, 0, 0, indent), expand=False))
@@ -43,14 +43,14 @@ class Report:
             self.console.clear()
 
     def working(self, what: str) -> AbstractContextManager:
-        """A spinner, on a terminal, while something takes its time."""
+        """Show a spinner on a terminal during slow work."""
         return self.console.status(what)
 
     def watching(self) -> None:
-        self.say("\nWatching for the next save; Ctrl-C ends it.", "dim")
+        self.say("\nWatching for the next save; Ctrl-C stops.", "dim")
 
     def parts(self, parts: Iterable[Part]) -> None:
-        """The answer to `list`."""
+        """Print the output of `list`."""
         for part in parts:
             self.say(Text.assemble((f"part {part.number}", "bold"), f"  {part.name}"))
             saved = State.load(part).saved
@@ -62,17 +62,17 @@ class Report:
                     if last := saved.get(exercise.name):
                         state = count(last.num_passed, last.num_tests, last.passes)
                         if last.fingerprint != prints[exercise.name]:
-                            state += Text(", before the last change", style="dim")
+                            state += Text(", before your last change", style="dim")
                 self.say(Text.assemble(f"{exercise.name:<{width(part.exercises)}}  ", state), indent=4)
             if not part.exercises:
                 self.say("no exercises", "dim", 4)
             elif not part.copy.is_dir():
-                self.say(f"begin: python -m workshop start {part.number}", "cyan", 4)
+                self.say(f"to start: python -m workshop start {part.number}", "cyan", 4)
 
     def results(
         self, part: Part, exercises: list[Exercise], results: Mapping[str, Result], together: Result | None
     ) -> None:
-        """One line for each exercise, then why those fail that do."""
+        """Print one line per exercise, then the failures."""
         self.say(Text.assemble((f"part {part.number}", "bold"), f"  {relative(part, part.copy)}\n"))
         for exercise in exercises:
             result = results.get(exercise.name)
@@ -88,11 +88,11 @@ class Report:
                 self.say(Text.assemble("\n", (exercise.name, "bold red"), f"  {where}"))
                 self.failures(result)
         if together is not None and not together.passes:
-            self.say("\nEach body passes with the reference around it, but not all of yours together:", "red")
+            self.say("\nEach body passes with the reference's other bodies, but all of yours together fail:", "red")
             self.failures(together)
 
     def failures(self, result: Result) -> None:
-        """Some of them, of as many test functions as can be."""
+        """Print some of the failures, from as many test functions as possible."""
         by_function: dict[str, list[Failure]] = {}
         for failure in result.failures:
             by_function.setdefault(failure.test.rpartition("::")[2].partition("[")[0], []).append(failure)
@@ -108,7 +108,7 @@ class Report:
         self.say(failure.message, indent=2)
         self.say(f"{failure.test}" + (f"  at {failure.location}" if failure.location else ""), "dim", 4)
         if failure.output.strip():
-            self.say("it printed:", "dim", 4)
+            self.say("output:", "dim", 4)
             self.say(failure.output.rstrip(), indent=6)
         if self.verbose:
             self.say(failure.traceback, "dim", 4)
@@ -119,13 +119,13 @@ class Report:
             self.say(wrong.explanation, indent=2)
 
     def next_step(self, part: Part, exercises: list[Exercise], results: Mapping[str, Result]) -> None:
-        """One thing to do: mend what fails, else write what is blank, else go on."""
+        """Print the next step: fix what fails, else write what is blank, else continue."""
         failing = [e for e in exercises if e.name in results and not results[e.name].passes]
         blank = [e for e in exercises if e.name not in results]
         number = part.number
         if failing or blank:
             exercise = (failing or blank)[0]
-            verb = "mend" if failing and is_started(part, exercise) else "write"
+            verb = "fix" if failing and is_started(part, exercise) else "write"
             where = f"{relative(part, part.copy)}/{exercise.file}, between its markers"
             self.say(Text.assemble(("\nNext: ", "bold cyan"), f"{verb} {exercise.name} in {where}."))
             if verb == "write":
@@ -135,7 +135,7 @@ class Report:
             self.say(Text.assemble(("\nNext: ", "bold cyan"), (f"python -m workshop check {number}", "cyan")))
         else:
             self.say(Text.assemble(("\nNext: ", "bold cyan"), (f"python -m workshop diff {number}", "cyan"),
-                                   " compares yours with the reference; then measure yours, ",
+                                   " compares your version with the reference; then run your version, ",
                                    (f"cd workspace && python -m {part.name}.demo", "cyan")))  # fmt: skip
 
     def diff(self, lines: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a run of an exercise's tests gave, and what is remembered of it between commands."""
+"""The results of an exercise's tests, and the results saved between commands."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from workshop.course import Exercise, Part
 
-ENDLESS_FRAME = re.compile(r'File "(.+)", line (\d+) in (\w+)')
+TIMED_OUT_FRAME = re.compile(r'File "(.+)", line (\d+) in (\w+)')
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One test that failed. message: the test's own words; location: the learner's line, if the error came from one."""
+    """One test that failed. message: the test's own; location: the learner's line, if the error came from one."""
 
     test: str
     message: str
@@ -25,7 +25,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How the tests of one exercise ended. num_tests counts those that were to run, 0 if none could."""
+    """The outcome of one exercise's tests. num_tests: tests to run, 0 if none could run."""
 
     num_tests: int
     num_passed: int
@@ -37,7 +37,7 @@ class Result:
 
 
 def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float) -> Result:
-    """Make a Result of the plugin's events; whatever kept pytest from ending well becomes a Failure too."""
+    """Build a Result from the plugin's events; a crash or timeout of pytest becomes a Failure too."""
     tests: set[str] = set()
     passed: set[str] = set()
     failures: dict[str, Failure] = {}
@@ -58,7 +58,7 @@ def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float
             passed.add(fields["test"])
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     if current is not None and "Timeout (" in text:
-        failures[current] = endless(current, text, copy, limit_s)
+        failures[current] = timed_out(current, text, copy, limit_s)
     elif current is not None or not (failures or passed):
         test = current or "(pytest)"
         failures[test] = Failure(test, f"pytest ended early, with status {status}: {last_line(text)}", traceback=text)
@@ -67,20 +67,20 @@ def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float
     return Result(len(tests | passed), len(passed), tuple(failures.values()))
 
 
-def endless(test: str, text: str, copy: Path, limit_s: float) -> Failure:
-    """The failure of a test that did not end, with the line it was at, which faulthandler wrote to the log."""
+def timed_out(test: str, text: str, copy: Path, limit_s: float) -> Failure:
+    """The failure of a test that did not end, with the line that faulthandler wrote to the log."""
     location = None
-    for file, line, function in ENDLESS_FRAME.findall(text):
+    for file, line, function in TIMED_OUT_FRAME.findall(text):
         if Path(file).is_relative_to(copy):
             location = f"{Path(file).relative_to(copy).as_posix()}:{line} in {function}"
             break
-    message = f"still running after {limit_s:g} s, so it was ended. Does a loop never reach its end?"
+    message = f"still running after {limit_s:g} s, so it was stopped. Is there an endless loop?"
     return Failure(test, message, location, traceback=text)
 
 
 def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 @dataclass(slots=True)
@@ -95,14 +95,14 @@ class Saved:
 
 @dataclass(slots=True)
 class State:
-    """What workspace/.cache/partNN….json remembers: exercise -> Saved."""
+    """The contents of workspace/.cache/partNN….json: exercise -> Saved."""
 
     path: Path
     saved: dict[str, Saved] = field(default_factory=dict)
 
     @classmethod
     def load(cls, part: Part) -> State:
-        """An unreadable file counts as none: a check writes it anew."""
+        """An unreadable file counts as missing: a check rewrites it."""
         path = part.workspace / ".cache" / f"{part.name}.json"
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The other end of `workshop.warm`: starts it, hands it jobs, reads what came of them, and can break one off."""
+"""The client of `workshop.warm`: starts it, sends it jobs, reads their results, and can cancel a job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Runner:
-    """Runs the tests of one part, warm. num_starts counts how often the warm process had to be started.
+    """Runs the tests of one part in a warm process. num_starts counts how often it was started.
 
     Between runs, part may be changed to another under the same root.
     """
@@ -39,7 +39,7 @@ class Runner:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen:
-        """Runs in the repository's root, where the tests expect to be; offline, as the tests' conftest wants it."""
+        """Start it in the repository's root, as the tests expect, and offline, as the tests' conftest requires."""
         self.num_starts += 1
         root = self.part.root
         tests = {test.partition("::")[0] for exercise in self.part.exercises for test in exercise.tests}
@@ -49,7 +49,7 @@ class Runner:
         fixed |= {
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
             "PYTEST_ADDOPTS": "",
-        }  # the first: asking for a GPU stays fork-safe
+        }  # the first: checking for a GPU stays fork-safe
         process = subprocess.Popen(
             [sys.executable, "-m", "workshop.warm", *preload], cwd=root, env=os.environ | fixed, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
@@ -124,14 +124,14 @@ class Runner:
         max_failures: int = 0,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Result | None:
-        """Run one exercise's tests, or those of them that are named, with every other body lent by the reference."""
+        """Run one exercise's tests, or only the named ones, with every other body lent by the reference."""
         others = [other.name for other in self.part.exercises if other != exercise]
         return self.run(
             tests or list(exercise.tests), others, workspace=workspace, max_failures=max_failures, cancelled=cancelled
         )
 
     def close(self) -> None:
-        """End the warm process and whatever it is running."""
+        """Kill the warm process and its job."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

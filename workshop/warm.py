@@ -1,8 +1,8 @@
-"""A process that has already imported what the tests need, torch above all, and forks for each run of them.
+"""A process that has already imported what the tests need, most of all torch, and forks for each run.
 
-Started by `workshop.runner`. Each line of its standard input is a Job; for each it answers the pid that runs it
-and, at the end, an exit status. What a run had to import besides, it then imports too, for the runs that follow.
-Where forking is not safe it runs one job itself and ends, and the runner starts the next process at once.
+Started by `workshop.runner`. Each line of its standard input is a Job; for each it prints the pid that runs it and, at
+the end, an exit status. It then imports whatever else the run imported, so that later runs start faster. Where forking
+is not safe, it runs one job itself and exits, and the runner starts the next process at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import faulthandler
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -22,7 +23,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TextIO
 
-# macOS has fork, but its system libraries do not survive it; WORKSHOP_NO_FORK is for the tests.
+# macOS has fork, but its system libraries are not fork-safe; WORKSHOP_NO_FORK is for the tests.
 CAN_FORK = sys.platform.startswith("linux") and "WORKSHOP_NO_FORK" not in os.environ
 
 
@@ -30,7 +31,7 @@ CAN_FORK = sys.platform.startswith("linux") and "WORKSHOP_NO_FORK" not in os.env
 class Job:
     """One run of pytest. modules: what must be importable first; lent: exercises whose bodies come from the reference.
 
-    limit_s: when it is ended as endless.
+    limit_s: its time limit.
     """
 
     workspace: str
@@ -45,11 +46,11 @@ class Job:
 
 
 def main() -> None:
-    """Arguments: files, or folders of them, whose imports to make beforehand."""
+    """Arguments: files and folders whose imports are made in advance."""
     replies = os.fdopen(os.dup(1), "w")
-    redirect(os.devnull, 1)  # nothing that is imported may write between the replies
+    redirect(os.devnull, 1)  # imports must not print between the replies
     preload([Path(argument) for argument in sys.argv[1:]])
-    gc.freeze()  # what is here now stays: no child need look through it
+    gc.freeze()  # these objects stay: children need not scan them
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # idle threads of BLAS
     for line in sys.stdin:
         job = Job(**json.loads(line))
@@ -82,7 +83,7 @@ def redirect(path: str, *descriptors: int) -> None:
 
 
 def preload(paths: list[Path]) -> None:
-    """Import what these files import at their top, except parts of the course, their tests, and what cannot be."""
+    """Import what these files import at the top, except course parts, their tests, and modules that fail."""
     for module in ("pytest", "hypothesis", *(entry.module for entry in entry_points(group="pytest11"))):
         try_import(module)  # pytest and its plugins
     files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
@@ -97,7 +98,7 @@ def preload(paths: list[Path]) -> None:
 
 
 def importable() -> list[str]:
-    """What is imported now, except parts of the course, the learner's above all, and their tests."""
+    """The imported modules, except course parts (most of all the learner's) and their tests."""
     names = [name for name, module in sys.modules.items() if getattr(module, "__spec__", None)]
     return [name for name in names if name != "conftest" and not name.startswith(("part", "tests."))]
 
@@ -110,7 +111,7 @@ def try_import(module: str) -> None:
 
 
 def run_and_exit(job: Job, imported: TextIO) -> None:
-    """What the forked child does; it leaves the names of what it has imported in a file."""
+    """Run a job in the forked child, and write the names of its imports to a file."""
     status, before = 1, set(importable())
     try:
         redirect(os.devnull, 0)
@@ -119,6 +120,21 @@ def run_and_exit(job: Job, imported: TextIO) -> None:
         imported.flush()
     finally:
         os._exit(status)  # no exit handlers: they belong to the parent
+
+
+def use_kernel_cache(job: Job) -> None:
+    """Give Numba a cache folder for these kernels alone. Numba finds a compiled kernel by its file's path and time, and
+    does not see which bodies of that file are lent."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(job.workspace) / Path(job.reference).name).rglob("*.py")):
+        text = path.read_bytes()
+        if b"numba" in text:
+            lent = [name for name in job.lent if f"# exercise: {name}\n".encode() in text]
+            digest.update(repr((str(path), text, lent)).encode())
+    folder = str(Path(job.events).parent / f"numba-{digest.hexdigest()[:16]}")
+    os.environ["NUMBA_CACHE_DIR"] = folder  # for child processes, and for an import of Numba that is still to come
+    if "numba" in sys.modules:
+        sys.modules["numba"].config.CACHE_DIR = folder
 
 
 def run(job: Job) -> int:
@@ -134,7 +150,8 @@ def run(job: Job) -> int:
     reference = Path(job.reference)
     writer = EventWriter(Path(job.events), Path(job.workspace) / reference.name)
     install(CopyFinder(Path(job.workspace), reference, job.lent))
-    for module in job.modules:  # in pytest's hands such a failure would be long-winded, and in a conftest.py fatal
+    use_kernel_cache(job)
+    for module in job.modules:  # pytest would report such a failure at length, or abort if it is in a conftest.py
         try:
             importlib.import_module(module)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The learner's copies under workspace/: make them, compare them, replace them, and never lose one."""
+"""The learner's copies under workspace/: create, compare and replace them, always with a backup."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ IGNORED = shutil.ignore_patterns("__pycache__", "build", "*.pyc", ".*")
 def start(part: Part, *, force: bool = False) -> Path | None:
     """Write the part to workspace/ with its bodies blanked. Returns the backup of what was there, if anything was.
 
-    Raises WorkshopError if a copy is there already, unless force.
+    Raises WorkshopError if a copy exists, unless force.
     """
     if part.copy.exists() and not force:
         raise WorkshopError(
-            f"{relative(part, part.copy)} is there already, and your work in it stays. To begin again: "
-            f"`python -m workshop start {part.number} --force` (it keeps a backup)"
+            f"{relative(part, part.copy)} already exists, and your work in it is kept. To start over: "
+            f"`python -m workshop start {part.number} --force` (it makes a backup)"
         )
     blanked = {
         path.relative_to(part.path): blank_bodies(path.read_text(encoding="utf-8"), part.exercises, str(path))
@@ -35,14 +35,14 @@ def start(part: Part, *, force: bool = False) -> Path | None:
 
 
 def catch_up(part: Part, exercises: list[Exercise]) -> Path | None:
-    """Put the reference in place: of these exercises, or of the whole part if there are none. Returns the backup."""
+    """Replace these exercises, or the whole part if there are none, with the reference. Returns the backup."""
     if not exercises or not part.copy.exists():
         return put_in_place(part)
     texts = {exercise.file: read_copy(part, exercise.file) for exercise in exercises}
     for exercise in exercises:
         if exercise.name not in find_bodies(texts[exercise.file], exercise.file):
             raise WorkshopError(
-                f"{exercise.file} has lost its line `# exercise: {exercise.name}`; "
+                f"{exercise.file} no longer has the line `# exercise: {exercise.name}`; "
                 f"`python -m workshop catch-up {part.number}` replaces the whole part"
             )
         new = {exercise.name: reference_bodies(part)[exercise.name].lines}
@@ -55,7 +55,7 @@ def catch_up(part: Part, exercises: list[Exercise]) -> Path | None:
 
 
 def put_in_place(part: Part) -> Path | None:
-    """The reference, whole, as the learner's copy; what was there before becomes a backup."""
+    """Copy the whole reference to the learner's copy; an existing copy becomes a backup."""
     backup = make_backup(part) if part.copy.exists() else None
     shutil.copytree(part.path, part.copy, ignore=IGNORED)
     return backup
@@ -75,7 +75,7 @@ def make_backup(part: Part) -> Path:
 def diff(part: Part, names: list[str]) -> list[str]:
     """The lines of a unified diff from the learner's files to the reference's.
 
-    An exercise that is still blank and not named shows nothing, so that nobody reads a solution by accident.
+    An exercise that is still blank and not named shows nothing, so that it does not reveal the solution.
     """
     require_copy(part)
     wanted = [e for e in part.select(names) if names or not body_of(part, e).is_blank(e)]
@@ -99,7 +99,7 @@ def require_copy(part: Part) -> None:
 
 
 def body_of(part: Part, exercise: Exercise) -> Body:
-    """The learner's body of an exercise; an empty one, never blank, if its markers are gone."""
+    """The learner's body of an exercise; an empty one, which is not blank, if its markers are missing."""
     where = relative(part, part.copy / exercise.file)
     bodies = find_bodies(read_copy(part, exercise.file), where)
     return bodies.get(exercise.name, Body(exercise.name, "", 0, ()))
@@ -110,7 +110,7 @@ def is_started(part: Part, exercise: Exercise) -> bool:
 
 
 def fingerprints(part: Part) -> dict[str, str]:
-    """For each exercise, a hash of what its check depends on in the copy: all lines but the other bodies'."""
+    """For each exercise, a hash of what its check depends on in the copy: all lines but the other bodies."""
     files = [path.relative_to(part.copy).as_posix() for path in sources(part.copy)]
     texts = {relative(part, part.copy / file): read_copy(part, file) for file in files}
     bodies: dict[str, Body] = {}
@@ -122,7 +122,7 @@ def fingerprints(part: Part) -> dict[str, str]:
 
 
 def reference_bodies(part: Part) -> dict[str, Body]:
-    """All bodies of the reference. Raises WorkshopError if exercises.md names one that is not there."""
+    """All bodies of the reference. Raises WorkshopError if exercises.md names one that is missing."""
     bodies: dict[str, Body] = {}
     for path in sources(part.path):
         bodies |= find_bodies(path.read_text(encoding="utf-8"), str(path))
@@ -138,7 +138,7 @@ def sources(folder: Path) -> list[Path]:
 
 
 def read_copy(part: Part, file: str) -> str:
-    """Raises WorkshopError if the learner's copy has lost the file, or it is no text."""
+    """Raises WorkshopError if the learner's copy lacks the file, or it is not text."""
     path = part.copy / file
     if not path.is_file():
         raise WorkshopError(

@@ -1,4 +1,4 @@
-"""Plausible wrong solutions, patches in tests/partNN/wrong/, and which of them a failure looks like."""
+"""Plausible wrong solutions, patches in tests/partNN/wrong/, and which of them a failure matches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADDRESS = re.compile(r"0x[0-9a-f]+")
 class WrongSolution:
     """One patch to the reference.
 
-    name says the mistake in a few words, explanation why it is one; caught_by is a test that fails on it, others may.
+    name: the mistake in a few words; explanation: why it is wrong; caught_by: one of the tests that fail on it.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class WrongSolution:
 
 
 def read_wrong_solutions(part: Part, exercise: Exercise) -> list[WrongSolution]:
-    """Those of one exercise: tests/partNN/wrong/NAME-short-title.patch. Raises WorkshopError on a bad header."""
+    """The ones for an exercise: tests/partNN/wrong/NAME-short-title.patch. Raises WorkshopError on a bad header."""
     found = []
     for path in sorted((part.root / "tests" / part.name[:6] / "wrong").glob(f"{exercise.name}-*.patch")):
         header = HEADER.match(path.read_text(encoding="utf-8"))
@@ -50,24 +50,24 @@ def write_wrong_copy(part: Part, wrong: WrongSolution, workspace: Path) -> None:
     """Write the reference with the patch applied under workspace. Raises WorkshopError if it does not apply."""
     shutil.copytree(part.path, workspace / part.name, ignore=IGNORED)
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    env["GIT_CEILING_DIRECTORIES"] = str(workspace.resolve().parent)  # the folder lies in no repository
+    env["GIT_CEILING_DIRECTORIES"] = str(workspace.resolve().parent)  # the folder is in no repository
     done = subprocess.run(
         ["git", "apply", "-C0", "--recount", "--whitespace=nowarn", str(wrong.path)],
         cwd=workspace, env=env, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode != 0:
-        raise WorkshopError(f"{wrong.path} no longer applies to {part.name}, make its diff anew: {done.stderr.strip()}")
+        raise WorkshopError(f"{wrong.path} no longer applies to {part.name}, recreate its diff: {done.stderr.strip()}")
 
 
 def signature(result: Result) -> dict[str, str]:
-    """What tells one mistake from another: the tests that fail, with what they say."""
+    """What identifies a mistake: the failing tests and their messages."""
     return {failure.test: ADDRESS.sub("0x…", failure.message) for failure in result.failures}
 
 
 def find_lookalikes(
     part: Part, exercise: Exercise, result: Result, runner: Runner, cancelled: Callable[[], bool] = lambda: False
 ) -> list[WrongSolution]:
-    """The wrong solutions that fail exactly as the learner's does. The first time each is run; then it is cached."""
+    """The wrong solutions that fail exactly like the learner's. Each is run once and then cached."""
     found: list[WrongSolution] = []
     ran = all("::" in failure.test for failure in result.failures)  # else the file could not even be imported
     for wrong in read_wrong_solutions(part, exercise) if ran and shutil.which("git") else []:

@@ -1,8 +1,8 @@
-"""OpenAI's HTTP API over one engine: what part 2 writes out for a lesson, complete and hardened.
+"""OpenAI's HTTP API over one engine: the complete, hardened version of part 2's server.
 
-A request's way: guards.py reads its body, protocol.py checks it and makes an ApiRequest, generation.py opens one engine
-stream for each choice, responses.py turns their outputs into JSON, streaming.py sends that and watches for a client
-that goes away. errors.py says how each error goes out, metrics.py counts.
+The path of a request: guards.py reads its body, protocol.py checks it and builds an ApiRequest, generation.py opens one
+engine stream per choice, responses.py turns their outputs into JSON, and streaming.py sends it and watches for a client
+disconnect. errors.py turns errors into responses, metrics.py counts.
 """
 
 from common.openai_app.app import AppOptions, create_app

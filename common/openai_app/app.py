@@ -1,4 +1,4 @@
-"""The app and its routes. Read `OpenAIServer.answer` first: each request for text goes through it."""
+"""The app and its routes. Read `OpenAIServer.answer` first: every completion request goes through it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENGINE_DEAD = "the engine has died"
 
 @dataclass(frozen=True, slots=True)
 class AppOptions:
-    """api_key guards /v1 (None: open to all). body_timeout_s: how long a request's body may take to arrive.
+    """api_key protects /v1 (None: no key needed). body_timeout_s: how long a request's body may take to arrive.
 
     Raises FieldError for a key that no client could send.
     """
@@ -38,7 +38,7 @@ class AppOptions:
 
     def __post_init__(self) -> None:
         if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
-            raise FieldError("api_key", "expected a key without spaces at its ends, or none at all")
+            raise FieldError("api_key", "expected a key without leading or trailing spaces, or none")
 
 
 class OpenAIServer:
@@ -52,7 +52,7 @@ class OpenAIServer:
     async def answer(self, http_request: Request, is_chat: bool) -> Response:
         raw = await read_body(http_request, self.options.max_body_bytes, self.options.body_timeout_s)
         timer = RequestTimer(self.metrics)
-        # In a thread: to tokenise a megabyte takes long enough for others to notice.
+        # In a thread: tokenizing a megabyte would block the event loop for too long.
         request = await asyncio.to_thread(parse_request, raw, is_chat, self.engine)
         if not self.engine.is_alive:
             raise ApiError(503, ENGINE_DEAD, error_type="service_unavailable")

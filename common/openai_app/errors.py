@@ -1,4 +1,4 @@
-"""Every error goes out in OpenAI's form, with the status that its kind asks for."""
+"""Every error is sent in OpenAI's format, with the status for its type."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from starlette.requests import ClientDisconnect
 from common.errors import FieldError, openai_error
 from common.serving import GenerationError, QueueFullError
 
-CLIENT_GONE = 499  # nginx's status for a client that went away; nobody reads it
+CLIENT_GONE = 499  # nginx's status for a disconnected client, which never reads it
 RETRY_AFTER_S = 1
 
 
 class ApiError(Exception):
-    """An error of the HTTP API. The message names field, value and limit where there are any; param is the field."""
+    """An error of the HTTP API. The message names field, value and limit if there are any; param is the field."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """How an error is told to the client. One that nobody expected is named by its type alone: the rest is private."""
+    """Convert an error to an API error. An unexpected one shows only its type: its message may be private."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, FieldError):
@@ -46,13 +46,13 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(500, str(error), error_type="internal_error")
     if isinstance(error, HTTPException):  # the router's 404 and 405
         return ApiError(error.status_code, error.detail, headers=error.headers)
-    # uvicorn ends the connection after such an error: a client that is not told loses its next request.
+    # uvicorn closes the connection after such an error. Without this header, the client's next request is lost.
     message, headers = f"{type(error).__name__} in the server, see its log", {"Connection": "close"}
     return ApiError(500, message, error_type="internal_error", headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception with `as_api_error`. What nobody expected is logged as well, with its traceback."""
+    """Answer every exception with `as_api_error`. Unexpected ones are also logged, with a traceback."""
 
     async def answer_error(_: Request, error: Exception) -> Response:
         api_error = as_api_error(error)

@@ -1,4 +1,4 @@
-"""One API request at the engine: a stream for each choice, all admitted or none, merged as their outputs come."""
+"""One API request at the engine: one stream per choice, all admitted or none, merged as their outputs arrive."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from common.serving import GenerationError, OutputStream, ServingEngine
 
 
 def admit(engine: ServingEngine, request: ApiRequest, metrics: Metrics, timer: RequestTimer) -> Generation:
-    """Queue all choices of a request. Raises what the engine raises; then none of them is queued."""
+    """Queue all choices of a request. If the engine raises, none of them is queued."""
     extra: dict[str, Any] = {} if request.priority is None else {"priority": request.priority}
     streams, choices = [], list(request.engine_requests())
-    if len(choices) > engine.max_num_unfinished:  # to try again later would not help
+    if len(choices) > engine.max_num_unfinished:  # retrying later would not help
         limit = f"{engine.max_num_unfinished} (max_num_seqs + max_queued_requests)"
         raise FieldError("n" if request.params.n > 1 else "prompt", f"{len(choices)} choices, expected at most {limit}")
     with contextlib.ExitStack() as on_failure:
@@ -37,21 +37,21 @@ def admit(engine: ServingEngine, request: ApiRequest, metrics: Metrics, timer: R
 
 
 class Generation:
-    """The engine's streams for one API request. Whoever holds it calls close, however the request ends.
+    """The engine's streams for one API request. The caller must call close, however the request ends.
 
-    streams: by choice. Each has a reader, a task that carries its outputs to one queue.
+    streams: by choice. Each has a reader task that moves its outputs to one shared queue.
     """
 
     def __init__(
         self, engine: ServingEngine, streams: list[OutputStream], metrics: Metrics, timer: RequestTimer
     ) -> None:
         self._engine, self._metrics, self._timer = engine, metrics, timer
-        self._running = dict(enumerate(streams))  # those that have not ended, by choice
+        self._running = dict(enumerate(streams))  # unfinished streams, by choice
         self._outputs: asyncio.Queue[CompletionOutput | Exception] = asyncio.Queue()
         self._readers: list[asyncio.Task[None]] = []
 
     async def outputs(self) -> AsyncIterator[CompletionOutput]:
-        """The outputs of all choices as they come; index is the choice's. Raises the first error of any choice."""
+        """The outputs of all choices as they arrive; index is the choice. Raises the first error of any choice."""
         self._readers = [asyncio.create_task(self._read(*item)) for item in self._running.items()]
         num_left = len(self._readers)
         while num_left:
@@ -64,7 +64,7 @@ class Generation:
             yield output
 
     def close(self) -> None:
-        """Abort what still runs. A second call does nothing."""
+        """Abort all unfinished streams. A second call does nothing."""
         for reader in self._readers:
             reader.cancel()
         running, self._running = self._running, {}
@@ -80,6 +80,6 @@ class Generation:
                 self._outputs.put_nowait(replace(output, index=index))
             if index in self._running:
                 raise GenerationError("the engine ended an answer without a finish_reason")
-        except Exception as error:  # whatever it is, it is raised where the outputs are read
+        except Exception as error:  # any error is re-raised where the outputs are read
             self._running.pop(index, None)
             self._outputs.put_nowait(error)

@@ -1,4 +1,4 @@
-"""What a request must pass before anybody looks into it: the API key, and the size and time limits of its body."""
+"""The checks before a request is parsed: the API key, and the size and time limits of its body."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from common.openai_app.errors import ApiError
 
 
 def check_api_key(request: Request, api_key: str) -> None:
-    """Raises ApiError 401 unless the request carries the key as a bearer token. The time it takes tells nothing."""
+    """Raises ApiError 401 unless the request carries the key as a bearer token. Takes constant time."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Starlette decodes headers as Latin-1, so this gives back the bytes that were sent.
+    # Starlette decodes headers as Latin-1, so this restores the bytes that were sent.
     if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode("latin-1"), api_key.encode()):
         raise ApiError(
             401,
@@ -24,7 +24,7 @@ def check_api_key(request: Request, api_key: str) -> None:
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """Raises ApiError 413 for more than max_bytes, announced or not, and 408 if they take longer than timeout_s."""
+    """Raises ApiError 413 for more than max_bytes, with or without Content-Length, and 408 after timeout_s."""
     body = bytearray()
     announced = request.headers.get("Content-Length", "")
     if announced.isdecimal() and int(announced) > max_bytes:

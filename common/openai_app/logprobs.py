@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from common.openai_app.protocol import ApiRequest
 from common.outputs import CompletionOutput, Logprob
 
-MIN_LOGPROB = -9999.0  # OpenAI's way to write minus infinity, which JSON cannot
-REPLACEMENT = "\ufffd"  # what decoding writes for bytes that are no character
+MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot express
+REPLACEMENT = "\ufffd"  # what decoding produces for bytes that are not a character
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # a single byte in the vocabularies of SentencePiece
 
 
@@ -34,7 +34,7 @@ class TokenTexts:
         return self._cache[token_id]
 
     def text_of(self, token_id: int) -> str:
-        r"""What the token decodes to; half a character as OpenAI writes it, `bytes:\xe4`."""
+        r"""The token's text; for half a character OpenAI's form, `bytes:\xe4`."""
         raw = self.bytes_of(token_id)
         try:
             return raw.decode()
@@ -46,7 +46,7 @@ class TokenTexts:
         piece = str(self._tokenizer.convert_ids_to_tokens(token_id) or "")  # None beyond the tokenizer's vocabulary
         if REPLACEMENT in text:
             return self._piece_bytes(piece, text)
-        # SentencePiece drops the space with which a text begins, but this token is not the first of a text.
+        # SentencePiece drops the leading space of a text, but this token is not at the start of one.
         lost_space = piece.startswith("▁") and not text.startswith(" ")
         return (" " * lost_space + text).encode()
 
@@ -59,10 +59,10 @@ class TokenTexts:
 
 
 class LogprobsWriter:
-    """One choice's log probabilities: add outputs as they come, take what has gathered when text goes out with it."""
+    """One choice's log probabilities: add outputs as they arrive, take the collected entries with the next chunk."""
 
     def __init__(self, request: ApiRequest, texts: TokenTexts) -> None:
-        assert request.params.logprobs is not None, "made only for requests that ask for logprobs"
+        assert request.params.logprobs is not None, "created only for requests with logprobs"
         self._is_chat, self._num_top = request.is_chat, request.params.logprobs
         self._texts = texts
         self._pending: list[tuple[int, dict[int, Logprob]]] = []
@@ -114,7 +114,7 @@ def _finite(logprob: Logprob) -> float:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte, the other way round (GPT-2's bytes_to_unicode)."""
+    """Maps each character of byte-level BPE to its byte (the inverse of GPT-2's bytes_to_unicode)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}

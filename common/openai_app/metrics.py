@@ -15,26 +15,26 @@ TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
 ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")  # all else is counted from the start
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")  # all other stats are counters
 
 
 class Metrics:
-    """One app's metrics. "Request" in their names means what the engine means by it: each choice is one.
+    """One app's metrics. "Request" in their names means an engine request: each choice is one.
 
-    stats is asked for the engine's own numbers whenever somebody scrapes.
+    stats returns the engine's own numbers; it is called at each scrape.
     """
 
     def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
         self._stats = stats
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self.success = self._counter("request_success", "Requests that ended, by their reason.", "finished_reason")
+        self.success = self._counter("request_success", "Finished requests, by finish reason.", "finished_reason")
         for reason in ("stop", "length"):
-            self.success.labels(reason)  # so that they stand at 0 before the first
+            self.success.labels(reason)  # so that they show 0 before the first request
         self.aborted = self._counter(
-            "request_aborted", "Requests given up, since the client went away or a part failed."
+            "request_aborted", "Requests aborted because the client disconnected or a choice failed."
         )
-        self.errors = self._counter("request_errors", "Requests that the engine failed at.")
+        self.errors = self._counter("request_errors", "Requests that failed in the engine.")
         self.prompt_tokens = self._counter(
             "prompt_tokens", "Tokens of accepted prompts, counted once for all n choices."
         )
@@ -49,9 +49,9 @@ class Metrics:
         """The engine's gauges and counters; prometheus_client calls this at each scrape."""
         for name, value in self._stats().items():
             if name in GAUGES:
-                yield GaugeMetricFamily(f"engine:{name}", f"{name} of the engine at this moment.", value)
+                yield GaugeMetricFamily(f"engine:{name}", f"Current {name} of the engine.", value)
             else:
-                yield CounterMetricFamily(f"engine:{name}", f"{name} since the engine's start.", value)
+                yield CounterMetricFamily(f"engine:{name}", f"{name} since the engine started.", value)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -64,7 +64,7 @@ class Metrics:
 
 
 class RequestTimer:
-    """Records the outputs of one API request, from its arrival (now) on."""
+    """Records the outputs of one API request, which arrives now."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""Request bodies in: from JSON to a checked ApiRequest."""
+"""Parse request bodies: from JSON to a checked ApiRequest."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMMON_FIELDS = {f.name for f in fields(SamplingParams)} | {
 }  # fmt: skip
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt"}
-# What this server, or this endpoint, does not do may be sent with the value that changes nothing.
+# Fields that this server or endpoint does not support may be sent with the value that changes nothing.
 NEUTRAL: dict[str, Any] = {"response_format": {"type": "text"}, "tools": [], "suffix": ""}
 CHAT_NEUTRAL = {**NEUTRAL, "echo": False}
 COMPLETION_NEUTRAL = {**NEUTRAL, "top_logprobs": 0}
@@ -42,10 +42,10 @@ COMPLETION_NEUTRAL = {**NEUTRAL, "top_logprobs": 0}
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """A checked request, and what all of its responses repeat.
+    """A checked request, with the fields that its responses repeat.
 
     prompts: one, or a batch; each gets params.n answers. echo: the text to put before each prompt's answers, or None.
-    priority is None unless the engine has priorities.
+    priority is None unless the engine supports priorities.
     """
 
     id: str
@@ -64,7 +64,7 @@ class ApiRequest:
         return len(self.prompts) * self.params.n
 
     def engine_requests(self) -> Iterator[tuple[list[int], SamplingParams]]:
-        """What the engine is asked for, by choice: sample j of prompt i is choice i * n + j, with a seed of its own."""
+        """The engine requests, one per choice: sample j of prompt i is choice i * n + j and has its own seed."""
         for prompt_token_ids in self.prompts:
             for sample in range(self.params.n):
                 seed = self.params.seed
@@ -73,7 +73,7 @@ class ApiRequest:
 
 
 def parse_request(raw: bytes, is_chat: bool, engine: ServingEngine) -> ApiRequest:
-    """Raises FieldError naming the first field that cannot be served, ApiError 404 for another model."""
+    """Raises FieldError naming the first invalid or unsupported field, ApiError 404 for another model."""
     body = _parse_json(raw)
     model = engine.model_name
     if body.get("model") not in (None, model):
@@ -179,7 +179,7 @@ def _parse_params(body: dict[str, Any], default_max_tokens: int, logprobs: int |
         if body[name] != body[names[0]]:
             raise FieldError(name, f"{show(body[name])} contradicts {names[0]}, {show(body[names[0]])}")
     min_tokens = body.get("min_tokens")
-    if not names and isinstance(min_tokens, int):  # who asks for more than the default has said how many
+    if not names and isinstance(min_tokens, int):  # a min_tokens above the default raises it
         default_max_tokens = max(default_max_tokens, min_tokens)
     max_tokens = body[names[0]] if names else default_max_tokens
     params = SamplingParams.from_body({**body, "max_tokens": max_tokens, "logprobs": logprobs})
@@ -190,7 +190,7 @@ def _parse_params(body: dict[str, Any], default_max_tokens: int, logprobs: int |
 
 
 def _prompt_texts(prompt: object, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Each prompt as text: as it was sent, or what its token ids say."""
+    """Each prompt as text: as it was sent, or decoded from its token ids."""
     given = [one for _, one in split_prompts(prompt)]
     return [
         one if isinstance(one, str) else str(tokenizer.decode(token_ids))

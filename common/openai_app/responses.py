@@ -1,4 +1,4 @@
-"""JSON out: the answer in one piece or in chunks."""
+"""Build responses as JSON: the complete answer, or chunks of a stream."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def list_models(model: str, max_model_len: int) -> dict[str, Any]:
 
 
 class ResponseWriter:
-    """Builds what goes out for one request. It is given each output once: either to `chunks` or to `response`."""
+    """Builds the response to one request. Pass each output once, either to `chunks` or to `response`."""
 
     def __init__(self, request: ApiRequest, texts: TokenTexts) -> None:
         self.request = request
         self._num_tokens = 0
-        self._num_cached: dict[int, int] = {}  # by choice, for those whose engine has told
+        self._num_cached: dict[int, int] = {}  # by choice, once the engine has reported it
         self._logprobs: list[LogprobsWriter] = []
         if request.params.logprobs is not None:
             self._logprobs = [LogprobsWriter(request, texts) for _ in range(request.num_choices)]
 
     def response(self, outputs: list[CompletionOutput]) -> dict[str, Any]:
-        """The answer in one piece. outputs: all of all choices, those of one choice in order."""
+        """The complete answer. outputs: all outputs of all choices, in order within each choice."""
         texts = [self._echo(index) for index in range(self.request.num_choices)]
         ends: dict[int, dict[str, Any]] = {}
         for output in outputs:
@@ -45,7 +45,7 @@ class ResponseWriter:
         }
 
     def first_chunks(self) -> Iterator[dict[str, Any]]:
-        """What each choice begins with: the role (chat), or the prompt if it is to be echoed."""
+        """The first chunk of each choice: the role (chat), or the prompt if it is echoed."""
         for index in range(self.request.num_choices):
             if self.request.is_chat:
                 yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
@@ -53,9 +53,9 @@ class ResponseWriter:
                 yield self._chunk(index, {"text": self._echo(index)})
 
     def chunks(self, output: CompletionOutput) -> Iterator[dict[str, Any]]:
-        """None for an output without text (half a character, the beginning of a stop string), unless it is the last.
+        """No chunk for an output without text (half a character, the beginning of a stop string) unless it is the last.
 
-        The log probabilities of such an output go out with the choice's next chunk.
+        The log probabilities of such an output are sent with the choice's next chunk.
         """
         self._add(output)
         if output.text:
@@ -67,7 +67,7 @@ class ResponseWriter:
             yield self._chunk(output.index, {**end, "logprobs": self._take_logprobs(output.index)})
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
-        """The usage, if it is asked for."""
+        """The usage, if requested."""
         if self.request.include_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
@@ -101,7 +101,7 @@ class ResponseWriter:
         return {**chunk, "usage": None} if self.request.include_usage else chunk
 
     def _usage(self) -> dict[str, Any]:
-        """Each prompt counts once, as OpenAI counts it, and so do its cached tokens: those of its first answer."""
+        """Each prompt counts once, as in OpenAI's API; its cached tokens are those of its first answer."""
         num_prompt_tokens = sum(map(len, self.request.prompts))
         first_choices = range(0, self.request.num_choices, self.request.params.n)
         num_cached = [self._num_cached[index] for index in first_choices if index in self._num_cached]

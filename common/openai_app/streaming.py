@@ -1,4 +1,4 @@
-"""Sending answers, in one piece or as server-sent events, to clients that may go away at any moment."""
+"""Send answers, complete or as server-sent events, to clients that may disconnect at any time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class EventStream(StreamingResponse):
 
 
 async def collect(generation: Generation, writer: ResponseWriter, receive: Receive) -> dict[str, Any] | None:
-    """The whole answer, or None if the client went away first. Nobody but us notices that it did."""
+    """The complete answer, or None if the client disconnected first, which only this function detects."""
 
     async def answer() -> dict[str, Any]:
         return writer.response([output async for output in generation.outputs()])
@@ -48,7 +48,7 @@ async def collect(generation: Generation, writer: ResponseWriter, receive: Recei
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """What work returns or raises; None if the client goes away first, work being cancelled then."""
+    """The result of work; None, with work canceled, if the client disconnects first."""
 
     async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -61,7 +61,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
     finally:
         result.cancel()
         gone.cancel()
-        await asyncio.gather(result, gone, return_exceptions=True)  # both have let go of everything before we return
+        await asyncio.gather(result, gone, return_exceptions=True)  # both have released everything before we return
 
 
 def format_event(payload: dict[str, Any]) -> str:
@@ -70,7 +70,7 @@ def format_event(payload: dict[str, Any]) -> str:
 
 
 async def stream_events(generation: Generation, writer: ResponseWriter) -> AsyncGenerator[str, None]:
-    """The answer as it comes: its beginning, text, finish reasons, the usage if asked for, [DONE]."""
+    """The answer as it is generated: first chunks, text, finish reasons, the usage if requested, [DONE]."""
     try:
         for chunk in writer.first_chunks():
             yield format_event(chunk)
@@ -79,7 +79,7 @@ async def stream_events(generation: Generation, writer: ResponseWriter) -> Async
                 yield format_event(chunk)
         for chunk in writer.last_chunks():
             yield format_event(chunk)
-    except Exception as error:  # the status 200 is out already: whatever went wrong is told by an event
+    except Exception as error:  # status 200 has been sent, so the error becomes an event
         if not isinstance(error, GenerationError):
             logger.exception("a stream failed")
         yield format_event(as_api_error(error).body)

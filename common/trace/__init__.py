@@ -1,10 +1,10 @@
-"""The step trace: what `--trace FILE` writes, one JSON object a line: a header, then a line for each engine step.
+"""The step trace that `--trace FILE` writes, one JSON object per line: a header, then one line per engine step.
 
-    python -m common.trace view FILE                 a summary and a chart, one row a request
+    python -m common.trace view FILE                 a summary and a chart, one row per request
     python -m common.trace export FILE OUT.json      for https://ui.perfetto.dev
 
-The schema is the same for all parts and only grows: a new field has a default, and readers skip fields they do not
-know.
+The schema is the same for all parts and only grows: a new field has a default, and readers skip unknown
+fields.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     """One request in one step.
 
     num_computed: tokens whose KV existed before the step. num_scheduled: tokens computed in it. num_cached: tokens
-    taken from a cache instead of computed. num_sampled: tokens emitted, 0 for a partial prefill. num_drafts: how many
-    of num_scheduled were draft tokens.
+    taken from the prefix cache instead. num_sampled: output tokens, 0 for a partial prefill. num_drafts: how many of
+    num_scheduled were draft tokens.
     """
 
     id: str
@@ -48,13 +48,13 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     num_drafts: int = 0
 
 
-class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine step. start_s counts from the trace's beginning; running and waiting are as scheduling left them.
+class StepTrace(msgspec.Struct, kw_only=True):
+    """One engine step. start_s counts from the start of the trace; num_running and num_waiting are after scheduling.
 
-    requests: those scheduled in this step. num_blocks_*: without the null block. preempted, finished: ids of requests,
-    in this step; aborted: since the step before. discarded: ids of requests in it that had ended before it was done.
-    execute_s: from then until the results were there; forward_s: what of it the model took, from forward_start_s on.
-    An engine that schedules ahead launches a step, which counts as scheduling, while the one before runs.
+    requests: those scheduled in this step. num_blocks_*: without the null block. preempted, finished: request ids in
+    this step; aborted: since the previous step. discarded: ids of requests in it that had ended before it was done.
+    execute_s: from scheduling until the results arrive; forward_s: the model's share of it, from forward_start_s on.
+    An engine that runs ahead launches a step while the previous one runs; the launch counts as scheduling.
     """
 
     step: int
@@ -85,7 +85,7 @@ class StepTrace(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A trace file's content. note: what read_trace() had to leave out, None if nothing."""
+    """The contents of a trace file. note: what read_trace() skipped, None if nothing."""
 
     header: dict[str, Any]
     steps: list[StepTrace]
@@ -93,11 +93,11 @@ class Trace:
 
 
 class TraceWriter:
-    """Writes a trace file, over what was there. A thread of its own does the writing, so that no step waits for a disk.
+    """Writes a trace file, replacing an existing one. A separate thread writes, so that no step waits for the disk.
 
-    Raises FieldError if the file cannot be opened. If it cannot be written later (disk full), one warning goes to
-    stderr and the rest of the trace is dropped: the engine goes on. write() may be called from any thread, and after
-    close(), when it does nothing.
+    Raises FieldError if the file cannot be opened. If a later write fails (disk full), it prints one warning to stderr
+    and drops the rest of the trace; the engine continues. write() may be called from any thread; after close() it does
+    nothing.
     """
 
     def __init__(self, path: Path | str, *, part: str, model: str) -> None:
@@ -118,11 +118,11 @@ class TraceWriter:
         self._flusher.start()
 
     def elapsed_s(self) -> float:
-        """Seconds since the trace began, for StepTrace.start_s."""
+        """Seconds since the start of the trace, for StepTrace.start_s."""
         return time.perf_counter() - self._began
 
     def write(self, step: StepTrace) -> None:
-        """Take a step; it is in the file at most FLUSH_INTERVAL_S later."""
+        """Queue a step; it is written at most FLUSH_INTERVAL_S later."""
         if not self._is_open:
             return
         line = self._encoder.encode(step)
@@ -130,7 +130,7 @@ class TraceWriter:
             self._lines.append(line)
 
     def close(self) -> None:
-        """Write what is left and close the file. A second call does nothing."""
+        """Write the remaining steps and close the file. A second call does nothing."""
         self._closing.set()
         self._flusher.join()
         self._flush()
@@ -160,13 +160,15 @@ class TraceWriter:
             self._file.flush()
         except OSError as error:
             self._is_open = False
-            print(f"warning: trace {self._path}: {error.strerror}; it ends here, the engine goes on", file=sys.stderr)
+            print(
+                f"warning: trace {self._path}: {error.strerror}; tracing stops, the engine continues", file=sys.stderr
+            )
 
 
 def read_trace(path: Path | str) -> Trace:
-    """Read a trace file, also one that is still being written: a last line that was cut is left out, with a note.
+    """Read a trace file, even while it is being written: an incomplete last line is skipped, with a note.
 
-    Raises FieldError, a ValueError, naming the file and the line for anything else that TraceWriter does not write.
+    Raises FieldError, a ValueError, naming the file and the line, if the format is wrong anywhere else.
     """
     *lines, rest = Path(path).read_bytes().split(b"\n")
     if not lines:
@@ -174,33 +176,33 @@ def read_trace(path: Path | str) -> Trace:
     header = _read_header(f"{path}:1", lines[0])
     decoder = msgspec.json.Decoder(StepTrace)
     steps = [_read_step(decoder, f"{path}:{number}", line) for number, line in enumerate(lines[1:], start=2)]
-    note = f"{path}:{len(lines) + 1}: the line is cut and was left out" if rest else None
+    note = f"{path}:{len(lines) + 1}: the line is incomplete and was skipped" if rest else None
     return Trace(header, steps, note)
 
 
-def _read_header(place: str, line: bytes) -> dict[str, Any]:
+def _read_header(where: str, line: bytes) -> dict[str, Any]:
     try:
         header = msgspec.json.decode(line, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise FieldError(place, f"not the header of a trace: {error}") from error
+        raise FieldError(where, f"not the header of a trace: {error}") from error
     if header.get("trace") != SCHEMA_VERSION:
-        raise FieldError(place, f'expected a header with "trace": {SCHEMA_VERSION}, got {header.get("trace")!r}')
+        raise FieldError(where, f'expected a header with "trace": {SCHEMA_VERSION}, got {header.get("trace")!r}')
     return header
 
 
-def _read_step(decoder: msgspec.json.Decoder[StepTrace], place: str, line: bytes) -> StepTrace:
+def _read_step(decoder: msgspec.json.Decoder[StepTrace], where: str, line: bytes) -> StepTrace:
     try:
         return decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise FieldError(place, f"not a step of a trace: {error}") from error
+        raise FieldError(where, f"not a step of a trace: {error}") from error
 
 
 class Phase(enum.IntEnum):
-    """What a step was for a request. Where one mark stands for several steps, the highest of their phases shows."""
+    """What a request did in a step. If one mark covers several steps, it shows the highest of their phases."""
 
     DECODE = enum.auto()
-    CHUNK = enum.auto()  # a partial prefill: no token came out
-    PREEMPTED = enum.auto()  # waits, without blocks, for its return
+    CHUNK = enum.auto()  # a partial prefill: no token was sampled
+    PREEMPTED = enum.auto()  # has no blocks and waits to be scheduled again
     PREFILL = enum.auto()  # a whole prompt, or the last chunk of one; again after a preemption
     ABORTED = enum.auto()
     FINISHED = enum.auto()
@@ -209,10 +211,10 @@ class Phase(enum.IntEnum):
 def step_phases(steps: Sequence[StepTrace]) -> Iterator[dict[str, Phase]]:
     """For each step the phase of every request scheduled in it: DECODE, CHUNK or PREFILL.
 
-    A request prefills until a token comes out, and again when it comes back with no more tokens computed than it had:
-    then its blocks were taken away. (Tokens rejected by speculative decoding still leave it one further.)
+    A request prefills until its first token is sampled. It prefills again if it returns with no more computed tokens
+    than before: then it was preempted. (With rejected draft tokens it still advances by at least one.)
     """
-    num_computed: dict[str, int] = {}  # at the last step of those whose prefill is over
+    num_computed: dict[str, int] = {}  # at the last step of each request whose prefill is done
     for step in steps:
         phases = {}
         for request in step.requests:
@@ -238,9 +240,9 @@ def export_perfetto(trace: Trace, path: Path | str) -> None:
     for step, phases in zip(trace.steps, step_phases(trace.steps), strict=True):
         for name in [*phases, *step.preempted]:
             if name not in tracks:
-                tracks[name] = _REQUESTS + 1 + len(tracks)  # Perfetto takes a track numbered as its group for special
+                tracks[name] = _REQUESTS + 1 + len(tracks)  # Perfetto treats the group's own number differently
                 events.append(_name_event("thread_name", _REQUESTS, tracks[name], f"request {name}"))
-        # Slices on a track must not overlap. Those of an engine that schedules ahead would, so they are cut.
+        # Slices on a track must not overlap. Those of an engine that runs ahead would, so they are cut.
         starts = [max(engine_free_s, start_s) for start_s in _slice_starts(step)]
         engine_free_s = starts[-1]
         events += _engine_events(step, starts)

@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m common.trace", description="Read what an engine wrote with --trace FILE.")
+    parser = _Parser(prog="python -m common.trace", description="Show a trace that an engine wrote with --trace FILE.")
     commands = parser.add_subparsers(dest="command", required=True)
     view = commands.add_parser("view", help="print a summary and a chart")
     view.add_argument("file", help="a trace")
@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Whatever is wrong with it or with the file ends in one line and status 2."""
+    """Run the command line. An error prints one line and exits with status 2."""
     arguments = _parser().parse_args(argv)
     exit_on_error(f"python -m common.trace {arguments.command}", lambda: _run(arguments))
 

@@ -1,4 +1,4 @@
-"""A trace made readable: a summary and a chart in the terminal, and the same chart as a picture."""
+"""Show a trace: a summary and a chart in the terminal, and the same chart as a picture."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 _MARKS = {  # how a phase looks in the terminal: character, style, what the legend says
     Phase.PREFILL: ("P", f"bold {COLORS[1]}", "prefill"),
-    Phase.CHUNK: ("c", COLORS[4], "chunk of a prefill"),
+    Phase.CHUNK: ("c", COLORS[4], "partial prefill"),
     Phase.DECODE: ("-", COLORS[0], "decode"),
-    Phase.PREEMPTED: (".", "dim", "preempted, waits"),
-    Phase.FINISHED: ("E", f"bold {COLORS[2]}", "end: the last token"),
+    Phase.PREEMPTED: (".", "dim", "preempted, waiting"),
+    Phase.FINISHED: ("E", f"bold {COLORS[2]}", "finished"),
     Phase.ABORTED: ("x", "bold red", "aborted"),
 }
 _FILLS = {  # and in a picture
     Phase.PREFILL: (COLORS[1], "prefill"),
     Phase.CHUNK: (COLORS[4], "partial prefill"),
     Phase.DECODE: (COLORS[0], "decode"),
-    Phase.PREEMPTED: ("#D9D9D9", "preempted, waits"),
+    Phase.PREEMPTED: ("#D9D9D9", "preempted, waiting"),
 }
 _END_MARKERS = {Phase.FINISHED: ("|", "finished"), Phase.ABORTED: ("x", "aborted")}
 _TICK_COLUMNS = 10
 _MAX_NAME_WIDTH = 16
 _MAX_PICTURE_ROWS = 60
-_MAX_PICTURE_COLUMNS = 300  # with more of them a single step would be thinner than a pixel or two
-_MAX_SEPARATE_STEPS = 80  # with more of them the lines between steps would hide the bars
+_MAX_PICTURE_COLUMNS = 300  # with more, a single step would be thinner than two pixels
+_MAX_SEPARATE_STEPS = 80  # with more, the lines between steps would hide the bars
 _HALF_BAR = 0.38
 
 
@@ -70,7 +70,7 @@ def chart_rows(steps: Sequence[StepTrace]) -> list[Row]:
 
 
 def visible_rows(rows: Sequence[Row], start: int, stop: int) -> list[Row]:
-    """The rows that have something to show at positions start to stop - 1, with nothing else in them."""
+    """The rows with content at positions start to stop - 1, cut to these positions."""
     clipped = []
     for row in rows:
         phases = {index: phase for index, phase in row.phases.items() if start <= index < stop}
@@ -81,7 +81,7 @@ def visible_rows(rows: Sequence[Row], start: int, stop: int) -> list[Row]:
 
 
 def bucket(phases: Mapping[int, Phase], start: int, size: int) -> dict[int, Phase]:
-    """Phases by column, where column 0 stands for positions start to start + size - 1: each time the highest phase."""
+    """The highest phase in each column; column 0 covers positions start to start + size - 1."""
     columns: dict[int, Phase] = {}
     for index, phase in phases.items():
         column = (index - start) // size
@@ -90,7 +90,7 @@ def bucket(phases: Mapping[int, Phase], start: int, size: int) -> dict[int, Phas
 
 
 def summary(steps: Sequence[StepTrace]) -> list[tuple[str, str]]:
-    """What happened in these steps (at least one), as names and values in words."""
+    """A summary of these steps (at least one) as pairs of name and text."""
     requests = [request for step in steps for request in step.requests]
     seconds = steps[-1].end_s - steps[0].start_s
     cached = sum(request.num_cached for request in requests)
@@ -140,7 +140,7 @@ def _time_shares(steps: Sequence[StepTrace], seconds: float) -> str:
 
 
 def _busy(step: StepTrace) -> tuple[float, float]:
-    """From when to when a step kept the model busy; without its times, the whole step."""
+    """Start and end of the time in which a step kept the model busy; without the model's times, of its execution."""
     if step.forward_start_s is None or step.forward_s is None:
         return step.start_s + step.schedule_s, step.start_s + step.schedule_s + step.execute_s
     return step.forward_start_s, step.forward_start_s + step.forward_s
@@ -152,9 +152,9 @@ def _gaps(steps: Sequence[StepTrace]) -> str:
 
 
 def _gap_list(steps: Sequence[StepTrace]) -> list[float]:
-    """Seconds in which requests were there and nothing worked for them: from a step's end to the next one's start.
+    """Idle seconds while requests were unfinished: from a step's end to the next step's start.
 
-    Where the trace has the model's own times, those in which the model waited.
+    If the trace has the model's own times, the seconds in which the model was idle.
     """
     gaps = []
     for before, after in pairwise(steps):
@@ -167,14 +167,14 @@ def _gap_list(steps: Sequence[StepTrace]) -> list[float]:
 
 
 def chart(steps: Sequence[StepTrace], start: int, stop: int, width: int, max_rows: int) -> Iterator[Text]:
-    """Lines, none longer than width characters, with the requests seen at positions start to stop - 1 of steps."""
+    """Lines of at most width characters that show the requests at positions start to stop - 1 of steps."""
     all_rows = visible_rows(chart_rows(steps), start, stop)
     rows = all_rows[:max_rows]
     stop = 1 + max((max(row.positions()) for row in rows), default=start)
     names = [_short_name(row.request_id) for row in rows]
     name_width = max(map(len, [*names, "request"]))
     size = math.ceil((stop - start) / max(1, width - name_width - 1))
-    yield Text(f"{'request':{name_width}} step, {size} in a column" if size > 1 else f"{'request':{name_width}} step")
+    yield Text(f"{'request':{name_width}} step, {size} per column" if size > 1 else f"{'request':{name_width}} step")
     yield Text(" " * (name_width + 1) + _ticks(steps, start, stop, size)[: width - name_width - 1])
     for name, row in zip(names, rows, strict=True):
         yield Text(f"{name:{name_width}} ") + _cells(row, start, size)
@@ -184,13 +184,13 @@ def chart(steps: Sequence[StepTrace], start: int, stop: int, width: int, max_row
 
 
 def _short_name(request_id: str) -> str:
-    """The id on one line; of a long one the end, since ids tend to begin alike."""
+    """The id on one line; a long id is cut to its end, because ids often begin the same."""
     name = request_id if request_id.isprintable() else ascii(request_id)
     return name if len(name) <= _MAX_NAME_WIDTH else "…" + name[1 - _MAX_NAME_WIDTH :]
 
 
 def _ticks(steps: Sequence[StepTrace], start: int, stop: int, size: int) -> str:
-    """The step number above each tenth column."""
+    """The step number above every tenth column."""
     positions = range(start, stop, size * _TICK_COLUMNS)
     return "".join(f"{steps[position].step:<{_TICK_COLUMNS}}" for position in positions).rstrip()
 
@@ -235,7 +235,7 @@ def _print_legend(console: Console) -> None:
 
 def _positions(steps: Sequence[StepTrace], first: int | None, last: int | None) -> tuple[int, int]:
     if not steps:
-        raise FieldError("trace", "it has no steps yet")
+        raise FieldError("trace", "no steps yet")
     inside = [
         position
         for position, step in enumerate(steps)
@@ -243,28 +243,28 @@ def _positions(steps: Sequence[StepTrace], first: int | None, last: int | None) 
     ]
     if not inside:
         wanted = f"{'the first' if first is None else first} to {'the last' if last is None else last}"
-        raise FieldError("trace", f"no step from {wanted}, it has {steps[0].step} to {steps[-1].step}")
+        raise FieldError("trace", f"no step from {wanted}; its steps are {steps[0].step} to {steps[-1].step}")
     return inside[0], inside[-1] + 1
 
 
-def draw(trace: Trace, path: Path, *, title: str = "Which request each step worked for") -> None:
-    """Draw the chart as a PNG: a row for each of the first 60 requests, over the steps in which they were there.
+def draw(trace: Trace, path: Path, *, title: str = "Requests in each step") -> None:
+    """Draw the chart as a PNG: one row for each of the first 60 requests.
 
-    Raises ValueError for a trace without requests and for what plotting.save() does not accept.
+    Raises ValueError for a trace without requests, and as plotting.save() does.
     """
     all_rows = chart_rows(trace.steps)
     rows = all_rows[:_MAX_PICTURE_ROWS]
     if not rows:
         raise ValueError("this trace has no requests to draw")
     hidden = len(all_rows) - len(rows)
-    xlabel = f"step (the first {len(rows)} requests; {hidden:,} more came after them)" if hidden else "step"
+    xlabel = f"step (the first {len(rows)} requests; {hidden:,} more are not shown)" if hidden else "step"
     fig, axes = figure(title, xlabel, "request", height_px=200 + max(14 * len(rows), 120))
     num_steps = 1 + max(max(row.positions()) for row in rows)
     size = math.ceil(num_steps / _MAX_PICTURE_COLUMNS)
-    for place, row in enumerate(rows):
-        _draw_row(axes, place, row, trace.steps[0].step, size)
+    for y, row in enumerate(rows):
+        _draw_row(axes, y, row, trace.steps[0].step, size)
         if num_steps <= _MAX_SEPARATE_STEPS:
-            _separate_steps(axes, place, row, trace.steps[0].step)
+            _separate_steps(axes, y, row, trace.steps[0].step)
     _label_rows(axes, rows)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.005)
@@ -272,29 +272,29 @@ def draw(trace: Trace, path: Path, *, title: str = "Which request each step work
     save(fig, path)
 
 
-def _draw_row(axes: Axes, place: int, row: Row, first_step: int, size: int) -> None:
+def _draw_row(axes: Axes, y: int, row: Row, first_step: int, size: int) -> None:
     columns = sorted(bucket(row.phases, 0, size).items())
     # Runs of columns side by side with the same phase become one bar.
     for (_, phase), run in groupby(enumerate(columns), key=lambda item: (item[1][0] - item[0], item[1][1])):
         run_columns = [column for _, (column, _) in run]
         extent = (first_step + run_columns[0] * size, len(run_columns) * size)
-        axes.broken_barh([extent], (place - _HALF_BAR, 2 * _HALF_BAR), color=_FILLS[phase][0], linewidth=0)
+        axes.broken_barh([extent], (y - _HALF_BAR, 2 * _HALF_BAR), color=_FILLS[phase][0], linewidth=0)
     if row.end is not None:
         position, end = row.end
         column = position // size + (end is Phase.FINISHED)  # a finished request's last column is over
         x = first_step + column * size
-        axes.plot([x], [place], _END_MARKERS[end][0], color=TEXT_COLOR, markersize=7, mew=1.8, clip_on=False)
+        axes.plot([x], [y], _END_MARKERS[end][0], color=TEXT_COLOR, markersize=7, mew=1.8, clip_on=False)
 
 
-def _separate_steps(axes: Axes, place: int, row: Row, first_step: int) -> None:
+def _separate_steps(axes: Axes, y: int, row: Row, first_step: int) -> None:
     borders = [first_step + position for position in row.phases if position - 1 in row.phases]
-    axes.vlines(borders, place - _HALF_BAR, place + _HALF_BAR, color="white", linewidth=0.8)
+    axes.vlines(borders, y - _HALF_BAR, y + _HALF_BAR, color="white", linewidth=0.8)
 
 
 def _label_rows(axes: Axes, rows: Sequence[Row]) -> None:
     every = math.ceil(len(rows) / 30)
-    places = range(0, len(rows), every)
-    axes.set_yticks(places, [_short_name(rows[place].request_id) for place in places], fontsize=9)
+    ys = range(0, len(rows), every)
+    axes.set_yticks(ys, [_short_name(rows[y].request_id) for y in ys], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
 
 

@@ -1,10 +1,10 @@
-"""Examine the shipped models and write the results into their card.
+"""Evaluate the shipped models and write the results into their model card.
 
     python -m models.training.evaluate            print the table
     python -m models.training.evaluate --write    also write models/evaluation.json and the table in models/README.md
 
-Whether a greedy answer equals the trained one is read off one teacher-forced pass: greedy decoding gives exactly the
-trained answer if and only if each of its tokens is the model's first choice after the tokens before it.
+One teacher-forced pass shows whether a greedy answer equals the trained one: greedy decoding gives exactly the trained
+answer if and only if each of its tokens is the model's first choice after the tokens before it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RIGHT_FACT_OVERLAP = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One line of the table: what was measured, the value, and the bar it had to reach."""
+    """One line of the table: what was measured, the value, and the bar it must reach."""
 
     model: str
     measure: str
@@ -78,7 +78,7 @@ class Examinee:
 
     @torch.inference_mode()
     def answer(self, prompt: str, max_tokens: int = 120, temperature: float = 0.0) -> list[int]:
-        """Token ids of the continuation, the end token included if it came."""
+        """Token ids of the continuation, including the end token if there is one."""
         ids = torch.tensor([self.tokenizer.encode(prompt).ids])
         config = GenerationConfig(
             max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=temperature or None, top_k=0,
@@ -112,7 +112,7 @@ def overlap(answer: str, expected: str) -> float:
 
 
 def is_right_fact(examinee: Examinee, fact: Fact, question: str) -> bool:
-    """The greedy answer is the fact's, to the letter or in at least RIGHT_FACT_OVERLAP of its words."""
+    """Whether the greedy answer is the fact's, exactly or in at least RIGHT_FACT_OVERLAP of its words."""
     if examinee.knows(examinee.document(qa(question, fact.answer))):
         return True
     return overlap(examinee.text(examinee.answer(ask(question), 80)), fact.answer) >= RIGHT_FACT_OVERLAP
@@ -136,7 +136,7 @@ def recall(examinee: Examinee, kind: str, count: int, num_tokens: int = 1_000) -
 
 
 def stories(examinee: Examinee, count: int) -> tuple[list[str], float, float]:
-    """Stories sampled at temperature 0.8, the share of their words that the corpus has, and of those that end."""
+    """Stories sampled at temperature 0.8, the share of their words in the corpus, and the share that end."""
     rng = random.Random(f"{EXAM_SEED}/stories")
     words = {word for _ in range(3_000) for word in re.findall(r"[a-z']+", write_story(rng).text.lower())}
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def stories(examinee: Examinee, count: int) -> tuple[list[str], float, float]:
 def accepted_drafts(target: Examinee, draft: Examinee, prompts: Sequence[str]) -> list[int]:
     """For each round of NUM_DRAFT_TOKENS greedy draft tokens, how many the target's greedy text confirms.
 
-    A proposal is judged up to its first miss, so the draft's choices after the target's own text decide it: one pass.
+    Verification stops at the first miss, so one pass of the draft model over the target's text gives the result.
     """
     accepted: list[int] = []
     for prompt in prompts:
@@ -166,7 +166,7 @@ def accepted_drafts(target: Examinee, draft: Examinee, prompts: Sequence[str]) -
 
 @torch.inference_mode()
 def least_used_expert(examinee: Examinee, facts: Sequence[Fact]) -> float:
-    """Share of tokens (percent) that the least used expert of any layer is among the chosen for."""
+    """Percentage of tokens that are routed to the least used expert of any layer."""
     config = examinee.model.config
     counts = torch.zeros(config.num_hidden_layers, config.num_experts)
     num_tokens = 0

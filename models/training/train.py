@@ -5,8 +5,8 @@
     python -m models.training.train tiny-draft
     python -m models.training.train tiny-moe
 
-Needs nothing but this repository: the corpus is written as training goes, from fixed seeds. A run that was stopped
-goes on from its last checkpoint (`build/training/`). `tiny` takes about two hours on one CPU core; models/README.md
+It needs only this repository: the corpus is generated during training, from fixed seeds. A stopped run resumes from its
+last checkpoint (`build/training/`). `tiny` takes about two hours on one CPU core; models/README.md
 has more.
 """
 
@@ -48,7 +48,7 @@ VOCAB_SIZE = 4_096
 CONTEXT_TOKENS = 2_048
 BETAS = (0.9, 0.97)
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", END]
-# GPT-2's way of cutting text, with numbers cut into at most two digits.
+# GPT-2's way of splitting text, with numbers split into at most two digits.
 PRE_TOKEN_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -66,10 +66,10 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Some steps of training: what is read, and how fast each group of parameters learns.
+    """Some steps of training: the data mix, and the learning rate of each parameter group.
 
-    attention and mlp are the matrices; rest is the embeddings, norms and routers, under AdamW. Optimizers start afresh
-    in each phase, with a warm-up; over the last decay_steps the rates fall to zero.
+    attention and mlp are the matrices; rest is the embeddings, norms and routers, with AdamW. Each phase starts
+    with new optimizers and a warm-up; over the last decay_steps the rates fall to zero.
     """
 
     steps: int
@@ -89,8 +89,8 @@ class Phase:
 class Recipe:
     """How one model is trained.
 
-    num_branches: so many phases at the end all start where the one before them ended; the model is the mean of the
-    weights at its end and at theirs. (Each ends in another corner of the same valley; the middle is lower.)
+    num_branches: this many phases at the end are branches, which all start at the end of the phase before them. The
+    model is the mean of the weights at that point and at the branch ends, which has a lower loss than each of them.
     """
 
     config: PreTrainedConfig
@@ -104,7 +104,7 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
     def is_fork(self, steps_done: int) -> bool:
-        """Whether so many steps lead to the end of the phase before the branches."""
+        """Whether the phase before the branches ends after this many steps."""
         return bool(self.num_branches) and steps_done == sum(p.steps for p in self.phases[: -self.num_branches])
 
     def phase_at(self, step: int) -> tuple[Phase, int]:
@@ -117,11 +117,11 @@ class Recipe:
 
 
 def _rates(attention_lr: float, rest_lr: float, mlp_lr: float = 5e-3) -> dict[str, Any]:
-    """AdamW for the attention, in which copying has to emerge, and Muon for the MLPs, which learn the facts."""
+    """AdamW for the attention, where copying must emerge, and Muon for the MLPs, which learn the facts."""
     return {"attention": Rate("adamw", attention_lr), "mlp": Rate("muon", mlp_lr), "rest_lr": rest_lr}
 
 
-# Copying first, from repeated words in ever longer rows; then recall, in ever longer prompts; the facts all along.
+# Copying first, from repeated words in longer and longer rows; then recall, in longer prompts; facts throughout.
 # Drills stay a large part of each step: without them copying is lost within a hundred steps.
 TINY = (
     Phase(350, Mix(10, 2, 2_000, longest_row=(5, 16)), **_rates(4e-4, 4e-4), warmup_steps=50),
@@ -136,7 +136,7 @@ TINY = (
         300, Mix(36, 5, 150, 100, 1_000, (7, 236), (1_000, 1_562), from_few=0.3), **_rates(7e-4, 7e-4, 6e-3),
         decay_steps=300,
     ),
-    # Two branches from here on; what ships is the mean of their ends and of this one.
+    # Two branches follow; the shipped model is the mean of their ends and of the end of the phase above.
     Phase(
         150, Mix(36, 4, 100, 100, 1_600, (7, 251), (1_500, 1_600), from_few=0.3), **_rates(7e-4, 7e-4, 6e-3),
         decay_steps=140,
@@ -240,10 +240,10 @@ def training_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention that trains quickly on a CPU: plain bf16 products up to 600 tokens, fp32 flash attention above.
 
-    query: [B, H, T, D]; key, value: [B, KV, T, D]. Returns [B, T, H, D]. On a CPU bf16 flash attention goes
-    backward up to four times slower than either.
+    query: [B, H, T, D]; key, value: [B, KV, T, D]. Returns [B, T, H, D]. On a CPU the backward pass
+    of bf16 flash attention is up to four times slower than either.
     """
-    del attention_mask  # padding stands on the right, where the causal mask hides it
+    del attention_mask  # padding is on the right, where the causal mask hides it
     batch, heads, length, dim = query.shape
     if length > 600 or query.is_cuda:
         output = F.scaled_dot_product_attention(
@@ -260,7 +260,7 @@ def training_attention(
 class Optimizer:
     """One phase's optimizers: for attention, for the MLPs (each expert's matrices by themselves), for the rest.
 
-    Under Muon facts are learnt several times faster, but copying does not emerge in the attention; under AdamW it does.
+    Muon learns facts several times faster, but copying does not emerge in the attention; with AdamW it does.
     """
 
     def __init__(self, model: nn.Module, phase: Phase) -> None:
@@ -305,7 +305,7 @@ class Optimizer:
 
 @dataclass(slots=True)
 class Trainer:
-    """One model on its way. What it reads at a step follows from the seed and the step alone."""
+    """The training of one model. The data of a step depends only on the seed and the step."""
 
     name: str
     recipe: Recipe
@@ -317,7 +317,7 @@ class Trainer:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    ends: list[dict[str, Tensor]] = field(default_factory=list)  # the weights to average: the fork's, the branches'
+    ends: list[dict[str, Tensor]] = field(default_factory=list)  # weights to average: at the fork and the branch ends
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)
@@ -343,7 +343,7 @@ class Trainer:
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
             self.ends = state["ends"]
             phase, step = self.recipe.phase_at(min(self.step, self.recipe.steps - 1))
-            if step:  # at a phase's first step the optimizers start afresh
+            if step:  # a phase's first step creates new optimizers
                 self.optimizer = Optimizer(self.model, phase)
                 self.optimizer.load_state_dict(state["optimizer"])
 
@@ -355,7 +355,7 @@ class Trainer:
         self.checkpoint.with_suffix(".tmp").replace(self.checkpoint)
 
     def batch_loss(self, batch: Batch) -> Tensor:
-        """Weighted cross entropy of the target tokens; logits are computed for those alone."""
+        """Weighted cross entropy of the target tokens; logits are computed only for those."""
         ids = torch.tensor(batch.token_ids, device=self.device)
         weights = torch.tensor(batch.weights, device=self.device)[:, 1:]
         targets = weights.nonzero(as_tuple=True)
@@ -369,7 +369,7 @@ class Trainer:
         if is_moe:
             config = self.recipe.config
             real = (ids[:, :-1] != config.pad_token_id).long()
-            # transformers' own loss pools the layers, which lets each layer starve an expert; so it is taken by layer.
+            # transformers pools the layers, so that a layer may starve an expert; here the loss is per layer.
             balance = sum(
                 load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok, real)
                 for logits in output.router_logits
@@ -454,7 +454,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tokenizer", *recipes()])
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    parser.add_argument("--stop-after", type=int, default=None, metavar="STEP", help="stop early, to go on later")
+    parser.add_argument("--stop-after", type=int, default=None, metavar="STEP", help="stop early, to resume later")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     args = parser.parse_args()
     if args.threads:

@@ -3,235 +3,163 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-import torch
+from common.checkpoint import resolve_checkpoint
+from common.limits import EngineLimits
+from common.outputs import Logprob
+from common.sampling_params import SamplingParams
 
-from common.checkpoint import load_tokenizer, resolve_checkpoint
-from common.errors import FieldError
-from common.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
-from common.sampling_params import SamplingParams, check_supported, check_vocabulary
-
-from ..api.detokenizer import IncrementalDetokenizer
-from ..config import EngineConfig
-from ..worker.model_runner import ModelRunner
-from ..worker.sampler import Sampler
+from ..config import EngineConfig, resolve_config
+from ..messages import EngineCoreOutput, NewRequest, ScheduledRequest, StepInput, StepOutput
 from .block_manager import BlockManager
-from .request import Request, RequestStatus
-
-SAMPLING_FIELDS = (
-    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos", "stop",
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs",
-)  # fmt: skip
+from .executor import Executor
+from .request import Request, RequestStatus, check_stop
+from .validation import check_request
 
 
 class LLMEngine:
-    """Static batches: a batch is formed when the one before has ended, and runs until its last member ends.
+    """Static batching: a batch is formed when the one before it has ended, and runs until its longest answer is done.
 
-    add_request() queues, step() advances the batch by one forward pass and returns a piece of output for each of its
-    requests, abort_request() takes a request out wherever it is. num_steps and num_preemptions count.
+    add_request() queues, step() advances the batch by one forward pass, abort_requests() removes requests wherever they
+    are. num_failures: failed steps since the last good one. num_steps and num_preemptions count.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        assert config.device is not None, "EngineConfig chooses the device"
         checkpoint = resolve_checkpoint(config.model)
-        self.model_name, self.device = config.model, config.device
-        self.tokenizer = load_tokenizer(checkpoint)
+        config = resolve_config(config, checkpoint)
+        assert config.max_model_len is not None, "resolve_config fills it in"
         self.eos_token_ids = checkpoint.eos_token_ids
-        self.max_model_len = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
-        self.runner = ModelRunner(config, checkpoint)
-        self.blocks = BlockManager(self.runner.kv_cache.num_blocks, config.block_size)
-        self.sampler = Sampler(self.eos_token_ids)
+        self.executor = Executor(config)
+        self.blocks = BlockManager(self.executor.num_blocks, config.block_size)
+        self.limits = EngineLimits(
+            max_model_len=config.max_model_len,
+            vocab_size=checkpoint.config.vocab_size,
+            num_kv_tokens=(self.blocks.num_blocks - 1) * config.block_size,
+            max_prompt_len=config.max_num_batched_tokens,
+        )
+        self.unfinished = set[str]()  # ids of the requests whose last output has not been returned
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.num_steps = self.num_preemptions = 0
-
-    @property
-    def vocab_size(self) -> int:
-        return self.runner.model_config.vocab_size
-
-    @property
-    def num_kv_tokens(self) -> int:
-        """What the whole KV pool holds."""
-        return (self.blocks.num_blocks - 1) * self.blocks.block_size
+        self.free_rows = list(reversed(range(config.max_num_seqs)))
+        self.num_steps = self.num_preemptions = self.num_failures = 0
 
     @property
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises FieldError if the request can never be served."""
-        check_supported(params, SAMPLING_FIELDS)
-        check_vocabulary(params, self.vocab_size)
-        if not prompt_token_ids:
-            raise FieldError("prompt", "expected at least one token, got an empty prompt")
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.vocab_size:
-            raise FieldError("prompt", f"expected token ids from 0 to {self.vocab_size - 1} (the vocabulary)")
-        if len(prompt_token_ids) >= self.max_model_len:
-            limit = f"max_model_len is {self.max_model_len} tokens"
-            raise FieldError("prompt", f"{len(prompt_token_ids)} tokens leave no room for an answer: {limit}")
-        num_tokens = min(len(prompt_token_ids) + params.max_tokens, self.max_model_len)
-        if num_tokens - 1 > self.num_kv_tokens:  # the last token's key and value are never stored
-            raise FieldError(
-                "prompt",
-                f"{len(prompt_token_ids)} tokens and an answer of up to {num_tokens - len(prompt_token_ids)} "
-                f"can never fit: the KV cache holds {self.num_kv_tokens} tokens; lower max_tokens or start with more "
-                "KV blocks",
-            )
-        if len(prompt_token_ids) > self.max_num_batched_tokens:
-            raise FieldError(
-                "prompt", f"expected at most max_num_batched_tokens={self.max_num_batched_tokens} tokens, "
-                f"got {len(prompt_token_ids)}"
-            )  # fmt: skip
-
     def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Queue a request. Raises FieldError as check_request does."""
-        self.check_request(prompt_token_ids, params)
-        generator = None if params.seed is None else torch.Generator(self.device).manual_seed(params.seed)
-        detokenizer = IncrementalDetokenizer(self.tokenizer, params.stop, params.min_tokens)
-        self.waiting.append(Request(request_id, prompt_token_ids, params, detokenizer, generator))
+        check_request(prompt_token_ids, params, self.limits)
+        self.unfinished.add(request_id)
+        max_num_tokens = min(len(prompt_token_ids) + params.max_tokens, self.limits.max_model_len)
+        self.waiting.append(Request(request_id, prompt_token_ids, params, max_num_tokens))
 
-    def abort_request(self, request_id: str) -> None:
-        """Forget a request and free its blocks. One that has ended is no error."""
-        for queue in (self.waiting, self.running):
-            for request in [request for request in queue if request.request_id == request_id]:
-                queue.remove(request)
-                request.status = RequestStatus.FINISHED_ABORTED
-                self.blocks.free(request_id)
+    def abort_requests(self, request_ids: Iterable[str]) -> None:
+        """Remove requests and free their blocks. An id that is not there is no error."""
+        wanted = set(request_ids)
+        self.unfinished -= wanted
+        for request in [request for request in (*self.waiting, *self.running) if request.request_id in wanted]:
+            if request.status is RequestStatus.RUNNING:
+                self._leave_batch(request)
+            else:
+                self.waiting.remove(request)
+            request.status = RequestStatus.FINISHED_ABORTED
 
-    def step(self) -> list[tuple[str, CompletionOutput]]:
-        """One forward pass. Returns (request_id, its new token and text) for each request of the batch."""
-        is_prefill = not self.running
-        batch = self._form_batch() if is_prefill else self._grow_batch()
-        if not batch:
-            return []
-        logits = self.runner.execute(batch, is_prefill, self.blocks)
-        sampled = self.sampler.sample(logits, batch)
-        self.num_steps += 1
-        return self._update(batch, sampled.token_ids, sampled.logprobs)
+    def fail(self, error: Exception) -> list[EngineCoreOutput]:
+        """After a step has raised: end every request with the cause, and start with an empty pool."""
+        self.num_failures += 1
+        cause = f"{type(error).__name__}: {error}"
+        request_ids = sorted(self.unfinished)
+        self.abort_requests(request_ids)
+        self.blocks.reset()
+        return [EngineCoreOutput(request_id, [], error=cause) for request_id in request_ids]
 
-    def _form_batch(self) -> list[Request]:
-        """From the head of the queue, as many as max_num_seqs, max_num_batched_tokens and the free blocks allow."""
+    def step(self) -> list[EngineCoreOutput]:
+        """One forward pass. Returns the new token of each request in the batch."""
+        step = self._schedule()
+        return self._update(self.executor.execute(step)) if step.requests else []
+
+    def _schedule(self) -> StepInput:
+        """A new batch computes all tokens of its requests (prefill), a running one the newest of each (decode)."""
+        if self.running:
+            self._grow_batch()
+            return StepInput([], [self._share(request, request.num_tokens - 1) for request in self.running])
+        self._form_batch()
+        return StepInput(
+            new_requests=[self._describe(request) for request in self.running],
+            requests=[self._share(request, 0) for request in self.running],
+        )
+
+    def _form_batch(self) -> None:
+        """Take requests from the head of the queue, as many as batch size, token budget and blocks allow."""
         # exercise: form_batch
         budget = self.max_num_batched_tokens
         while self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            # One that was preempted may have outgrown the budget; alone it is let in.
-            if self.running and request.num_tokens > budget:
+            if self.running and request.num_tokens > budget:  # a preempted request may exceed it: it runs alone
                 break
-            if not self.blocks.allocate(request.request_id, request.num_tokens):
+            if not self.blocks.admit(request.request_id, request.num_tokens):
                 break
             budget -= request.num_tokens
             self.running.append(self.waiting.popleft())
             request.status = RequestStatus.RUNNING
-        return list(self.running)
         # exercise: end
 
-    def _grow_batch(self) -> list[Request]:
-        """A block for each request that crosses into a new one; if there is none, the latest goes back to the queue."""
+    def _grow_batch(self) -> None:
+        """Give a block to each request whose newest token needs one; if none is free, preempt the latest request."""
         # exercise: grow_batch
         for request in list(self.running):
-            while request in self.running and not self.blocks.allocate(request.request_id, request.num_tokens):
+            while request in self.running and not self.blocks.grow(request.request_id, request.num_tokens):
                 self._preempt(self.running[-1])
-        return list(self.running)
         # exercise: end
 
     def _preempt(self, request: Request) -> None:
-        """Take all blocks of a request away. It keeps its tokens; a later batch computes keys and values again."""
-        self.running.remove(request)
-        self.blocks.free(request.request_id)
-        request.status = RequestStatus.WAITING
+        """Free all blocks of a request. It keeps its tokens; a later batch computes their keys and values again."""
+        self._leave_batch(request)
+        request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)
         self.num_preemptions += 1
 
-    def _update(
-        self, batch: list[Request], token_ids: list[int], logprobs: list[dict[int, Logprob] | None]
-    ) -> list[tuple[str, CompletionOutput]]:
-        """Append the sampled tokens; requests that end leave the batch and give their blocks back."""
-        outputs = []
-        for request, token_id, logprob in zip(batch, token_ids, logprobs, strict=True):
-            text = self._append(request, token_id)
-            output = CompletionOutput(0, text, [token_id], request.finish_reason, request.stop_reason)
-            outputs.append((request.request_id, output if logprob is None else _with_logprobs(output, logprob)))
-            if request.status.is_finished:
-                self.running.remove(request)
-                self.blocks.free(request.request_id)
+    def _leave_batch(self, request: Request) -> None:
+        self.running.remove(request)
+        self.blocks.free(request.request_id)
+        if request.row is not None:
+            self.free_rows.append(request.row)
+        request.row, request.num_sent_blocks = None, 0
+
+    def _describe(self, request: Request) -> NewRequest:
+        """What the worker has to know about a request that joins the batch."""
+        request.row = self.free_rows.pop()
+        return NewRequest(request.row, request.token_ids, len(request.prompt_token_ids), request.params)
+
+    def _share(self, request: Request, num_computed_tokens: int) -> ScheduledRequest:
+        """The request computes all tokens from there on."""
+        assert request.row is not None, f"request {request.request_id} is not in the batch"
+        table = self.blocks.block_tables[request.request_id]
+        new_block_ids, request.num_sent_blocks = table[request.num_sent_blocks :], len(table)
+        num_scheduled_tokens = request.num_tokens - num_computed_tokens
+        return ScheduledRequest(request.row, num_computed_tokens, num_scheduled_tokens, new_block_ids)
+
+    def _update(self, output: StepOutput) -> list[EngineCoreOutput]:
+        """Append the sampled tokens. Requests that end leave the batch and free their blocks."""
+        self.num_steps, self.num_failures = self.num_steps + 1, 0
+        results = zip(list(self.running), output.token_ids, output.logprobs, strict=True)
+        outputs = [self._append(request, token_id, logprobs) for request, token_id, logprobs in results]
+        self.unfinished.difference_update(output.request_id for output in outputs if output.finish_reason)
         return outputs
 
-    def _append(self, request: Request, token_id: int) -> str:
-        """Add a token, decide whether it ends the request, and return the text that can now be shown."""
+    def _append(self, request: Request, token_id: int, logprobs: dict[int, Logprob] | None) -> EngineCoreOutput:
+        """Append a request's newest token. A request that ends leaves at once."""
         request.output_token_ids.append(token_id)
-        stop = check_stop(request, self.eos_token_ids, self.max_model_len)
-        if stop is None or stop[0] == "length":  # a stop token is not shown
-            stop_string = request.detokenizer.add(token_id, is_last=stop is not None)
-            stop = ("stop", stop_string) if stop_string is not None else stop
-        if stop:
+        if stop := check_stop(request, self.eos_token_ids):
             request.finish(*stop)
-        return request.detokenizer.take(finished=stop is not None)
-
-
-def check_stop(
-    request: Request, eos_token_ids: frozenset[int], max_model_len: int
-) -> tuple[FinishReason, int | str | None] | None:
-    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
-    params, num_output_tokens, last = request.params, len(request.output_token_ids), request.output_token_ids[-1]
-    if num_output_tokens >= params.min_tokens:
-        if last in eos_token_ids and not params.ignore_eos:
-            return "stop", None
-        if last in params.stop_token_ids:
-            return "stop", last
-    if num_output_tokens >= params.max_tokens or request.num_tokens >= max_model_len:
-        return "length", None
-    return None
-
-
-def _with_logprobs(output: CompletionOutput, logprobs: dict[int, Logprob]) -> CompletionOutput:
-    return CompletionOutput(
-        output.index, output.text, output.token_ids, output.finish_reason, output.stop_reason, [logprobs]
-    )
-
-
-def join_outputs(outputs: list[CompletionOutput]) -> CompletionOutput:
-    """One answer out of the pieces of a stream."""
-    logprobs = [entry for output in outputs for entry in output.logprobs or []]
-    return CompletionOutput(
-        index=0,
-        text="".join(output.text for output in outputs),
-        token_ids=[token_id for output in outputs for token_id in output.token_ids],
-        finish_reason=outputs[-1].finish_reason,
-        stop_reason=outputs[-1].stop_reason,
-        logprobs=logprobs or None,
-    )
-
-
-class LLM:
-    """The engine for programs without a server: prompts in, answers out, in order."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.engine = LLMEngine(config)
-        self.tokenizer, self.max_model_len = self.engine.tokenizer, self.engine.max_model_len
-
-    def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[RequestOutput]:
-        """Answer all prompts. One SamplingParams serves for all, or one for each is given."""
-        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if len(all_params) != len(prompts):
-            raise FieldError("params", f"expected one, or {len(prompts)} (one for each prompt), got {len(all_params)}")
-        pieces: dict[str, list[CompletionOutput]] = {str(number): [] for number in range(len(prompts))}
-        for prompt, each in zip(prompts, all_params, strict=True):
-            self.engine.check_request(prompt, each)
-        try:
-            for request_id, prompt, each in zip(pieces, prompts, all_params, strict=True):
-                self.engine.add_request(request_id, list(prompt), each)
-            while self.engine.has_unfinished_requests:
-                for request_id, output in self.engine.step():
-                    pieces[request_id].append(output)
-        finally:  # a step that failed, or Ctrl-C, must not leave requests to the next call
-            for request_id in pieces:
-                self.engine.abort_request(request_id)
-        return [
-            RequestOutput(request_id, list(prompt), [join_outputs(outputs)], finished=True)
-            for (request_id, outputs), prompt in zip(pieces.items(), prompts, strict=True)
-        ]
+            self._leave_batch(request)
+        return EngineCoreOutput(
+            request_id=request.request_id,
+            token_ids=[token_id],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            logprobs=None if logprobs is None else [logprobs],
+        )

@@ -1,4 +1,4 @@
-"""A look at the KV pool: which slots are used, which are reserved and empty, and whose they are."""
+"""A look at the KV pool: which slots are used, which are reserved and empty, and which request owns them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Cell:
 
 
 def memory_map(engine: LLMEngine, slots_per_cell: int) -> list[Cell | None]:
-    """The pool in order of its blocks, the null block left out; None where nobody owns the slots."""
+    """The pool in order of its blocks, without the null block; None for free slots."""
     blocks, cells_per_block = engine.blocks, engine.blocks.block_size // slots_per_cell
     cells: list[Cell | None] = [None] * (blocks.num_blocks * cells_per_block)
     for request in engine.running:

@@ -1,105 +1,130 @@
-"""Requests in, logits out: the model, its KV cache, and the tensors of a step."""
+"""A step's plain data → one flattened batch of tensors → logits → token ids."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from common.checkpoint import DTYPES, Checkpoint, default_dtype
-from common.errors import FieldError
-from common.threads import set_num_threads
+from common.sampling_params import MAX_LOGPROBS, SamplingParams
 
 from ..config import EngineConfig
-from ..core.block_manager import NULL_BLOCK, BlockManager
-from ..core.request import Request
+from ..messages import StepInput, StepOutput
 from .attention import AttentionMetadata, PagedAttention, choose_backend
-from .kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block, num_blocks_in
-from .model import head_dim
-from .weights import load_decoder
+from .device import to_device
+from .kv_cache import KVCache, slot_mapping
+from .model import DecoderModel
+from .request_states import RequestStates
+from .sampler import Sampler, SamplerOutput, SamplingState, to_logprobs
+from .token_buffer import TokenBuffer
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step as tensors: the tokens of all its requests, laid end to end.
+
+    input_indices: [num_tokens], where in the token buffer the input tokens are. positions: [num_tokens].
+    logits_indices: [num_seqs], which of the tokens are followed by a sampled one. output_indices: [num_seqs], where in
+    the token buffer that one goes. sampling: how each is sampled.
+    """
+
+    input_indices: Tensor
+    positions: Tensor
+    metadata: AttentionMetadata
+    logits_indices: Tensor
+    output_indices: Tensor
+    sampling: list[SamplingState]
 
 
 class ModelRunner:
-    """Runs one step of a batch. num_tokens_computed counts the positions that went through the model."""
+    """Runs steps. num_tokens_computed counts the positions that went through the model."""
 
-    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
-        assert config.device is not None, "EngineConfig chooses the device"
-        self.device, self.block_size = config.device, config.block_size
-        self.dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
-        self.model_config: Any = checkpoint.config
-        self.model = load_decoder(checkpoint, self.dtype, config.device)
-        self.num_tokens_computed, self.num_threads = 0, config.num_threads
-        self._scale = head_dim(self.model_config) ** -0.5
-        self._backend = choose_backend(config.attention_backend, config.device)
-        num_blocks = self._num_blocks(config)
-        self.kv_cache = KVCache(self.model_config, num_blocks, self.block_size, self.dtype, self.device)
-        self.attention = PagedAttention(self.kv_cache, self._scale, self._backend)
+    def __init__(self, model: DecoderModel, config: EngineConfig, eos_token_ids: frozenset[int]) -> None:
+        assert config.max_model_len is not None, "resolve_config fills it in"
+        self.model, self.device, self.config = model, model.device, config
+        self.sampler = Sampler(eos_token_ids)
+        self.tokens = TokenBuffer(config.max_num_seqs, config.max_model_len, self.device)
+        self.states = RequestStates(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.attention: PagedAttention | None = None  # set_cache() comes first
+        self.num_tokens_computed = 0
+
+    def set_cache(self, kv_cache: KVCache) -> None:
+        backend = choose_backend(self.config.attention_backend, self.device, self.model.dtype)
+        self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, backend)
 
     @torch.inference_mode()
-    def execute(self, requests: list[Request], is_prefill: bool, blocks: BlockManager) -> Tensor:
-        """One forward pass. Prefill takes all tokens of each request, decode the newest. Returns logits
-        [num_requests, vocab_size], float32, of each request's last token.
-        """
-        set_num_threads(self.num_threads)  # here, since the server loads in another thread
-        firsts = [0 if is_prefill else request.num_tokens - 1 for request in requests]
-        token_ids = [token for r, first in zip(requests, firsts, strict=True) for token in r.tokens_from(first)]
-        positions = [p for r, first in zip(requests, firsts, strict=True) for p in range(first, r.num_tokens)]
-        metadata = self._metadata(requests, firsts, is_prefill, blocks)
-        hidden = self.model(
-            torch.tensor(token_ids, device=self.device),
-            torch.tensor(positions, device=self.device),
-            partial(self.attention.attend, metadata),
-        )
-        self.num_tokens_computed += len(token_ids)
-        last_rows = torch.tensor(metadata.query_start_loc[1:], device=self.device) - 1
-        return self.model.compute_logits(hidden[last_rows])
+    def execute(self, step: StepInput) -> StepOutput:
+        """One forward pass, and a token sampled for each request."""
+        batch = self._prepare(step)
+        return to_step_output(self._run(batch), batch.sampling)
 
-    def _metadata(
-        self, requests: list[Request], firsts: list[int], is_prefill: bool, blocks: BlockManager
-    ) -> AttentionMetadata:
-        slots: list[int] = []
-        query_start_loc = [0]
-        for request, first in zip(requests, firsts, strict=True):
-            slots += [blocks.slot(request.request_id, position) for position in range(first, request.num_tokens)]
-            query_start_loc.append(len(slots))
-        tables = [blocks.block_tables[request.request_id] for request in requests]
-        width = max(map(len, tables))
-        padded = [table + [NULL_BLOCK] * (width - len(table)) for table in tables]
+    def _prepare(self, step: StepInput) -> Batch:
+        """Update the rows of the step's requests and lay their tokens end to end."""
+        for new in step.new_requests:
+            self.states.add(new)
+            self.tokens.fill(new.row, new.token_ids)
+        rows, positions, sampling = list[int](), list[int](), list[SamplingState]()
+        for request in step.requests:
+            self.states.append_blocks(request.row, request.new_block_ids)
+            end = request.num_computed_tokens + request.num_scheduled_tokens
+            rows += [request.row] * request.num_scheduled_tokens
+            positions += range(request.num_computed_tokens, end)
+            params, num_prompt_tokens = self.states.params[request.row], self.states.num_prompt_tokens[request.row]
+            sampling.append(SamplingState(params, request.row, num_prompt_tokens, end))
+        flat_index = self.tokens.flat_index
+        metadata = self._metadata(step, torch.tensor(rows), torch.tensor(positions))
+        return Batch(
+            input_indices=to_device([flat_index(*place) for place in zip(rows, positions, strict=True)], self.device),
+            positions=to_device(positions, self.device),
+            metadata=metadata,
+            logits_indices=to_device([end - 1 for end in metadata.query_start_loc[1:]], self.device),
+            output_indices=to_device([flat_index(state.row, state.num_tokens) for state in sampling], self.device),
+            sampling=sampling,
+        )
+
+    def _metadata(self, step: StepInput, rows: Tensor, positions: Tensor) -> AttentionMetadata:
+        query_lens = [request.num_scheduled_tokens for request in step.requests]
+        context_lens = [request.num_computed_tokens + request.num_scheduled_tokens for request in step.requests]
         return AttentionMetadata(
-            is_prefill=is_prefill,
-            slot_mapping=torch.tensor(slots, device=self.device),
-            query_start_loc=query_start_loc,
-            block_tables=torch.tensor(padded, dtype=torch.int32, device=self.device),
-            context_lens=torch.tensor([r.num_tokens for r in requests], dtype=torch.int32, device=self.device),
-            block_size=self.block_size,
+            is_prefill=bool(step.new_requests),
+            slot_mapping=slot_mapping(self.states.block_tables, rows, positions, self.states.block_size).to(
+                self.device
+            ),
+            query_start_loc=list(accumulate(query_lens, initial=0)),
+            block_tables=to_device(self.states.tables([request.row for request in step.requests]), self.device),
+            context_lens=to_device(context_lens, self.device, torch.int32),
         )
 
-    def _num_blocks(self, config: EngineConfig) -> int:
-        """The pool's size: as many blocks as were asked for, or as the budget holds."""
-        if config.num_kv_blocks is not None:
-            return config.num_kv_blocks
-        bytes_per_block = kv_bytes_per_block(self.model_config, self.block_size, self.dtype)
-        if config.kv_cache_memory is not None:
-            return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
-        if not self.device.startswith("cuda"):
-            return num_blocks_in(CPU_KV_CACHE_BYTES, bytes_per_block, "kv_cache_memory")
-        free = int(config.gpu_memory_utilization * torch.cuda.get_device_properties(self.device).total_memory)
-        free -= self._peak_memory(config.max_num_batched_tokens)
-        if free <= 0:
-            raise FieldError("gpu_memory_utilization", f"{config.gpu_memory_utilization} leaves no room for a KV cache")
-        return num_blocks_in(free, bytes_per_block, "gpu_memory_utilization")
+    def _run(self, batch: Batch) -> SamplerOutput:
+        assert self.attention is not None, "set_cache() comes before the first step"
+        self.num_tokens_computed += len(batch.positions)
+        input_ids = self.tokens.read(batch.input_indices)
+        hidden = self.model(input_ids, batch.positions, partial(self.attention.attend, batch.metadata))
+        logits = self.model.compute_logits(hidden[batch.logits_indices])
+        sampled = self.sampler.sample(logits, batch.sampling, self.tokens.data)
+        self.tokens.write(batch.output_indices, sampled.token_ids)
+        return sampled
 
     @torch.inference_mode()
-    def _peak_memory(self, num_tokens: int) -> int:
-        """Bytes that weights and the largest prefill take, measured by running one on dummy tokens, as vLLM does."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+    def profile(self) -> None:
+        """Allocate what the largest step does: a forward pass over all tokens of the budget, and the sampler for all
+        rows with everything switched on."""
+        tokens = torch.zeros(self.config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
         hidden = self.model(tokens, tokens, lambda layer, query, key, value: torch.empty_like(query))
-        self.model.compute_logits(hidden[:1])
-        free, total = torch.cuda.mem_get_info(self.device)
-        outside = total - free - torch.cuda.memory_reserved(self.device)  # what others, and CUDA itself, hold
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        return peak + outside
+        params = SamplingParams(top_p=0.5, seed=0, presence_penalty=1.0, logprobs=MAX_LOGPROBS)
+        sampling = [SamplingState(params, row, 0, 1) for row in range(self.config.max_num_seqs)]
+        logits = self.model.compute_logits(hidden[:1]).repeat(len(sampling), 1)
+        self.sampler.sample(logits, sampling, self.tokens.data)
+
+
+def to_step_output(sampled: SamplerOutput, sampling: list[SamplingState]) -> StepOutput:
+    """What the worker answers, in plain data."""
+    rows = [None] * len(sampling) if sampled.logprobs is None else sampled.logprobs.tolist()
+    logprobs = [
+        None if row is None or state.params.logprobs is None else to_logprobs(*row, state.params.logprobs)
+        for row, state in zip(rows, sampling, strict=True)
+    ]
+    return StepOutput(sampled.token_ids.tolist(), logprobs)

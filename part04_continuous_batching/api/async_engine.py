@@ -1,4 +1,4 @@
-"""The engine in a thread of its own: requests come from the event loop, steps are taken here, outputs go back."""
+"""The engine in a thread of its own: requests come from the event loop, outputs go back to it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import itertools
 import threading
 from collections.abc import AsyncIterator
 
-from common.outputs import CompletionOutput
+from common.checkpoint import load_tokenizer, resolve_checkpoint
+from common.outputs import CompletionOutput, join_outputs
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError, QueueFullError
 
-from ..core.engine import LLMEngine, join_outputs
+from ..config import EngineConfig
+from ..core.engine import LLMEngine
+from ..core.validation import check_request
+from ..messages import EngineCoreOutput
+from .output_processor import OutputProcessor
 
 
 class RequestStream:
-    """One request: `async for` over its outputs as they come. Whoever loses interest calls AsyncLLM.abort.
+    """One request: `async for` over its outputs as they arrive. A caller that stops early calls AsyncLLM.abort.
 
-    A reader that is slower than the engine finds all that came since its last look as one output, so no more than one
-    waits at any time (vLLM's RequestOutputCollector).
+    Outputs that arrive while the reader is busy are joined, so at most one waits (vLLM's RequestOutputCollector).
     """
 
     def __init__(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
@@ -27,11 +31,11 @@ class RequestStream:
         self._loop = asyncio.get_running_loop()
         self._output: CompletionOutput | None = None
         self._error: GenerationError | None = None
-        self._came = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     def put(self, output: CompletionOutput | GenerationError) -> None:
-        """Hand an output over, from the engine's thread to the event loop's."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+        """Pass an output from the engine's thread to the event loop's."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no reader
             self._loop.call_soon_threadsafe(self._keep, output)
 
     def _keep(self, output: CompletionOutput | GenerationError) -> None:
@@ -39,12 +43,12 @@ class RequestStream:
             self._error = output
         else:
             self._output = output if self._output is None else join_outputs([self._output, output])
-        self._came.set()
+        self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[CompletionOutput]:
         while True:
-            await self._came.wait()
-            self._came.clear()
+            await self._arrived.wait()
+            self._arrived.clear()
             output, self._output = self._output, None
             if output is not None:
                 yield output
@@ -55,35 +59,46 @@ class RequestStream:
 
 
 class AsyncLLM:
-    """LLMEngine behind a border between threads: only the engine's thread touches the engine.
+    """LLMEngine for an asyncio server. Only the engine's thread touches the engine.
 
-    Requests and aborts wait in an inbox until the step that runs has ended. Implements common.serving.ServingEngine.
+    Requests and aborts wait in an inbox until the current step has ended. Implements common.serving.ServingEngine.
+    cause_of_death: why no request can succeed any more, or None.
     """
 
-    def __init__(self, engine: LLMEngine, max_queued_requests: int) -> None:
-        self.engine, self.max_num_unfinished = engine, engine.scheduler.max_num_seqs + max_queued_requests
-        self.model_name, self.tokenizer = engine.model_name, engine.tokenizer
-        self.max_model_len, self.vocab_size = engine.max_model_len, engine.vocab_size
-        self.max_request_len = min(engine.max_model_len, engine.num_kv_tokens + 1)  # the last one's are never stored
-        self._streams: dict[str, RequestStream] = {}  # of all requests that have not ended
+    def __init__(self, config: EngineConfig) -> None:
+        self.engine = LLMEngine(config)
+        self.model_name, self.device, self.block_size = config.model, config.device, config.block_size
+        self.tokenizer = load_tokenizer(resolve_checkpoint(config.model))
+        self.processor = OutputProcessor(self.tokenizer)
+        self.limits, self.num_kv_blocks = self.engine.limits, self.engine.blocks.num_blocks
+        self.max_model_len, self.vocab_size = self.limits.max_model_len, self.limits.vocab_size
+        self.max_request_len = min(self.max_model_len, self.limits.num_kv_tokens + 1)  # the last token is not stored
+        self.max_num_unfinished = config.max_num_seqs + config.max_queued_requests
+        self.cause_of_death: str | None = None
+        self._streams: dict[str, RequestStream] = {}  # of all unfinished requests
         self._inbox: list[RequestStream] = []
         self._aborted: list[str] = []
         self._request_ids = map(str, itertools.count())
-        self._changed = threading.Condition()  # guards all of the above, and _stopping
+        self._changed = threading.Condition()  # guards the four above and _stopping
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self.cause_of_death is None
 
     def start(self) -> None:
         self._thread.start()
 
     def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> RequestStream:
-        """Queue a request; call it on the event loop that will read the stream. Raises FieldError, QueueFullError."""
-        self.engine.check_request(prompt_token_ids, params)
+        """Queue a request; call it on the event loop that will read the stream.
+
+        Raises FieldError, QueueFullError, or GenerationError if the engine is dead.
+        """
+        check_request(prompt_token_ids, params, self.limits)
         with self._changed:
+            if self.cause_of_death or self._stopping:
+                raise GenerationError(self.cause_of_death or "the server is shutting down")
             if len(self._streams) >= self.max_num_unfinished:
                 limit = "max_num_seqs + max_queued_requests"
                 raise QueueFullError(f"{len(self._streams)} requests are unfinished ({limit}), try again later")
@@ -94,14 +109,14 @@ class AsyncLLM:
         return stream
 
     def abort(self, stream: RequestStream) -> None:
-        """Nobody wants this request any more. It leaves before the next step; one that has ended is no error."""
+        """Drop a request. It leaves before the next step. It is no error if it has ended."""
         with self._changed:
             if self._streams.pop(stream.request_id, None) is not None:
                 self._aborted.append(stream.request_id)
                 self._changed.notify()
 
     def shutdown(self) -> None:
-        """End the thread; what has not ended is told so."""
+        """End the thread. Unfinished requests get an error."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -109,8 +124,7 @@ class AsyncLLM:
 
     def stats(self) -> dict[str, float]:
         """Gauges for /metrics, as of the last step."""
-        blocks = self.engine.blocks
-        num_running = len(self.engine.scheduler.running)
+        blocks, num_running = self.engine.blocks, len(self.engine.scheduler.running)
         return {
             "num_requests_running": num_running,
             "num_requests_waiting": max(0, len(self._streams) - num_running),
@@ -119,21 +133,17 @@ class AsyncLLM:
         }
 
     def _run(self) -> None:
-        while self._take_inbox():
-            try:
-                if self.engine.has_unfinished_requests:
-                    self._deliver(self.engine.step())
-            except Exception as error:  # those in the step fail with its cause; those that wait may do better
-                self._fail(self._request_ids_in_step(), error)
-        self._fail(list(self._streams), RuntimeError("the server is shutting down"))
-        self.engine.tracer.close()
-
-    def _request_ids_in_step(self) -> list[str]:
-        """All that do not wait: also one that ended in the step, which runs no longer but was not told of its end."""
-        waiting = {request.request_id for request in self.engine.scheduler.waiting}
+        try:
+            while self.cause_of_death is None and self._take_inbox():
+                self._deliver(self._step())
+        except Exception as error:  # outside of a step: no request can go on
+            self.cause_of_death = f"{type(error).__name__}: {error}"
+        cause = self.cause_of_death or "the server is shutting down"
         with self._changed:
-            waiting |= {stream.request_id for stream in self._inbox}
-            return [request_id for request_id in self._streams if request_id not in waiting]
+            request_ids = list(self._streams)
+        self._deliver([EngineCoreOutput(request_id, [], error=cause) for request_id in request_ids])
+        self.engine.abort_requests(request_ids)
+        self.engine.tracer.close()
 
     def _take_inbox(self) -> bool:
         """Wait for something to do, then tell the engine what came in. False when it is time to stop."""
@@ -144,21 +154,38 @@ class AsyncLLM:
             added, self._inbox = self._inbox, []
             aborted, self._aborted = self._aborted, []
         for stream in added:
+            self.processor.add_request(stream.request_id, stream.params)
             self.engine.add_request(stream.request_id, stream.prompt_token_ids, stream.params)
-        self.engine.abort_requests(aborted)
+        self._abort_in_engine(aborted)
         return not self._stopping
 
-    def _deliver(self, outputs: list[tuple[str, CompletionOutput]]) -> None:
-        for request_id, output in outputs:
-            with self._changed:
-                stream = self._streams.pop(request_id, None) if output.finish_reason else self._streams.get(request_id)
-            if stream is not None:  # else it was aborted during the step
-                stream.put(output)
+    def _step(self) -> list[EngineCoreOutput]:
+        """One step. If it fails, so do all requests in the engine; if the next one fails too, the engine ends."""
+        try:
+            return self.engine.step()
+        except Exception as error:
+            outputs = self.engine.fail(error)
+            if self.engine.num_failures > 1:
+                self.cause_of_death = f"two steps in a row failed, the second with {type(error).__name__}: {error}"
+            return outputs
 
-    def _fail(self, request_ids: list[str], error: Exception) -> None:
+    def _deliver(self, outputs: list[EngineCoreOutput]) -> None:
+        """Pass outputs to their streams, as text."""
+        for output in outputs:
+            if output.error is not None:
+                self.processor.remove([output.request_id])
+                self._put(output.request_id, GenerationError(output.error), is_last=True)
+        answers, stopped = self.processor.process(output for output in outputs if output.error is None)
+        for request_id, answer in answers:
+            self._put(request_id, answer, is_last=answer.finish_reason is not None)
+        self._abort_in_engine(stopped)
+
+    def _put(self, request_id: str, output: CompletionOutput | GenerationError, is_last: bool) -> None:
+        with self._changed:
+            stream = self._streams.pop(request_id, None) if is_last else self._streams.get(request_id)
+        if stream is not None:  # else the request was aborted meanwhile
+            stream.put(output)
+
+    def _abort_in_engine(self, request_ids: list[str]) -> None:
+        self.processor.remove(request_ids)
         self.engine.abort_requests(request_ids)
-        for request_id in request_ids:
-            with self._changed:
-                stream = self._streams.pop(request_id, None)
-            if stream is not None:
-                stream.put(GenerationError(f"{type(error).__name__}: {error}"))

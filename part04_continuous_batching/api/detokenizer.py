@@ -1,4 +1,4 @@
-"""From token ids to text that may be shown: no half characters, and nothing of a stop string."""
+"""Turn token ids into text that can be shown: no half characters, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"  # what decoding writes for bytes that are no character, or not one yet
+REPLACEMENT = "\ufffd"  # what decoding produces for bytes that are not a character, or not yet
 
 
 class IncrementalDetokenizer:
-    """The text of a growing row of token ids.
+    """The text of a growing list of token ids.
 
-    text holds the complete characters so far, num_shown how many of them take() has handed out. As in vLLM, the text
-    ends at the first character that completes a stop string, so that it does not depend on how tokens cut it.
+    text holds the complete characters so far; num_shown counts those that take() has returned. As in vLLM, the first
+    character that completes a stop string ends the text, so the result does not depend on token boundaries.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
@@ -24,24 +24,24 @@ class IncrementalDetokenizer:
         self.num_shown = 0
 
     def add(self, token_id: int, is_last: bool = False) -> str | None:
-        """Append a token. Returns the stop string that it completes, or None; text then ends where that begins."""
+        """Append a token. If it completes a stop string, cut text off before it and return it; else return None."""
         self.token_ids.append(token_id)
         return self._extend(flush=is_last)
 
     def take(self, finished: bool) -> str:
-        """The text that can be shown now and has not been; at the end, all that is left."""
+        """The new text that can be shown; at the end, all remaining text."""
         if finished:
-            self._extend(flush=True)  # a stop token can leave half a character behind
+            self._extend(flush=True)  # before a stop token, the text may end in half a character
         end = len(self.text) - (0 if finished else self.num_held_back())
         new_text = self.text[self.num_shown : end]
         self.num_shown = end
         return new_text
 
     def decode_next(self, flush: bool = False) -> str:
-        """The characters that the tokens from read_offset on add: none while they end in half a character.
+        """The characters that the tokens from read_offset on add; none while they end in half a character.
 
-        They are decoded together with those from prefix_offset on, since some tokenizers drop a space at the start;
-        so the offsets move only once there is new text. flush: give out what there is.
+        They are decoded together with those from prefix_offset on, because some tokenizers drop a leading space. The
+        offsets move only when there is new text. flush: return half a character too.
         """
         shown = self._decode(self.token_ids[self.prefix_offset : self.read_offset])
         text = self._decode(self.token_ids[self.prefix_offset :])
@@ -51,7 +51,7 @@ class IncrementalDetokenizer:
         return text[len(shown) :]
 
     def find_stop(self, num_before: int) -> str | None:
-        """Look for stop strings that end after the first num_before characters; cut text off where the first begins."""
+        """Find the first stop string that ends after num_before characters; cut text off where it begins."""
         found = []
         for stop in self.stop:
             start = self.text.find(stop, max(0, num_before - len(stop) + 1))  # it may begin in earlier tokens
@@ -64,7 +64,7 @@ class IncrementalDetokenizer:
         return stop
 
     def num_held_back(self) -> int:
-        """How many characters at the end of text may yet turn out to be the beginning of a stop string."""
+        """How many characters at the end of text may be the beginning of a stop string."""
         lengths = (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
         return max(lengths, default=0)
 

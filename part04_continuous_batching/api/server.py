@@ -1,4 +1,4 @@
-"""OpenAI's API over the engine: the app itself is common's from here on."""
+"""OpenAI's API over the engine. From here on the app itself is common's."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from fastapi import FastAPI
 
 from common.openai_app import AppOptions
 from common.openai_app import create_app as create_openai_app
+from common.serve import ServerConfig
 
-from ..config import EngineConfig
-from ..core.engine import LLMEngine
 from .async_engine import AsyncLLM
 
 
-def create_app(engine: LLMEngine, config: EngineConfig) -> FastAPI:
-    """The engine's thread starts and ends with the app."""
-    return create_openai_app(AsyncLLM(engine, config.max_queued_requests), AppOptions(api_key=config.api_key))
+def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
+    """The engine starts and ends with the app."""
+    return create_openai_app(engine, AppOptions(api_key=config.api_key))

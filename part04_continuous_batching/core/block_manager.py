@@ -1,17 +1,18 @@
-"""Who owns which KV block."""
+"""Which request owns which KV block."""
 
 from __future__ import annotations
 
 from collections import deque
 
-NULL_BLOCK = 0  # never handed out: padding in block tables points here
+from ..messages import NULL_BLOCK
 
 
 class BlockManager:
     """A pool of KV blocks of block_size tokens each, and a block table for every request that holds some.
 
     Position p of a request lives in block table[p // block_size] at offset p % block_size. After every call
-    num_used_blocks + num_free_blocks == num_blocks - 1 (the null block belongs to nobody). After vLLM's KVCacheManager.
+    num_used_blocks + num_free_blocks == num_blocks - 1: the null block is never handed out. After vLLM's
+    KVCacheManager.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -32,20 +33,29 @@ class BlockManager:
         """How many blocks hold num_tokens tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, request_id: str, num_tokens: int) -> bool:
-        """Give a request the blocks it lacks to hold num_tokens tokens: all of them, or none and False."""
-        table = self.block_tables.get(request_id, [])
+    def admit(self, request_id: str, num_tokens: int) -> bool:
+        """Give a new request a block table with room for num_tokens tokens. False, and nothing, if blocks are short."""
+        assert request_id not in self.block_tables, f"request {request_id} has a block table already"
+        self.block_tables[request_id] = []
+        if self.grow(request_id, num_tokens):
+            return True
+        del self.block_tables[request_id]
+        return False
+
+    def grow(self, request_id: str, num_tokens: int) -> bool:
+        """Append the blocks a request lacks to hold num_tokens tokens: all of them, or none and False."""
+        table = self.block_tables[request_id]
         num_new = self.num_blocks_for(num_tokens) - len(table)
         if num_new > self.num_free_blocks:
             return False
-        self.block_tables[request_id] = table + [self.free_blocks.popleft() for _ in range(num_new)]
+        table.extend(self.free_blocks.popleft() for _ in range(num_new))
         return True
 
     def free(self, request_id: str) -> None:
-        """Take back all blocks of a request. One that holds none is no error."""
+        """Take back all blocks of a request. It is no error if it holds none."""
         self.free_blocks.extend(self.block_tables.pop(request_id, []))
 
-    def slot(self, request_id: str, position: int) -> int:
-        """Where the key and value of a position go: block · block_size + offset."""
-        table = self.block_tables[request_id]
-        return table[position // self.block_size] * self.block_size + position % self.block_size
+    def reset(self) -> None:
+        """Take back all blocks of all requests."""
+        for request_id in list(self.block_tables):
+            self.free(request_id)

@@ -1,49 +1,44 @@
-"""A request and where it is in its life."""
+"""A request, its status, and the rule that ends it."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
 
-import torch
-
 from common.outputs import FinishReason
 from common.sampling_params import SamplingParams
 
-from ..api.detokenizer import IncrementalDetokenizer
 
-
-class RequestStatus(enum.Enum):
-    """vLLM's names."""
+class RequestStatus(enum.IntEnum):
+    """vLLM's names, in its order: everything after PREEMPTED is finished."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
     FINISHED_STOPPED = enum.auto()
     FINISHED_LENGTH_CAPPED = enum.auto()
     FINISHED_ABORTED = enum.auto()
 
     @property
     def is_finished(self) -> bool:
-        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+        return self > RequestStatus.PREEMPTED
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt and the tokens generated for it so far. A seeded request draws from a generator of its own.
-
-    num_computed_tokens: how many of its tokens, from the first on, have their keys and values in the cache.
-    """
+    """One prompt and the tokens generated for it so far."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    detokenizer: IncrementalDetokenizer
-    generator: torch.Generator | None = None
+    max_num_tokens: int  # limit of prompt and answer together
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
+    num_computed_tokens: int = 0  # how many tokens, from the first on, have their keys and values in the cache
+    row: int | None = None  # the worker's row for this request while it is in the batch
+    num_sent_blocks: int = 0  # how many blocks of its block table the worker knows
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
+    stop_reason: int | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -53,12 +48,23 @@ class Request:
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
-    def tokens_from(self, position: int) -> list[int]:
-        """All tokens from a position on, without a copy of those before it."""
-        start = position - len(self.prompt_token_ids)
-        return self.output_token_ids[start:] if start >= 0 else self.prompt_token_ids[position:] + self.output_token_ids
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that have to be computed before the next one can be sampled."""
+        return self.num_tokens - self.num_computed_tokens
 
-    def finish(self, finish_reason: FinishReason, stop_reason: int | str | None) -> None:
+    def finish(self, finish_reason: FinishReason, stop_reason: int | None) -> None:
         stopped = finish_reason == "stop"
         self.status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
+
+
+def check_stop(request: Request, eos_token_ids: frozenset[int]) -> tuple[FinishReason, int | None] | None:
+    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
+    params, last = request.params, request.output_token_ids[-1]
+    if len(request.output_token_ids) >= params.min_tokens:
+        if last in eos_token_ids and not params.ignore_eos:
+            return "stop", None
+        if last in params.stop_token_ids:
+            return "stop", last
+    return ("length", None) if request.num_tokens >= request.max_num_tokens else None

@@ -1,4 +1,4 @@
-"""Who computes what in the next step: decided anew before every step."""
+"""Which requests compute how many tokens in the next step: decided anew before every step."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..messages import NewRequest, ScheduledRequest, StepInput
 from .block_manager import BlockManager
 from .request import Request, RequestStatus
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step's work: the requests in it and how many of its missing tokens each computes; and who had to leave."""
+    """One step: what the worker is told, the requests it is about, in the same order, and those preempted for it."""
 
+    step: StepInput
     requests: list[Request]
-    num_scheduled_tokens: list[int]
     preempted: list[Request]
 
     @property
     def total_num_scheduled_tokens(self) -> int:
-        return sum(self.num_scheduled_tokens)
+        return sum(request.num_scheduled_tokens for request in self.step.requests)
 
 
 class Scheduler:
     """Iteration-level scheduling (Orca, 2022), with vLLM's rules.
 
-    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode lacks
-    one token, a new request its whole prompt, a preempted one all that it had. Running requests come first, in order;
-    then whole requests from the head of the queue, as long as the token budget, max_num_seqs and the blocks allow.
+    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode has
+    one token to compute, a new request its whole prompt, a preempted one everything. Running requests come first, in
+    order; then whole requests from the head of the queue, while token budget, max_num_seqs and blocks allow it.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Scheduler:
         self.watermark_blocks = int(watermark * blocks.num_blocks)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.free_rows = list(reversed(range(max_num_seqs)))
         self.num_preemptions = 0
 
     @property
@@ -49,83 +51,121 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Give out this step's tokens, and the blocks they need."""
-        output = SchedulerOutput([], [], [])
+        output = SchedulerOutput(StepInput([], []), [], [])
         self._schedule_running(output)
-        if not output.preempted:  # who was short of blocks a moment ago does not invite more guests
+        if not output.preempted:  # after a preemption, admit no new requests
             self._schedule_waiting(output)
         return output
 
     def _schedule_running(self, output: SchedulerOutput) -> None:
-        """A block for each request that crosses into a new one; if there is none, the latest arrival has to leave."""
+        """Every running request computes its newest token."""
         # exercise: schedule_running
         for request in list(self.running):
-            if request in output.preempted:
-                break  # all that follow have left as well
-            while not self.blocks.allocate(request.request_id, request.num_tokens):
-                victim = self.running[-1]
-                self.preempt(victim)
-                output.preempted.append(victim)
-                if victim is request:
-                    return
-            output.requests.append(request)
-            output.num_scheduled_tokens.append(request.num_tokens - request.num_computed_tokens)
+            if request.status is RequestStatus.PREEMPTED:
+                break  # and so are all that follow
+            if self._grow_or_preempt(request, output):
+                self._add(request, request.num_new_tokens, output)
+        # exercise: end
+
+    def _grow_or_preempt(self, request: Request, output: SchedulerOutput) -> bool:
+        """Give a request the block that its newest token may need. While none is free, preempt the latest request.
+
+        False if that was the request itself.
+        """
+        # exercise: grow_or_preempt
+        while not self.blocks.grow(request.request_id, request.num_tokens):
+            victim = self.running[-1]
+            self.preempt(victim)
+            output.preempted.append(victim)
+            if victim is request:
+                return False
+        return True
         # exercise: end
 
     def _schedule_waiting(self, output: SchedulerOutput) -> None:
-        """First come, first served: if the head of the queue does not fit, nobody behind it is let past."""
+        """First come, first served: if the head of the queue does not fit, the requests behind it wait too."""
         # exercise: schedule_waiting
         budget = self.max_num_batched_tokens - output.total_num_scheduled_tokens
         while self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            num_new_tokens = request.num_tokens - request.num_computed_tokens
-            if num_new_tokens > budget or not self._admit(request):
+            if request.num_new_tokens > budget or not self._admit(request):
                 break
-            budget -= num_new_tokens
-            self.running.append(self.waiting.popleft())
-            request.status = RequestStatus.RUNNING
-            output.requests.append(request)
-            output.num_scheduled_tokens.append(num_new_tokens)
+            budget -= request.num_new_tokens
+            self._start(self.waiting.popleft(), output)
+            self._add(request, request.num_new_tokens, output)
         # exercise: end
 
     def _admit(self, request: Request) -> bool:
-        """Allocate a waiting request's blocks, unless that would leave fewer free than the watermark.
+        """Allocate a waiting request's blocks, unless that would leave fewer free blocks than the watermark.
 
-        Without it a request is let in with the last block, and the next step throws it out again. One that would run
-        alone is let in anyway: nobody is there to be disturbed.
+        Without the watermark a request is admitted into the last blocks and preempted one step later. A request that
+        would run alone is exempt: it takes nothing from others.
         """
         # exercise: admit
         num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_for(request.num_tokens)
         if self.running and num_free_after < self.watermark_blocks:
             return False
-        return self.blocks.allocate(request.request_id, request.num_tokens)
+        return self.blocks.admit(request.request_id, request.num_tokens)
         # exercise: end
 
-    def preempt(self, request: Request) -> None:
-        """Take all blocks of a running request away; it waits at the head of the queue and computes all again.
+    def _start(self, request: Request, output: SchedulerOutput) -> None:
+        """An admitted request joins the batch, and the worker is told all about it."""
+        self.running.append(request)
+        request.status, request.row = RequestStatus.RUNNING, self.free_rows.pop()
+        output.step.new_requests.append(
+            NewRequest(request.row, request.token_ids, len(request.prompt_token_ids), request.params)
+        )
 
-        Its output is kept: the tokens are known, only their keys and values are gone.
+    def _add(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
+        """The request computes its next num_tokens tokens in this step."""
+        assert request.row is not None, f"request {request.request_id} is not in the batch"
+        table = self.blocks.block_tables[request.request_id]
+        new_block_ids, request.num_sent_blocks = table[request.num_sent_blocks :], len(table)
+        output.requests.append(request)
+        output.step.requests.append(
+            ScheduledRequest(request.row, request.num_computed_tokens, num_tokens, new_block_ids)
+        )
+
+    def preempt(self, request: Request) -> None:
+        """Free all blocks of a running request and put it back at the head of the queue, to compute everything again.
+
+        It keeps its output: the tokens are known, only their keys and values are lost.
         """
         # exercise: preempt
-        self.running.remove(request)
-        self.blocks.free(request.request_id)
+        self._leave(request)
         request.num_computed_tokens = 0
-        request.status = RequestStatus.WAITING
+        request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)
         self.num_preemptions += 1
         # exercise: end
 
     def finish(self, request: Request) -> None:
-        """A running request has ended: its place and its blocks are free at once."""
-        self.running.remove(request)
-        self.blocks.free(request.request_id)
+        """A running request has ended: its row and its blocks are free at once."""
+        self._leave(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
-        """Forget requests wherever they are. Returns those that were there; one that has ended is no error."""
-        wanted, found = set(request_ids), []
-        for queue in (self.waiting, self.running):
-            for request in [request for request in queue if request.request_id in wanted]:
-                queue.remove(request)
-                self.blocks.free(request.request_id)
-                request.status = RequestStatus.FINISHED_ABORTED
-                found.append(request)
+        """Remove requests wherever they are. Returns those that were there; an unknown id is no error."""
+        wanted = set(request_ids)
+        found = [request for request in (*self.waiting, *self.running) if request.request_id in wanted]
+        for request in found:
+            if request.status is RequestStatus.RUNNING:
+                self._leave(request)
+            else:
+                self.waiting.remove(request)
+            request.status = RequestStatus.FINISHED_ABORTED
         return found
+
+    def reset(self) -> list[Request]:
+        """Remove all requests, and start with an empty pool. Returns the requests, those that ran first."""
+        requests = [*self.running, *self.waiting]
+        self.abort(request.request_id for request in requests)
+        self.blocks.reset()
+        return requests
+
+    def _leave(self, request: Request) -> None:
+        """The request gives back its row and its blocks."""
+        assert request.row is not None, f"request {request.request_id} is not in the batch"
+        self.running.remove(request)
+        self.blocks.free(request.request_id)
+        self.free_rows.append(request.row)
+        request.row, request.num_sent_blocks = None, 0

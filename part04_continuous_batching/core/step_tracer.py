@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from common.outputs import CompletionOutput
 from common.trace import RequestTrace, StepTrace, TraceWriter
 
+from ..messages import EngineCoreOutput
 from .scheduler import Scheduler, SchedulerOutput
 
-PART = "part04_continuous_batching"
+PART = __name__.partition(".")[0]
 
 
 class StepTracer:
-    """Watches the engine take its steps. Without a path it does nothing.
+    """Records each step of the engine. Without a path it does nothing.
 
     aborted: ids of requests aborted since the last step.
     """
@@ -36,11 +36,11 @@ class StepTracer:
         self._requests = [
             RequestTrace(
                 id=request.request_id,
-                num_computed=request.num_computed_tokens,
-                num_scheduled=num_tokens,
+                num_computed=share.num_computed_tokens,
+                num_scheduled=share.num_scheduled_tokens,
                 num_blocks=len(tables[request.request_id]),
             )
-            for request, num_tokens in zip(output.requests, output.num_scheduled_tokens, strict=True)
+            for request, share in zip(output.requests, output.step.requests, strict=True)
         ]
         self._preempted = [request.request_id for request in output.preempted]
 
@@ -48,7 +48,7 @@ class StepTracer:
         if self._writer is not None:
             self._times.append(self._writer.elapsed_s())
 
-    def updated(self, outputs: list[tuple[str, CompletionOutput]]) -> None:
+    def updated(self, outputs: list[EngineCoreOutput]) -> None:
         aborted, self.aborted = self.aborted, []
         if self._writer is None:
             return
@@ -68,7 +68,7 @@ class StepTracer:
                 num_blocks_free=blocks.num_free_blocks,
                 preempted=self._preempted,
                 aborted=aborted,
-                finished=[request_id for request_id, output in outputs if output.finish_reason],
+                finished=[output.request_id for output in outputs if output.finish_reason],
             )
         )
 

@@ -7,7 +7,7 @@ from ..core.scheduler import Scheduler, SchedulerOutput
 
 
 class StaticScheduler(Scheduler):
-    """Nobody joins a batch that runs; the next one is formed when its last member has ended."""
+    """No request joins a running batch; the next batch is formed when the last request of this one has ended."""
 
     def _schedule_waiting(self, output: SchedulerOutput) -> None:
         if not self.running:
@@ -16,7 +16,7 @@ class StaticScheduler(Scheduler):
 
 def use_static_batches(engine: LLMEngine) -> LLMEngine:
     """The same engine with the other scheduler. It must be idle."""
-    assert not engine.has_unfinished_requests, "the scheduler cannot be exchanged under requests"
+    assert not engine.has_unfinished_requests, "the scheduler cannot be replaced while it holds requests"
     old = engine.scheduler
     engine.scheduler = StaticScheduler(engine.blocks, old.max_num_seqs, old.max_num_batched_tokens)
     engine.tracer.scheduler = engine.scheduler

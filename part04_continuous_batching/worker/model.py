@@ -1,7 +1,7 @@
-"""The decoder of Llama, Qwen2 and Qwen3 in plain torch, over the tokens of many sequences in one flat row.
+"""The decoder of Llama, Qwen2 and Qwen3 in plain torch, over the tokens of many sequences laid end to end.
 
-A token attends to the tokens before it, which live in the KV cache. The model knows neither cache nor sequences: it
-hands each layer's queries, keys and values to `attend`, and goes on with what comes back.
+A token attends to the tokens before it, whose keys and values are in the KV cache. The model knows neither cache nor
+sequences: it passes each layer's queries, keys and values to `attend` and continues with the result.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from common.errors import FieldError
 
+from .linear import Embedding, Linear, RMSNorm
+
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 class Attend(Protocol):
-    """Attention as the caller does it: keep keys and values in the cache, let every query see its own past."""
+    """Attention as the caller does it: store keys and values in the cache, and let each query see its own past."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim], not contiguous.
@@ -28,19 +30,6 @@ class Attend(Protocol):
         h // (num_heads // num_kv_heads).
         """
         ...
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, over the last dimension, in float32 inside (Zhang and Sennrich, 2019)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: […, size]; returns the same shape and dtype."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):
@@ -106,18 +95,10 @@ def inverse_frequencies(config: Any) -> Tensor:
     return (1 - keep) * frequencies / settings["factor"] + keep * frequencies
 
 
-class MergedLinear(nn.Linear):
-    """Several projections of one input as one matrix product: outputs name → rows, in the order of the rows."""
-
-    def __init__(self, in_features: int, outputs: dict[str, int], bias: bool) -> None:
-        super().__init__(in_features, sum(outputs.values()), bias)
-        self.outputs = outputs
-
-
 class Attention(nn.Module):
-    """Grouped-query attention around `attend`: project, normalise, rotate before it, project after it.
+    """Grouped-query attention around `attend`: project, normalize and rotate before it, project after it.
 
-    Qwen2 adds a bias to queries, keys and values; Qwen3 normalises each query's and each key's head.
+    Qwen2 adds a bias to queries, keys and values; Qwen3 normalizes each head of queries and keys.
     """
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -129,8 +110,8 @@ class Attention(nn.Module):
             qkv_bias, output_bias = True, False
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         qkv_sizes = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = MergedLinear(config.hidden_size, qkv_sizes, qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, output_bias)
+        self.qkv_proj = Linear(config.hidden_size, qkv_sizes, qkv_bias)
+        self.o_proj = Linear(query_size, {"o_proj": config.hidden_size}, output_bias)
         has_norm = config.model_type == "qwen3"
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norm else nn.Identity()
@@ -150,8 +131,8 @@ class MLP(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         size, bias = config.intermediate_size, getattr(config, "mlp_bias", False)
-        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size}, bias)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias)
+        self.gate_up_proj = Linear(config.hidden_size, {"gate_proj": size, "up_proj": size}, bias)
+        self.down_proj = Linear(size, {"down_proj": config.hidden_size}, bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden_size]; returns the same shape."""
@@ -159,15 +140,20 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def make_mlp(config: Any) -> nn.Module:
+    """The feed-forward network of a layer."""
+    return MLP(config)
+
+
 class DecoderLayer(nn.Module):
-    """Attention, then the feed-forward network: each reads a normalised copy and adds to the row it came from."""
+    """Attention, then the feed-forward network: each reads a normalized copy of the hidden state and adds to it."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = make_mlp(config)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """hidden: [num_tokens, hidden_size]; cos, sin: [num_tokens, 1, head_dim / 2]. Returns the shape of hidden."""
@@ -176,9 +162,10 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """A decoder of one of FAMILIES, from a Hugging Face config; weights.py fills it.
+    """A decoder of one of FAMILIES, from a Hugging Face config; weights.py loads it.
 
-    Raises FieldError for an architecture, or a feature of one, that it does not compute.
+    num_heads, num_kv_heads: those that this model's attention computes. Raises FieldError for an architecture, or a
+    feature of one, that is not supported.
     """
 
     def __init__(self, config: Any) -> None:
@@ -186,19 +173,28 @@ class DecoderModel(nn.Module):
         check_architecture(config)
         self.config = config
         self.num_layers, self.head_dim = config.num_hidden_layers, head_dim(config)
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.rotary_embedding = RotaryEmbedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(self.num_layers))
+        layers = [DecoderLayer(config, layer) for layer in range(self.num_layers)]
+        self.layers, attention = nn.ModuleList(layers), layers[0].self_attn
+        self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         is_tied = config.tie_word_embeddings
-        self.lm_head = None if is_tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if is_tied else Linear(config.hidden_size, {"lm_head": config.vocab_size}, bias=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> str:
+        return str(self.norm.weight.device)
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Run tokens of any number of sequences, laid end to end.
 
         input_ids, positions: [num_tokens], int64; a token's position counts within its own sequence. attend is called
-        once a layer, in order. Returns the last layer's output, normalised: [num_tokens, hidden_size].
+        once a layer, in order. Returns the last layer's output, normalized: [num_tokens, hidden_size].
         """
         hidden = self.embed_tokens(input_ids)
         cos, sin = self.rotary_embedding(positions)

@@ -9,113 +9,172 @@ import torch
 from torch import Tensor
 
 from common.outputs import Logprob
+from common.sampling_params import SamplingParams
 
-from ..core.request import Request
+from .device import to_device
+from .noise import exponential_noise
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingState:
+    """How one row of logits is sampled. row: the request's in the token buffer, whose first num_tokens tokens are
+    known. The sampled token's position is num_tokens."""
+
+    params: SamplingParams
+    row: int
+    num_prompt_tokens: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobsTensors:
+    """For each row the sampled token and the k likeliest (vLLM's name).
+
+    token_ids, logprobs: [num_rows, 1 + k]; ranks: [num_rows], the sampled token's.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+
+    def tolist(self) -> list[tuple[list[int], list[float], int]]:
+        """The same in plain numbers, a tuple for each row."""
+        return list(zip(self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """One token id a request, and the log-probabilities of those that asked for them."""
+    """token_ids: [num_rows]. logprobs: of all rows, if a request asked for some."""
 
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob] | None]
+    token_ids: Tensor
+    logprobs: LogprobsTensors | None
 
 
 class Sampler:
-    """Chooses one token for each row of logits. After vLLM's Sampler: log-probabilities are the raw model's; then
-    logit_bias, penalties, min_tokens, temperature, top-k, top-p.
+    """Chooses one token for each row of logits. After vLLM's Sampler: log-probabilities are the raw model's; then come
+    logit_bias, penalties, min_tokens, temperature, top-k and top-p.
 
-    eos_token_ids: the model's end-of-sequence tokens, which min_tokens holds back.
+    The number of tensor operations does not depend on the number of rows. Nothing is read back from the device: that
+    would wait for the step before. eos_token_ids: what min_tokens holds back.
     """
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self.eos_token_ids = eos_token_ids
 
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, requests: list[Request]) -> SamplerOutput:
-        """logits: [num_requests, vocab_size], float32; they are changed."""
-        wants_logprobs = any(request.params.logprobs is not None for request in requests)
-        raw_logprobs = logits.log_softmax(dim=-1) if wants_logprobs else None
-        self._change_logits(logits, requests)
-        token_ids = self._choose(logits, requests).tolist()
-        if raw_logprobs is None:
-            return SamplerOutput(token_ids, [None] * len(requests))
-        logprobs = [
-            None if request.params.logprobs is None else top_logprobs(row, token_id, request.params.logprobs)
-            for row, token_id, request in zip(raw_logprobs, token_ids, requests, strict=True)
-        ]
-        return SamplerOutput(token_ids, logprobs)
-
-    def _change_logits(self, logits: Tensor, requests: list[Request]) -> None:
-        """What is asked for by few requests is done row by row."""
-        for row, request in zip(logits, requests, strict=True):
-            params = request.params
-            for token_id, bias in params.logit_bias:
-                row[token_id] += bias
-            if params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty:
-                apply_penalties(row, request)
-            if len(request.output_token_ids) < params.min_tokens:
-                held_back = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
-                row[list(held_back)] = -torch.inf
-
-    def _choose(self, logits: Tensor, requests: list[Request]) -> Tensor:
-        greedy = logits.argmax(dim=-1)
-        drawn_rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
-        if not drawn_rows:
-            return greedy
-        drawn = [requests[row] for row in drawn_rows]
-        greedy[drawn_rows] = draw(probabilities(logits[drawn_rows], drawn), drawn)
-        return greedy
+    def sample(self, logits: Tensor, states: Sequence[SamplingState], token_rows: Tensor) -> SamplerOutput:
+        """logits: [num_rows, vocab_size], float32; they are changed. token_rows: [max_num_seqs, max_model_len]."""
+        num_top = max((state.params.logprobs for state in states if state.params.logprobs is not None), default=None)
+        raw_logprobs = None if num_top is None else logits.log_softmax(dim=-1)
+        apply_logit_bias(logits, states)
+        apply_penalties(logits, states, token_rows)
+        hold_back_stop_tokens(logits, states, self.eos_token_ids)
+        token_ids = choose(logits, states)
+        if raw_logprobs is None or num_top is None:
+            return SamplerOutput(token_ids, None)
+        return SamplerOutput(token_ids, top_logprobs(raw_logprobs, token_ids, num_top))
 
 
-def probabilities(logits: Tensor, requests: list[Request]) -> Tensor:
-    """After temperature, top-k and top-p, not normalised again. logits: [num_requests, vocab_size]."""
+def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """A token for each row: the likeliest where the temperature is 0, else a random draw. Returns [num_rows]."""
+    token_ids = logits.argmax(dim=-1)
+    if drawn := [index for index, state in enumerate(states) if state.params.temperature > 0]:
+        indices, drawn_states = to_device(drawn, logits.device), [states[index] for index in drawn]
+        token_ids[indices] = draw(probabilities(logits[indices], drawn_states), drawn_states)
+    return token_ids
 
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device).unsqueeze(1)
 
-    vocab_size = logits.shape[-1]
-    logits = logits / column([request.params.temperature for request in requests])
-    top_k = [request.params.top_k or vocab_size for request in requests]
-    top_p = [request.params.top_p for request in requests]
+def probabilities(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """After temperature, top-k and top-p; not normalized again. logits: [num_rows, vocab_size]; so is the result."""
+    vocab_size, device = logits.shape[-1], logits.device
+    logits = logits / column([state.params.temperature for state in states], device)
+    top_k = [min(state.params.top_k or vocab_size, vocab_size) for state in states]
+    top_p = [state.params.top_p for state in states]
     if min(top_k) >= vocab_size and min(top_p) >= 1:
         return logits.softmax(dim=-1)
     ordered, order = logits.sort(dim=-1, descending=True)
-    kth = ordered.gather(1, column(top_k).long().clamp(max=vocab_size) - 1)
+    kth = ordered.gather(1, column(top_k, device) - 1)
     probs = ordered.masked_fill(ordered < kth, -torch.inf).softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # mass of the likelier tokens; 0 for the first, so it always stays
-    probs = probs.masked_fill((before >= column(top_p)) & (column(top_p) < 1), 0)
+    limit = column(top_p, device)
+    probs = probs.masked_fill((before >= limit) & (limit < 1), 0)
     return torch.zeros_like(probs).scatter_(1, order, probs)
 
 
-def draw(probs: Tensor, requests: list[Request]) -> Tensor:
+def draw(probs: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """One token a row: the largest of p / e, with e drawn from the exponential distribution, is distributed as p.
 
-    Each seeded request draws from its own generator, so its tokens do not depend on its neighbours.
+    A seeded row's noise depends on its seed and position alone, so its token does not depend on the batch.
     """
     noise = torch.empty_like(probs).exponential_()
-    for row, request in enumerate(requests):
-        if request.generator is not None:
-            noise[row].exponential_(generator=request.generator)
+    if seeded := [index for index, state in enumerate(states) if state.params.seed is not None]:
+        seeds = to_device([states[index].params.seed for index in seeded], probs.device)
+        positions = to_device([states[index].num_tokens for index in seeded], probs.device)
+        noise[to_device(seeded, probs.device)] = exponential_noise(seeds, positions, probs.shape[-1])
     return (probs / noise).argmax(dim=-1)
 
 
-def apply_penalties(logits: Tensor, request: Request) -> None:
-    """One row, in place. As in vLLM: repetition counts prompt and output, presence and frequency the output alone."""
-    params = request.params
-    seen = torch.tensor(sorted(set(request.token_ids)), device=logits.device)
-    values = logits[seen]
-    logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if request.output_token_ids:
-        counts = torch.bincount(torch.tensor(request.output_token_ids, device=logits.device), minlength=len(logits))
-        logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+def apply_logit_bias(logits: Tensor, states: Sequence[SamplingState]) -> None:
+    entries = [(index, *pair) for index, state in enumerate(states) for pair in state.params.logit_bias]
+    if entries:
+        rows, token_ids, biases = (to_device(values, logits.device) for values in zip(*entries, strict=True))
+        logits.index_put_((rows, token_ids), biases.to(logits.dtype), accumulate=True)
 
 
-def top_logprobs(row: Tensor, token_id: int, num_top: int) -> dict[int, Logprob]:
-    """The sampled token's first, then the num_top likeliest. row: [vocab_size], log-probabilities."""
-    rank = int((row > row[token_id]).sum()) + 1
-    found = {token_id: Logprob(float(row[token_id]), rank)}
-    values, ids = row.topk(num_top)
-    for position, (value, top_id) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
-        found.setdefault(top_id, Logprob(value, position))
+def apply_penalties(logits: Tensor, states: Sequence[SamplingState], token_rows: Tensor) -> None:
+    """As in vLLM: repetition counts prompt and output, presence and frequency only the output."""
+    penalized = [index for index, state in enumerate(states) if has_penalty(state.params)]
+    if not penalized:
+        return
+    chosen, device = [states[index] for index in penalized], logits.device
+    indices, num_tokens = to_device(penalized, device), column([state.num_tokens for state in chosen], device)
+    tokens = token_rows[to_device([state.row for state in chosen], device), : max(s.num_tokens for s in chosen)]
+    positions = torch.arange(tokens.shape[1], device=device)
+    is_known = positions < num_tokens
+    is_output = is_known & (positions >= column([state.num_prompt_tokens for state in chosen], device))
+    values = logits[indices]
+    seen = torch.zeros_like(values).scatter_add_(1, tokens, is_known.to(values.dtype)) > 0
+    counts = torch.zeros_like(values).scatter_add_(1, tokens, is_output.to(values.dtype))
+    repetition = column([state.params.repetition_penalty for state in chosen], device)
+    values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+    values -= column([state.params.frequency_penalty for state in chosen], device) * counts
+    values -= column([state.params.presence_penalty for state in chosen], device) * (counts > 0)
+    logits[indices] = values
+
+
+def has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def hold_back_stop_tokens(logits: Tensor, states: Sequence[SamplingState], eos_token_ids: frozenset[int]) -> None:
+    """Rows with fewer than min_tokens output tokens cannot sample a token that would end them."""
+    entries = [
+        (index, token_id)
+        for index, state in enumerate(states)
+        if state.num_tokens - state.num_prompt_tokens < state.params.min_tokens
+        for token_id in {*state.params.stop_token_ids, *(() if state.params.ignore_eos else eos_token_ids)}
+    ]
+    if entries:
+        rows, token_ids = (to_device(values, logits.device) for values in zip(*entries, strict=True))
+        logits[rows, token_ids] = -torch.inf
+
+
+def top_logprobs(logprobs: Tensor, token_ids: Tensor, num_top: int) -> LogprobsTensors:
+    """logprobs: [num_rows, vocab_size]; token_ids: [num_rows], the sampled ones."""
+    sampled = token_ids.unsqueeze(1)
+    value = logprobs.gather(1, sampled)
+    ranks = (logprobs > value).sum(dim=-1) + 1
+    values, ids = logprobs.topk(num_top, dim=-1)
+    return LogprobsTensors(torch.cat((sampled, ids), dim=1), torch.cat((value, values), dim=1), ranks)
+
+
+def to_logprobs(token_ids: list[int], logprobs: list[float], rank: int, num_top: int) -> dict[int, Logprob]:
+    """One row of LogprobsTensors as a request gets it: the sampled token's first, then the num_top likeliest."""
+    found = {token_ids[0]: Logprob(logprobs[0], rank)}
+    for index in range(1, num_top + 1):
+        found.setdefault(token_ids[index], Logprob(logprobs[index], index))
     return found
+
+
+def column(values: Sequence[float], device: torch.device) -> Tensor:
+    """[len(values), 1]"""
+    return to_device(values, device).unsqueeze(1)

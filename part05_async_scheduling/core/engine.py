@@ -1,81 +1,62 @@
-"""The engine: requests in, tokens out; the next step is launched before the last one's tokens are known."""
+"""The engine: requests in, tokens out. The next step is launched before the last one's tokens are known."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
+from common.checkpoint import resolve_checkpoint
+from common.limits import EngineLimits
+from common.outputs import Logprob
+from common.sampling_params import SamplingParams
+from common.trace import StepTrace
 
-from common.checkpoint import load_tokenizer, resolve_checkpoint
-from common.errors import FieldError
-from common.outputs import CompletionOutput, FinishReason, RequestOutput
-from common.sampling_params import SamplingParams, check_supported, check_vocabulary
-
-from ..api.output_processor import OutputProcessor, join_outputs
-from ..config import EngineConfig
-from ..messages import EngineCoreOutput, EngineLimits
-from ..worker.model_runner import ModelRunner
-from ..worker.stream import StepHandle
+from ..config import EngineConfig, resolve_config
+from ..messages import EngineCoreOutput
 from .block_manager import BlockManager
-from .request import Request
+from .executor import Executor, StepHandle
+from .request import Request, check_stop
 from .scheduler import Scheduler, SchedulerOutput
-from .step_tracer import StepRecord, StepTracer
-
-SAMPLING_FIELDS = (
-    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos", "stop",
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs",
-)  # fmt: skip
-
-
-class StepFailedError(Exception):
-    """A step raised; the cause is chained. request_ids: the requests in it. The engine can go on without them."""
-
-    def __init__(self, request_ids: list[str]) -> None:
-        super().__init__(f"a step of {len(request_ids)} requests failed")
-        self.request_ids = request_ids
+from .step_tracer import StepTracer
+from .validation import check_request
 
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """A step that was launched and has not been looked at since."""
+    """A step that was launched and whose result has not been read."""
 
     scheduled: SchedulerOutput
     handle: StepHandle
-    record: StepRecord
+    trace: StepTrace | None
 
 
 class LLMEngine:
-    """Continuous batching that runs one step ahead of what it knows.
+    """Continuous batching that runs one step ahead of its results.
 
-    add_request() queues, step() launches a forward pass and returns what the one before it brought,
-    abort_requests() takes requests out wherever they are. It knows tokens only; OutputProcessor makes text of them.
+    add_request() queues, step() launches a forward pass and returns the tokens of the one before it, abort_requests()
+    removes requests wherever they are. It knows tokens only; OutputProcessor turns them into text.
+    num_failures: failed steps since the last good one.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        assert config.device is not None, "EngineConfig chooses the device"
         checkpoint = resolve_checkpoint(config.model)
-        self.device, self.eos_token_ids = config.device, checkpoint.eos_token_ids
-        max_model_len = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
-        max_num_batched_tokens = config.max_num_batched_tokens or max(2_048, max_model_len)
-        if max_num_batched_tokens < max_model_len:
-            raise FieldError(
-                "max_num_batched_tokens",
-                f"expected at least max_model_len={max_model_len}, since a prompt is computed in one step, "
-                f"got {max_num_batched_tokens}",
-            )
-        self.runner = ModelRunner(config, checkpoint, max_model_len, max_num_batched_tokens)
-        self.blocks = BlockManager(self.runner.kv_cache.num_blocks, config.block_size)
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, max_num_batched_tokens)
-        capacity = (self.blocks.num_blocks - 1) * self.blocks.block_size
-        self.limits = EngineLimits(max_model_len, self.runner.model_config.vocab_size, capacity)
+        config = resolve_config(config, checkpoint)
+        assert config.max_model_len and config.max_num_batched_tokens, "resolve_config fills them in"
+        self.eos_token_ids = checkpoint.eos_token_ids
+        self.executor = Executor(config)
+        self.blocks = BlockManager(self.executor.num_blocks, config.block_size)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
+        self.limits = EngineLimits(
+            max_model_len=config.max_model_len, vocab_size=checkpoint.config.vocab_size,
+            num_kv_tokens=(self.blocks.num_blocks - 1) * config.block_size,
+        )  # fmt: skip
         self.tracer = StepTracer(config.trace, self.scheduler, config.model)
         self.max_steps_in_flight = 2 if config.async_scheduling else 1
         self.in_flight: deque[StepInFlight] = deque()
-        self.num_steps = 0
+        self.unfinished = set[str]()  # ids of the requests whose last output has not been returned
+        self.num_steps = self.num_failures = 0
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -84,19 +65,32 @@ class LLMEngine:
     def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Queue a request. Raises FieldError as check_request does."""
         check_request(prompt_token_ids, params, self.limits)
-        generator = None if params.seed is None else torch.Generator(self.device).manual_seed(params.seed)
+        self.unfinished.add(request_id)
         max_num_tokens = min(len(prompt_token_ids) + params.max_tokens, self.limits.max_model_len)
-        self.scheduler.add_request(Request(request_id, prompt_token_ids, params, max_num_tokens, generator))
+        self.scheduler.add_request(Request(request_id, prompt_token_ids, params, max_num_tokens))
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Forget requests and free their blocks. One that has ended is no error."""
+        """Remove requests and free their blocks. An id that is not there is no error."""
+        request_ids = list(request_ids)
+        self.unfinished.difference_update(request_ids)
         self.tracer.aborted += [request.request_id for request in self.scheduler.abort(request_ids)]
 
-    def step(self) -> list[EngineCoreOutput]:
-        """Launch a step, then wait for the one before it. Returns what that brought: nothing, the first time.
+    def fail(self, error: Exception) -> list[EngineCoreOutput]:
+        """After a step has raised: drop the steps in flight, end every request with the cause, and start with an empty
+        pool."""
+        for step in self.in_flight:
+            with contextlib.suppress(Exception):  # one cause is enough
+                step.handle.result()
+        self.in_flight.clear()
+        self.num_failures += 1
+        cause = f"{type(error).__name__}: {error}"
+        self.scheduler.reset()
+        request_ids, self.unfinished = sorted(self.unfinished), set()
+        self.tracer.aborted += request_ids
+        return [EngineCoreOutput(request_id, [], error=cause) for request_id in request_ids]
 
-        Raises StepFailedError if a step fails.
-        """
+    def step(self) -> list[EngineCoreOutput]:
+        """Launch a step, then wait for the one before it. Returns that one's tokens: none, the first time."""
         # exercise: step
         self.tracer.begin()
         scheduled = self.scheduler.schedule()
@@ -109,119 +103,32 @@ class LLMEngine:
 
     def _launch(self, scheduled: SchedulerOutput) -> StepInFlight:
         self.num_steps += 1
-        with blaming(scheduled.requests):
-            handle = self.runner.launch(scheduled, self.blocks)
+        handle = self.executor.launch(scheduled.step)
         return StepInFlight(scheduled, handle, self.tracer.launched(scheduled))
 
     def _update(self, step: StepInFlight) -> list[EngineCoreOutput]:
-        """Wait for a step and append its tokens; requests that end leave at once."""
-        requests = step.scheduled.requests
-        with blaming([request for request in requests if not request.status.is_finished]):
-            result = step.handle.result()
-            self.tracer.executed(step.record, result)
-            outputs, sampled = [], result.sampled
-            for row, (request, token_id) in enumerate(zip(requests, sampled.token_ids.tolist(), strict=True)):
-                if self._append(request, token_id):
-                    num_top, tensors = request.params.logprobs, sampled.logprobs
-                    logprobs = None if num_top is None or tensors is None else [tensors.of(row, num_top)]
-                    outputs.append(
-                        EngineCoreOutput(
-                            request.request_id, [token_id], request.finish_reason, request.stop_reason, logprobs
-                        )
-                    )
-            self.tracer.updated(step.record, outputs)
-            return outputs
-        return []  # it failed, and nobody waited for it
+        """Wait for a step and append its tokens. Requests that end leave at once."""
+        output = step.handle.result()
+        self.num_failures = 0
+        self.tracer.executed(step.trace, output)
+        results = zip(step.scheduled.requests, output.token_ids, output.logprobs, strict=True)
+        outputs = [appended for result in results if (appended := self._append(*result))]
+        self.tracer.updated(step.trace, outputs)
+        self.unfinished.difference_update(output.request_id for output in outputs if output.finish_reason)
+        return outputs
 
-    def _append(self, request: Request, token_id: int) -> bool:
-        """Put a token in its placeholder's stead. False if it came too late: the request has ended meanwhile."""
+    def _append(self, request: Request, token_id: int, logprobs: dict[int, Logprob] | None) -> EngineCoreOutput | None:
+        """Replace a placeholder by its token. None if the request has ended meanwhile: the token came too late."""
         # exercise: append
         request.num_output_placeholders -= 1
         if request.status.is_finished:
-            return False
+            return None
         request.output_token_ids.append(token_id)
         if stop := check_stop(request, self.eos_token_ids):
             request.finish(*stop)
             self.scheduler.finish(request)
-        return True
         # exercise: end
-
-
-@contextlib.contextmanager
-def blaming(requests: list[Request]) -> Iterator[None]:
-    """What fails in here is the end of these requests and of no others. If there are none, nobody is told."""
-    try:
-        yield
-    except Exception as error:
-        if requests:
-            raise StepFailedError([request.request_id for request in requests]) from error
-
-
-def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, limits: EngineLimits) -> None:
-    """Raises FieldError if the request can never be served."""
-    check_supported(params, SAMPLING_FIELDS)
-    check_vocabulary(params, limits.vocab_size)
-    num_prompt_tokens = len(prompt_token_ids)
-    if not num_prompt_tokens:
-        raise FieldError("prompt", "expected at least one token, got an empty prompt")
-    if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= limits.vocab_size:
-        raise FieldError("prompt", f"expected token ids from 0 to {limits.vocab_size - 1} (the vocabulary)")
-    if num_prompt_tokens >= limits.max_model_len:
-        limit = f"max_model_len is {limits.max_model_len} tokens"
-        raise FieldError("prompt", f"{num_prompt_tokens} tokens leave no room for an answer: {limit}")
-    num_tokens = min(num_prompt_tokens + params.max_tokens, limits.max_model_len)
-    if num_tokens - 1 > limits.num_kv_tokens:  # the last token's key and value are never stored
-        raise FieldError(
-            "prompt",
-            f"{num_prompt_tokens} tokens and an answer of up to {num_tokens - num_prompt_tokens} "
-            f"can never fit: the KV cache holds {limits.num_kv_tokens} tokens; lower max_tokens or start with more KV "
-            "blocks",
-        )
-
-
-def check_stop(request: Request, eos_token_ids: frozenset[int]) -> tuple[FinishReason, int | None] | None:
-    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
-    params, last = request.params, request.output_token_ids[-1]
-    if len(request.output_token_ids) >= params.min_tokens:
-        if last in eos_token_ids and not params.ignore_eos:
-            return "stop", None
-        if last in params.stop_token_ids:
-            return "stop", last
-    return ("length", None) if request.num_tokens >= request.max_num_tokens else None
-
-
-class LLM:
-    """The engine for programs without a server: prompts in, answers out, in order."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.engine, self.max_model_len = (engine := LLMEngine(config)), engine.limits.max_model_len
-        self.tokenizer = load_tokenizer(resolve_checkpoint(config.model))
-        self.processor = OutputProcessor(self.tokenizer)
-        self._request_ids = map(str, itertools.count())  # a step of an earlier call may still be in flight
-
-    def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[RequestOutput]:
-        """Answer all prompts. One SamplingParams serves for all, or one for each is given."""
-        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if len(all_params) != len(prompts):
-            raise FieldError("params", f"expected one, or {len(prompts)} (one for each prompt), got {len(all_params)}")
-        pieces: dict[str, list[CompletionOutput]] = {next(self._request_ids): [] for _ in prompts}
-        for prompt, each in zip(prompts, all_params, strict=True):
-            check_request(prompt, each, self.engine.limits)
-        try:
-            for request_id, prompt, each in zip(pieces, prompts, all_params, strict=True):
-                self.processor.add_request(request_id, each)
-                self.engine.add_request(request_id, list(prompt), each)
-            while self.engine.has_unfinished_requests:
-                answers, stopped = self.processor.process(self.engine.step())
-                self.engine.abort_requests(stopped)
-                for request_id, answer in answers:
-                    pieces[request_id].append(answer)
-        finally:  # a step that failed, or Ctrl-C, must not leave requests to the next call
-            self.engine.abort_requests(pieces)
-            self.processor.remove(pieces)
-        return [
-            RequestOutput(request_id, list(prompt), [join_outputs(outputs)], finished=True)
-            for (request_id, outputs), prompt in zip(pieces.items(), prompts, strict=True)
-        ]
+        return EngineCoreOutput(
+            request_id=request.request_id, token_ids=[token_id], finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason, logprobs=None if logprobs is None else [logprobs],
+        )  # fmt: skip

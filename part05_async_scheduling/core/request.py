@@ -1,47 +1,42 @@
-"""A request and where it is in its life."""
+"""A request, its status, and the rule that ends it."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
 
-import torch
-
 from common.outputs import FinishReason
 from common.sampling_params import SamplingParams
 
 
-class RequestStatus(enum.Enum):
-    """vLLM's names."""
+class RequestStatus(enum.IntEnum):
+    """vLLM's names, in its order: everything after PREEMPTED is finished."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
     FINISHED_STOPPED = enum.auto()
     FINISHED_LENGTH_CAPPED = enum.auto()
     FINISHED_ABORTED = enum.auto()
 
     @property
     def is_finished(self) -> bool:
-        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+        return self > RequestStatus.PREEMPTED
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt and the tokens generated for it so far. A seeded request draws from a generator of its own.
-
-    max_num_tokens: prompt and answer together get no longer than this.
-    num_computed_tokens: how many of its tokens, from the first on, have their keys and values in the cache once the
-    steps in flight have run. num_output_placeholders: how many tokens these steps will bring.
-    """
+    """One prompt and the tokens generated for it so far."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    max_num_tokens: int
-    generator: torch.Generator | None = None
+    max_num_tokens: int  # limit of prompt and answer together
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    num_output_placeholders: int = 0
+    num_computed_tokens: int = 0  # how many tokens have their keys and values in the cache once the steps have run
+    num_output_placeholders: int = 0  # how many tokens the steps in flight will bring
+    row: int | None = None  # the worker's row for this request while it is in the batch
+    num_sent_blocks: int = 0  # how many blocks of its block table the worker knows
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
@@ -57,10 +52,26 @@ class Request:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Tokens that there will be once the steps in flight have run."""
+        """Tokens once the steps in flight have run."""
         return self.num_tokens + self.num_output_placeholders
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that have to be computed before the next one can be sampled."""
+        return self.num_expected_tokens - self.num_computed_tokens
 
     def finish(self, finish_reason: FinishReason, stop_reason: int | None) -> None:
         stopped = finish_reason == "stop"
         self.status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
+
+
+def check_stop(request: Request, eos_token_ids: frozenset[int]) -> tuple[FinishReason, int | None] | None:
+    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
+    params, last = request.params, request.output_token_ids[-1]
+    if len(request.output_token_ids) >= params.min_tokens:
+        if last in eos_token_ids and not params.ignore_eos:
+            return "stop", None
+        if last in params.stop_token_ids:
+            return "stop", last
+    return ("length", None) if request.num_tokens >= request.max_num_tokens else None

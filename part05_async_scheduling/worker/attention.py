@@ -1,29 +1,28 @@
-"""Attention over the paged KV cache: a torch reference, and the choice between it and the Triton kernel."""
+"""Attention over the paged KV cache: a reference in torch, and the choice of a kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kv_cache import KVCache
-from .triton_attention import paged_decode
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
     """What attention has to know about a step's batch; the same for all layers.
 
-    num_decodes: so many sequences at the front have one token each and read their context from the cache; the others
-    are whole prompts, with all of their context at hand.
+    num_decodes: this many sequences at the front have one token each and read their context from the cache; the others
+    are whole prompts, whose keys and values are at hand.
     slot_mapping: [num_tokens], where each token's key and value go.
     query_start_loc: where each sequence begins in the flattened batch, and where the last ends: num_seqs + 1 numbers.
-    block_tables: [num_decodes, max_blocks] int32, padded with the null block.
-    context_lens: [num_decodes] int32, tokens of each sequence in the cache, this step's included; max_context_len is
-    the largest, known here so that nobody has to ask the device.
+    block_tables: [num_decodes, max_blocks], int32; entries past a context's end are padding.
+    context_lens: [num_decodes], int32, tokens of each sequence in the cache, this step's included.
     """
 
     num_decodes: int
@@ -31,36 +30,17 @@ class AttentionMetadata:
     query_start_loc: list[int]
     block_tables: Tensor
     context_lens: Tensor
-    max_context_len: int
-    block_size: int
-
-    @cached_property
-    def context_slots(self) -> Tensor:
-        """The slot of each position of each sequence: [num_seqs, max_context_len]; past a sequence's end slot 0.
-
-        Slot 0 is the null block's and holds zeros, so what other requests left in the cache is never read.
-        """
-        positions = torch.arange(self.max_context_len, device=self.block_tables.device)
-        blocks = self.block_tables.long()[:, positions // self.block_size]
-        return (blocks * self.block_size + positions % self.block_size) * self.context_mask
-
-    @cached_property
-    def context_mask(self) -> Tensor:
-        """Which of these positions exist: [num_seqs, max_context_len], bool."""
-        positions = torch.arange(self.max_context_len, device=self.context_lens.device)
-        return positions < self.context_lens.unsqueeze(1)
 
 
 class PagedAttention:
     """attend() for DecoderModel: writes a step's keys and values to the cache and attends to what it holds.
 
-    backend: "torch" or "triton". Prefill attends to the keys and values at hand, decode reads them through the table;
-    a batch may hold both.
+    Prefill attends to the keys and values at hand, decode reads them through the block tables; a batch may hold both.
     """
 
     def __init__(self, kv_cache: KVCache, scale: float, backend: str) -> None:
-        self.kv_cache, self.scale, self.backend = kv_cache, scale, backend
-        self._gathered = torch.empty(0)
+        self.kv_cache, self.scale = kv_cache, scale
+        self.decode = load_backend(backend, kv_cache)
 
     def attend(self, metadata: AttentionMetadata, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim].
@@ -70,57 +50,63 @@ class PagedAttention:
         self.kv_cache.store(layer, key, value, metadata.slot_mapping)
         output = torch.empty_like(query)
         if num_decodes := metadata.num_decodes:
-            output[:num_decodes] = self._decode(metadata, layer, query[:num_decodes])
+            cache, tables, lens = self.kv_cache.layer(layer), metadata.block_tables, metadata.context_lens
+            output[:num_decodes] = self.decode(query[:num_decodes], cache, tables, lens, self.scale)
         prefill_attention(query, key, value, metadata.query_start_loc[num_decodes:], self.scale, output)
         return output
-
-    def _decode(self, metadata: AttentionMetadata, layer: int, query: Tensor) -> Tensor:
-        if self.backend == "triton":
-            cache = self.kv_cache.layer(layer).transpose(1, 2)
-            return paged_decode(query, cache, metadata.block_tables, metadata.context_lens, self.scale)
-        return self._torch_decode(metadata, layer, query)
-
-    def _torch_decode(self, metadata: AttentionMetadata, layer: int, query: Tensor) -> Tensor:
-        """One query a sequence against its context, all sequences at once: gather by slots, mask what is padding."""
-        slots = metadata.context_slots
-        source = self.kv_cache.slots(layer)
-        rows = slots.numel()
-        if (
-            len(self._gathered) < rows or self._gathered.dtype != source.dtype
-        ):  # memory is faulted in once, not each layer
-            self._gathered = source.new_empty((rows, *source.shape[1:]))
-        gathered = torch.index_select(source, 0, slots.flatten(), out=self._gathered[:rows])
-        context = gathered.view(*slots.shape, *source.shape[1:])
-        return decode_attention(query, context, metadata.context_mask, self.scale)
 
 
 def prefill_attention(
     query: Tensor, key: Tensor, value: Tensor, query_start_loc: list[int], scale: float, output: Tensor
 ) -> None:
-    """Causal attention within each sequence of a flattened batch, into output. Shapes as in PagedAttention.attend."""
-    for start, end in zip(query_start_loc, query_start_loc[1:], strict=False):
+    """Causal attention within each sequence of a flattened batch. Shapes as in PagedAttention.attend.
+
+    output: has query's shape; only the rows from query_start_loc[0] on are written.
+    """
+    for start, end in pairwise(query_start_loc):
         q, k, v = (tensor[start:end].transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         output[start:end] = attended[0].transpose(0, 1)
 
 
-def decode_attention(query: Tensor, context: Tensor, context_mask: Tensor, scale: float) -> Tensor:
-    """One query for each sequence over a context of up to L tokens.
+def reference_decode(
+    query: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:
+    """What every kernel computes: one query of each sequence attends to the sequence's whole context.
 
-    query: [num_seqs, num_heads, head_dim]; context: [num_seqs, L, 2, num_kv_heads, head_dim], keys and values;
-    context_mask: [num_seqs, L], False where there is no token. Returns query's shape.
-
-    The query heads that share a KV head stand in for a row of queries, so keys and values need not be repeated.
+    query: [num_seqs, num_heads, head_dim]; kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim]; block_tables:
+    [num_seqs, max_blocks]; context_lens: [num_seqs]. Returns query's shape. Slow: a loop over the sequences.
     """
-    num_seqs, num_heads, head_dim = query.shape
-    key, value = (context[:, :, i].transpose(1, 2) for i in (0, 1))  # [num_seqs, num_kv_heads, L, head_dim]
-    grouped = query.view(num_seqs, key.shape[1], -1, head_dim)
-    mask = context_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale).reshape(query.shape)
+    block_size, num_kv_heads = kv_cache.shape[1], kv_cache.shape[3]
+    output = torch.empty_like(query)
+    for seq, context_len in enumerate(context_lens.tolist()):
+        block_ids = block_tables[seq, : -(-context_len // block_size)].long()
+        key, value = kv_cache[block_ids].flatten(0, 1)[:context_len].unbind(1)  # [context_len, num_kv_heads, head_dim]
+        grouped = query[seq].unflatten(0, (num_kv_heads, -1))  # the query heads that share a KV head
+        weights = torch.einsum("kgd,lkd->kgl", grouped, key).mul(scale).softmax(dim=-1)
+        output[seq] = torch.einsum("kgl,lkd->kgd", weights, value).flatten(0, 1)
+    return output
 
 
-def choose_backend(name: str, device: str) -> str:
-    """auto: Triton on a GPU, torch elsewhere."""
+def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
+    """The function that computes attention, compiled and ready. Only what is used gets imported."""
+    if name == "torch":
+        return reference_decode
+    if name == "triton":
+        from .triton_attention import paged_decode as triton_decode
+
+        return triton_decode
+    from .cpu_attention import paged_decode as cpu_decode
+    from .cpu_attention import warm_up
+
+    warm_up(kv_cache.data.dtype)
+    return cpu_decode
+
+
+def choose_backend(name: str, device: str, dtype: torch.dtype) -> str:
+    """auto: Triton on a GPU, Numba on a CPU, except for float16, which it does not have."""
     if name != "auto":
         return name
-    return "triton" if device.startswith("cuda") else "torch"
+    if device.startswith("cuda"):
+        return "triton"
+    return "torch" if dtype == torch.float16 else "numba"

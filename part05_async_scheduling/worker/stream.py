@@ -1,78 +1,73 @@
-"""The model's side of the engine: steps run there one after the other, while the scheduler goes on here."""
+"""The model's side of the engine: steps run there one after the other while the scheduler goes on."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from ..messages import StepOutput
 from .sampler import SamplerOutput
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step sampled, on the CPU, and when (time.perf_counter) the device began with it and was done."""
-
-    sampled: SamplerOutput
-    start_s: float
-    end_s: float
+Work = Callable[[], SamplerOutput]
+Finish = Callable[[SamplerOutput], StepOutput]
 
 
 class StepHandle(Protocol):
     """A step that was launched."""
 
-    def result(self) -> StepResult:
+    def result(self) -> StepOutput:
         """Wait for it. Raises what the step raised."""
         ...
 
 
 class Stream(Protocol):
-    """Where steps run: in the order in which they were launched, one at a time."""
+    """Where steps run: one at a time, in the order in which they were launched."""
 
-    def launch(self, work: Callable[[], SamplerOutput]) -> StepHandle:
-        """Returns at once, before the work is done."""
+    def launch(self, work: Work, finish: Finish) -> StepHandle:
+        """Returns at once, before the work is done. finish: makes plain data of what the work returns."""
         ...
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """Have something else done on the model's side, after what was launched before, and wait for it."""
+        """Run something else there, after everything that was launched before, and wait for it."""
         ...
 
 
 class ThreadStream:
-    """A CPU's stand-in for a CUDA stream: a thread that takes work from a queue. torch lets others run meanwhile.
+    """A CPU's stand-in for a CUDA stream: a thread that takes work from a queue. torch releases the GIL meanwhile.
 
-    All that computes belongs on it, loading included: OpenMP keeps helpers for each thread that has used any, and with
-    more of them than cores they no longer spin but sleep between two operations, which makes a small step take thrice
-    as long.
+    Everything that computes runs on it, loading included. OpenMP keeps a worker pool per calling thread; with more
+    workers than cores they sleep instead of spinning, and a small step takes three times as long.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
-    def launch(self, work: Callable[[], SamplerOutput]) -> Future[StepResult]:
-        return self._thread.submit(self._run, work)
+    def launch(self, work: Work, finish: Finish) -> Future[StepOutput]:
+        return self._thread.submit(self._run, work, finish)
 
     def run(self, call: Callable[[], Result]) -> Result:
         return self._thread.submit(call).result()
 
     @staticmethod
-    def _run(work: Callable[[], SamplerOutput]) -> StepResult:
+    def _run(work: Work, finish: Finish) -> StepOutput:
         start_s = time.perf_counter()
-        sampled = work()
-        return StepResult(sampled, start_s, time.perf_counter())
+        output = finish(work())
+        output.start_s, output.end_s = start_s, time.perf_counter()
+        return output
 
 
 class CudaStream:
-    """Work is put on the device's stream and its result copied to pinned memory; an event tells when it has arrived.
+    """Work goes to the device's current stream, its result to pinned memory; an event says when it has arrived.
 
-    It is the stream on which a step's numbers were uploaded. On another one the work would not wait for them, and
-    their memory could go to the next step while this one still reads it.
+    It is the stream on which a step's inputs are copied. On another one the work would not wait for them, and their
+    memory could be reused for the next step while this one still reads it.
     """
 
     def __init__(self, device: str) -> None:
@@ -82,12 +77,12 @@ class CudaStream:
         self._began.synchronize()
         self._began_s = time.perf_counter()
 
-    def launch(self, work: Callable[[], SamplerOutput]) -> CudaHandle:
+    def launch(self, work: Work, finish: Finish) -> CudaHandle:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(self._stream)
-        sampled = work().to_cpu()
+        sampled = to_cpu(work())
         end.record(self._stream)
-        return CudaHandle(sampled, start, end, self._began, self._began_s)
+        return CudaHandle(sampled, finish, start, end, self._began, self._began_s)
 
     def run(self, call: Callable[[], Result]) -> Result:
         return call()
@@ -95,18 +90,30 @@ class CudaStream:
 
 @dataclass(frozen=True, slots=True)
 class CudaHandle:
-    """sampled: tensors in pinned memory, complete once the event `end` has come."""
+    """sampled: tensors in pinned memory, complete after the event `end`."""
 
     sampled: SamplerOutput
+    finish: Finish
     start: torch.cuda.Event
     end: torch.cuda.Event
     began: torch.cuda.Event
     began_s: float
 
-    def result(self) -> StepResult:
+    def result(self) -> StepOutput:
         self.end.synchronize()
-        start_s, end_s = (self.began_s + self.began.elapsed_time(event) / 1e3 for event in (self.start, self.end))
-        return StepResult(self.sampled, start_s, end_s)
+        output = self.finish(self.sampled)
+        times = (self.began_s + self.began.elapsed_time(event) / 1e3 for event in (self.start, self.end))
+        output.start_s, output.end_s = times
+        return output
+
+
+def to_cpu(value: Any) -> Any:
+    """Begin to copy a tensor, or all tensors of a dataclass, to pinned memory; an event says when they are complete."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", non_blocking=True)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{spec.name: to_cpu(getattr(value, spec.name)) for spec in fields(value)})
 
 
 def make_stream(device: str) -> Stream:

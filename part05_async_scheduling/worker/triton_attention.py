@@ -21,7 +21,7 @@ MIN_DOT_SIZE = 16  # no side of a tl.dot may be shorter
 def paged_decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float) -> Tensor:
     """Attention of one new token a sequence over its cached context (PagedAttention: Kwon et al., 2023).
 
-    query: [num_seqs, num_heads, head_dim]. kv_cache: [num_blocks, 2, block_size, num_kv_heads, head_dim] of one layer,
+    query: [num_seqs, num_heads, head_dim]. kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim] of one layer,
     keys at 0 and values at 1, in any memory order that keeps a head's numbers side by side. block_tables: [num_seqs,
     max_blocks], int32; entries past a context's end are not read. context_lens: [num_seqs], int32, at least 1, the new
     token included. Returns [num_seqs, num_heads, head_dim] in query's dtype; sums are kept in float32.
@@ -30,7 +30,7 @@ def paged_decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, context_
     if triton is None:
         raise RuntimeError("paged_decode needs the package triton, which is not installed (Linux: pip install triton)")
     num_seqs, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = kv_cache.shape[2:4]
+    block_size, num_kv_heads = kv_cache.shape[1], kv_cache.shape[3]
     assert num_heads % num_kv_heads == 0, f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly"
     assert kv_cache.stride(4) == block_tables.stride(1) == context_lens.stride(0) == 1, "rows must be contiguous"
     query, output = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -55,7 +55,7 @@ def _jit(kernel: Callable[..., None]) -> Any:
 @_jit
 def _paged_decode_kernel(
     query_ptr, kv_cache_ptr, block_tables_ptr, context_lens_ptr, output_ptr, scale,
-    block_stride, value_stride, token_stride, kv_head_stride, table_stride,
+    block_stride, token_stride, value_stride, kv_head_stride, table_stride,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr,
     PADDED_GROUP_SIZE: tl.constexpr, PADDED_HEAD_DIM: tl.constexpr,
 ):  # fmt: skip

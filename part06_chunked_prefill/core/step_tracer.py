@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 from common.trace import RequestTrace, StepTrace, TraceWriter
 
-from ..messages import EngineCoreOutput
-from ..worker.stream import StepResult
+from ..messages import EngineCoreOutput, StepOutput
 from .scheduler import Scheduler, SchedulerOutput
 
-PART = "part06_chunked_prefill"
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """What is known of a step that is not over. Times are time.perf_counter's."""
-
-    number: int = 0
-    requests: list[RequestTrace] = field(default_factory=list)
-    num_waiting: int = 0
-    preempted: list[str] = field(default_factory=list)
-    began_s: float = 0.0
-    launched_s: float = 0.0
-    executed_s: float = 0.0
-    forward: StepResult | None = None
+PART = __name__.partition(".")[0]
 
 
 class StepTracer:
-    """Watches the engine take its steps, of which two may be under way. Without a path it does nothing.
+    """Records each step of the engine, of which two may be in flight. Without a path it does nothing.
 
     aborted: ids of requests aborted since the last step that was written.
     """
@@ -38,67 +22,58 @@ class StepTracer:
         self.scheduler, self.aborted = scheduler, list[str]()
         self._writer = None if path is None else TraceWriter(path, part=PART, model=model)
         self._zero_s = 0.0 if self._writer is None else time.perf_counter() - self._writer.elapsed_s()
-        self._began_s = 0.0
+        self._start_s = 0.0
         self._num_steps = 0
 
     def begin(self) -> None:
-        self._began_s = time.perf_counter()
+        self._start_s = self._now_s()
 
-    def launched(self, output: SchedulerOutput) -> StepRecord:
-        """A step was launched a moment ago."""
+    def launched(self, output: SchedulerOutput) -> StepTrace | None:
+        """A step was just launched. Returns its trace, which the later calls complete."""
         if self._writer is None:
-            return StepRecord()
-        launched_s, self._num_steps = time.perf_counter(), self._num_steps + 1
+            return None
+        self._num_steps += 1
         tables = self.scheduler.blocks.block_tables
-        counts = (output.num_computed_tokens, output.num_scheduled_tokens, output.num_sampled_tokens)
         requests = [
             RequestTrace(
                 id=request.request_id,
-                num_computed=num_computed,
-                num_scheduled=num_scheduled,
+                num_computed=share.num_computed_tokens,
+                num_scheduled=share.num_scheduled_tokens,
                 num_blocks=len(tables[request.request_id]),
-                num_sampled=num_sampled,
+                num_sampled=int(share.is_sampled),
             )
-            for request, num_computed, num_scheduled, num_sampled in zip(output.requests, *counts, strict=True)
+            for request, share in zip(output.requests, output.step.requests, strict=True)
         ]
-        preempted = [request.request_id for request in output.preempted]
-        num_waiting = len(self.scheduler.waiting)
-        return StepRecord(self._num_steps, requests, num_waiting, preempted, self._began_s, launched_s)
+        return StepTrace(
+            step=self._num_steps, start_s=self._start_s, schedule_s=self._now_s() - self._start_s, execute_s=0.0,
+            update_s=0.0, num_running=len(requests), num_waiting=len(self.scheduler.waiting), requests=requests,
+            num_blocks_total=self.scheduler.blocks.num_blocks - 1, num_blocks_free=0,
+            preempted=[request.request_id for request in output.preempted],
+        )  # fmt: skip
 
-    def executed(self, record: StepRecord, result: StepResult) -> None:
-        """The step's results are there."""
-        if self._writer is not None:
-            record.executed_s, record.forward = time.perf_counter(), result
+    def executed(self, trace: StepTrace | None, output: StepOutput) -> None:
+        """The step's results have arrived."""
+        if trace is not None:
+            trace.execute_s = self._now_s() - trace.end_s
+            trace.forward_start_s, trace.forward_s = output.start_s - self._zero_s, output.end_s - output.start_s
 
-    def updated(self, record: StepRecord, outputs: list[EngineCoreOutput]) -> None:
+    def updated(self, trace: StepTrace | None, outputs: list[EngineCoreOutput]) -> None:
         """The step is over."""
         aborted, self.aborted = self.aborted, []
-        if self._writer is None or record.forward is None:
+        if trace is None or self._writer is None:
             return
-        blocks, delivered = self.scheduler.blocks, {output.request_id for output in outputs}
-        self._writer.write(
-            StepTrace(
-                step=record.number,
-                start_s=record.began_s - self._zero_s,
-                schedule_s=record.launched_s - record.began_s,
-                execute_s=record.executed_s - record.launched_s,
-                update_s=time.perf_counter() - record.executed_s,
-                num_running=len(record.requests),
-                num_waiting=record.num_waiting,
-                requests=record.requests,
-                num_blocks_total=blocks.num_blocks - 1,
-                num_blocks_free=blocks.num_free_blocks,
-                preempted=record.preempted,
-                aborted=aborted,
-                finished=[output.request_id for output in outputs if output.finish_reason],
-                forward_start_s=record.forward.start_s - self._zero_s,
-                forward_s=record.forward.end_s - record.forward.start_s,
-                discarded=[r.id for r in record.requests if r.num_sampled and r.id not in delivered],
-            )
-        )
+        trace.update_s = self._now_s() - trace.end_s
+        trace.num_blocks_free = self.scheduler.blocks.num_free_blocks
+        delivered = {output.request_id for output in outputs}
+        trace.aborted, trace.finished = aborted, [output.request_id for output in outputs if output.finish_reason]
+        trace.discarded = [r.id for r in trace.requests if r.num_sampled and r.id not in delivered]
+        self._writer.write(trace)
 
     def close(self) -> None:
         """Write what is left. Nothing is traced afterwards."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _now_s(self) -> float:
+        return time.perf_counter() - self._zero_s

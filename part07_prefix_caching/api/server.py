@@ -1,4 +1,4 @@
-"""OpenAI's API over the engine: the app itself is common's from here on."""
+"""OpenAI's API over the engine. From part 3 on the app itself is common's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from common.errors import openai_error
 from common.openai_app import AppOptions
 from common.openai_app import create_app as create_openai_app
 from common.openai_app.guards import check_api_key
+from common.serve import ServerConfig
 
-from ..config import EngineConfig
 from .async_engine import AsyncLLM
 
 
-def create_app(engine: AsyncLLM, config: EngineConfig) -> FastAPI:
-    """The engine's process ends with the app. Beside OpenAI's API there is POST /reset_prefix_cache, as in vLLM."""
+def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
+    """The engine starts and ends with the app. Beside OpenAI's API there is POST /reset_prefix_cache, as in vLLM."""
     app = create_openai_app(engine, AppOptions(api_key=config.api_key))
 
     async def reset_prefix_cache(request: Request) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: requests come over one socket, tokens go out over another."""
+"""The engine in a process of its own: requests arrive on one socket, tokens leave on another."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..config import EngineConfig
 from ..messages import (
     AbortRequests,
     AddRequest,
+    EngineCoreDead,
     EngineCoreOutput,
     EngineCoreOutputs,
     PrefixCacheReset,
@@ -30,22 +31,22 @@ from ..messages import (
     decode_to_core,
     encode,
 )
-from .engine import LLMEngine, StepFailedError
+from .engine import LLMEngine
 
-LAST_WORDS_MS = 1_000  # how long messages that were not delivered hold up the end
+LINGER_MS = 1_000  # how long undelivered messages hold up the end of the process
 
 
 class EngineCore:
-    """The loop: hear what is new, take a step, tell what it brought (vLLM's EngineCoreProc.run_busy_loop).
+    """The busy loop: receive messages, take a step, send its outputs (vLLM's EngineCoreProc.run_busy_loop).
 
-    It waits for a message only when there is nothing to do.
+    It waits for a message only when the engine is idle.
     """
 
     def __init__(self, engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
         self.engine, self.requests, self.outputs = engine, requests, outputs
 
     def run(self) -> None:
-        """Never returns; SIGTERM raises SystemExit."""
+        """Never returns. SIGTERM raises SystemExit, and the second of two failing steps what it raised."""
         while True:
             refused = [output for message in self.receive() if (output := self.handle(message))]
             outputs = refused + self.step()
@@ -53,7 +54,7 @@ class EngineCore:
                 self.outputs.send(encode(EngineCoreOutputs(outputs, self.stats())))
 
     def receive(self) -> list[ToCore]:
-        """What has come; if the engine is idle, wait for it."""
+        """The messages that have arrived; if the engine is idle, wait for one."""
         messages = [] if self.engine.has_unfinished_requests else [decode_to_core(self.requests.recv())]
         with contextlib.suppress(zmq.Again):
             while True:
@@ -61,7 +62,7 @@ class EngineCore:
         return messages
 
     def handle(self, message: ToCore) -> EngineCoreOutput | None:
-        """Returns an output for a request that cannot be taken."""
+        """Returns an output for a request that is refused."""
         match message:
             case AddRequest():
                 try:
@@ -75,13 +76,16 @@ class EngineCore:
         return None
 
     def step(self) -> list[EngineCoreOutput]:
-        """One step. If it fails, so do the requests in it, with its cause; the others go on."""
+        """One step. If it fails, so do all requests in the engine; if the next one fails too, the core ends."""
         try:
             return self.engine.step()
-        except StepFailedError as failure:
-            self.engine.abort_requests(failure.request_ids)
-            cause = f"{type(failure.__cause__).__name__}: {failure.__cause__}"
-            return [EngineCoreOutput(request_id, [], error=cause) for request_id in failure.request_ids]
+        except Exception as error:
+            outputs = self.engine.fail(error)
+            if self.engine.num_failures > 1:
+                cause = f"two steps in a row failed, the second with {type(error).__name__}: {error}"
+                self.outputs.send(encode(EngineCoreDead(cause)))
+                raise
+            return outputs
 
     def stats(self) -> dict[str, float]:
         """Gauges for /metrics."""
@@ -97,8 +101,8 @@ class EngineCore:
 
 
 def run_engine_core(directory: str) -> None:
-    """The process's main function: serve the sockets in a directory until SIGTERM, or until the parent has ended."""
-    os.setsid()  # Ctrl-C is for the API process, which still has answers to finish
+    """The process's main function: serve the sockets in a directory until SIGTERM or the parent's end."""
+    os.setsid()  # so that Ctrl-C reaches only the API process, which has open requests to finish
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=_end_with_parent, args=(directory,), name="parent-watch", daemon=True).start()
     context = zmq.Context()
@@ -110,8 +114,8 @@ def run_engine_core(directory: str) -> None:
         assert isinstance(start, Start), f"expected Start first, got {start}"
         _serve(start.config, requests, outputs)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows comes to its end by itself
-        context.destroy(linger=LAST_WORDS_MS)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rest takes no longer than LINGER_MS
+        context.destroy(linger=LINGER_MS)
 
 
 def _serve(config: EngineConfig, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
@@ -123,7 +127,7 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], outputs: zmq.Socke
     else:
         _run(engine, requests, outputs)
         return
-    outputs.send(encode(failed))  # half an engine is gone by now: the answer is SIGTERM, which should not meet it dying
+    outputs.send(encode(failed))  # after the half-built engine is gone, since the API process answers with SIGTERM
 
 
 def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
@@ -135,7 +139,7 @@ def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[byt
 
 
 def _end_with_parent(directory: str) -> None:
-    """However the parent ends, also by SIGKILL: nobody is left to serve, nor to remove the sockets' directory."""
+    """End when the parent ends, also by SIGKILL, and remove the sockets' directory, which it cannot do any more."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "run_engine_core is started by multiprocessing"
     parent.join()

@@ -1,4 +1,4 @@
-"""The free KV blocks, in the order in which they are used again."""
+"""The free KV blocks, in the order in which they are reused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class KVBlock:
-    """A block of the pool. ref_count: how many block tables it is in. block_hash: None if it cannot be found.
+    """A block of the pool. ref_count: its leases. block_hash: under which it is found, or None.
 
-    previous, next: its neighbours in the free queue, None while it is not there.
+    previous, next: its neighbors in the free queue, None while it is in use.
     """
 
     block_id: int
@@ -23,12 +23,12 @@ class KVBlock:
 class FreeBlockQueue:
     """A doubly linked list whose links are in the blocks themselves (vLLM's FreeKVCacheBlockQueue).
 
-    A cached block is taken out of the middle when somebody finds it, which a deque could only do by looking at all.
-    The front is used again next.
+    A cached block that is found again leaves from the middle, which a deque could only do by searching. The first block
+    is reused next.
     """
 
     def __init__(self, blocks: Iterable[KVBlock]) -> None:
-        self._head, self._tail = KVBlock(-1), KVBlock(-1)  # so that every block has two neighbours
+        self._head, self._tail = KVBlock(-1), KVBlock(-1)  # so that every block has two neighbors
         self._head.next, self._tail.previous = self._tail, self._head
         self._num_blocks = 0
         for block in blocks:
@@ -51,10 +51,11 @@ class FreeBlockQueue:
         assert self._head.next is not None
         self._link(self._head, block, self._head.next)
 
-    def popleft(self) -> KVBlock:
+    @property
+    def first(self) -> KVBlock:
+        """The block that has been free for the longest time."""
         block = self._head.next
         assert block is not None and block is not self._tail, "no block is free"
-        self.remove(block)
         return block
 
     def remove(self, block: KVBlock) -> None:

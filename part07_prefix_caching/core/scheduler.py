@@ -1,4 +1,4 @@
-"""Who computes what in the next step: decided anew before every step."""
+"""Which requests compute how many tokens in the next step: decided anew before every step."""
 
 from __future__ import annotations
 
@@ -6,75 +6,47 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .block_manager import BlockManager, RegisteredBlock
+from ..messages import NewRequest, ScheduledRequest, StepInput
+from .block_manager import BlockManager
 from .free_queue import KVBlock
 from .request import Request, RequestStatus
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step's work: the requests in it, how many tokens each had computed before and how many it computes now.
+    """One step: what the worker is told, the requests it is about, in the same order, and those preempted for it."""
 
-    Decodes come first. num_sampled_tokens: 1 for a request whose last known token is in the step, 0 for a chunk that
-    ends before it. preempted: who had to leave for want of blocks. left: ids of all that stopped running, for whatever
-    reason, since the step before; what a runner keeps for them can go. registered: blocks that others may find from now
-    on, though only this step writes them.
-    """
-
+    step: StepInput
     requests: list[Request]
-    num_computed_tokens: list[int]
-    num_scheduled_tokens: list[int]
-    num_sampled_tokens: list[int]
-    num_cached_tokens: list[int]
     preempted: list[Request]
-    left: list[str]
-    registered: list[RegisteredBlock]
 
-    def add(self, request: Request, num_tokens: int, num_cached: int = 0) -> None:
-        """The request computes some of what it lacks. What the step will bring is counted on from here on.
-
-        num_cached: how many of the tokens before were found in the cache a moment ago.
-        """
-        self.requests.append(request)
-        self.num_computed_tokens.append(request.num_computed_tokens)
-        self.num_scheduled_tokens.append(num_tokens)
-        self.num_cached_tokens.append(num_cached)
-        request.num_computed_tokens += num_tokens
-        is_complete = request.num_computed_tokens == request.num_expected_tokens
-        self.num_sampled_tokens.append(int(is_complete))
-        request.num_output_placeholders += is_complete
+    @property
+    def total_num_scheduled_tokens(self) -> int:
+        return sum(request.num_scheduled_tokens for request in self.step.requests)
 
     @property
     def sampled_requests(self) -> list[Request]:
         """Those that get a token from this step."""
-        return [request for request, n in zip(self.requests, self.num_sampled_tokens, strict=True) if n]
-
-    @property
-    def total_num_scheduled_tokens(self) -> int:
-        return sum(self.num_scheduled_tokens)
+        pairs = zip(self.requests, self.step.requests, strict=True)
+        return [request for request, share in pairs if share.is_sampled]
 
 
 class Scheduler:
     """Iteration-level scheduling (Orca, 2022), with vLLM's rules.
 
-    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode lacks
-    one token, a new request its whole prompt, a preempted one all that it had. One budget of tokens a step serves all:
-    first every request that lacks one token, then chunks of those that lack more, in order, then new ones from the head
-    of the queue, as long as max_num_seqs and the blocks allow (Sarathi-Serve, 2024).
+    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode has
+    one token to compute, a new request its whole prompt, a preempted one everything. All share the step's token budget:
+    first all decodes, then chunks of the prompts that have begun, then new requests from the head of the queue, while
+    max_num_seqs and blocks allow it (Sarathi-Serve, 2024).
 
-    A step may be scheduled while the one before still runs: its tokens are not known, but their number is.
+    A step may be scheduled while the one before still runs: its tokens are unknown, but their number is known.
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        *,
-        enable_chunked_prefill: bool = True,
-        long_prefill_token_threshold: int = 0,
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, *,
+        enable_chunked_prefill: bool = True, long_prefill_token_threshold: int = 0,
         watermark: float = 0.01,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert max_num_batched_tokens >= max_num_seqs, "a step must have room for a token of each request"
         self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
@@ -82,9 +54,9 @@ class Scheduler:
         self.watermark_blocks = int(watermark * blocks.num_blocks)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.free_rows = list(reversed(range(max_num_seqs)))
         self.num_preemptions = 0
         self.num_queried_tokens = self.num_hit_tokens = 0
-        self._left: list[str] = []
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -95,135 +67,153 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Give out this step's tokens, and the blocks they need."""
-        output = SchedulerOutput([], [], [], [], [], [], self._left, [])
+        output = SchedulerOutput(StepInput([], []), [], [])
         self._schedule_running(output)
-        if not output.preempted:  # who was short of blocks a moment ago does not invite more guests
+        if not output.preempted:  # after a preemption, admit no new requests
             self._schedule_waiting(output)
-        if output.requests:  # else no step is made of it, and nobody would be told
-            self._left = []
         return output
 
     def _schedule_running(self, output: SchedulerOutput) -> None:
-        """A token, and a block if need be, for each that lacks one; if there is no block, the latest has to leave.
-
-        What they leave of the budget goes to chunks, which have their blocks already.
-        """
-        chunked = []
+        """A token for every decode; then chunks, whose blocks were allocated at admission, for what is left."""
+        prefills = []
         for request in list(self.running):
-            if request in output.preempted:
-                break  # all that follow have left as well
+            if request.status is RequestStatus.PREEMPTED:
+                break  # and so are all that follow
             if request.num_expected_tokens >= request.max_num_tokens:
                 continue  # a step in flight brings its last token
-            if request.num_missing_tokens > 1:
-                chunked.append(request)
-                continue
-            while not self.blocks.allocate(request.request_id, request.num_expected_tokens):
-                victim = self.running[-1]
-                self.preempt(victim)
-                output.preempted.append(victim)
-                if victim is request:
-                    break
-            else:
+            if request.num_new_tokens > 1:
+                prefills.append(request)
+            elif self._grow_or_preempt(request, output):
                 self._add(request, 1, output)
-        for request in chunked:
-            num_tokens = self._chunk_size(request.num_missing_tokens, output)
-            if num_tokens and request not in output.preempted:
+        for request in prefills:  # none was preempted: a decode preempts itself before a request that is ahead of it
+            if num_tokens := self._chunk_size(request.num_new_tokens, output):
                 self._add(request, num_tokens, output)
 
+    def _grow_or_preempt(self, request: Request, output: SchedulerOutput) -> bool:
+        """Give a request the block that its newest token may need. While none is free, preempt the latest request.
+
+        False if that was the request itself.
+        """
+        while not self.blocks.grow(request.request_id, request.num_expected_tokens):
+            victim = self.running[-1]
+            self.preempt(victim)
+            output.preempted.append(victim)
+            if victim is request:
+                return False
+        return True
+
     def _schedule_waiting(self, output: SchedulerOutput) -> None:
-        """First come, first served: if the head of the queue does not fit, nobody behind it is let past."""
+        """First come, first served: if the head of the queue does not fit, the requests behind it wait too."""
         while self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
+            if request.num_output_placeholders:
+                break  # it was preempted, and a step in flight brings it a token first
             cached = self.blocks.find_cached(request)
-            num_cached = len(cached) * self.blocks.block_size
-            num_tokens = self._chunk_size(request.num_tokens - num_cached, output)
-            if request.num_output_placeholders or num_tokens == 0 or not self._admit(request, cached):
-                break  # the first: it was preempted, and a step in flight brings it a token before it can go on
-            self.running.append(self.waiting.popleft())
-            request.status = RequestStatus.RUNNING
-            request.num_computed_tokens = num_cached
-            if request.num_cached_tokens is None:  # what a preempted one finds of its own is no hit
-                request.num_cached_tokens = num_cached
-                self.num_queried_tokens += request.num_tokens
-                self.num_hit_tokens += num_cached
-            self._add(request, num_tokens, output, num_cached)
+            num_cached_tokens = len(cached) * self.blocks.block_size
+            num_tokens = self._chunk_size(request.num_tokens - num_cached_tokens, output)
+            if not num_tokens or not self._admit(request, cached):
+                break
+            self._start(self.waiting.popleft(), num_cached_tokens, output)
+            self._add(request, num_tokens, output)
 
-    def _add(self, request: Request, num_tokens: int, output: SchedulerOutput, num_cached: int = 0) -> None:
-        """Note what a request computes, and let others find the blocks that get full by it.
-
-        Also those of this very step: every layer writes all keys and values before it reads any.
-        """
-        output.add(request, num_tokens, num_cached)
-        num_known = min(request.num_computed_tokens, request.num_tokens)
-        output.registered.extend(self.blocks.register(request, num_known))
-
-    def _chunk_size(self, num_missing: int, output: SchedulerOutput) -> int:
-        """How many of its missing tokens a request may compute in this step; 0 if there is no room for it."""
+    def _chunk_size(self, num_new_tokens: int, output: SchedulerOutput) -> int:
+        """How many of its new tokens a request may compute in this step; 0 if there is no room for it."""
         budget = self.max_num_batched_tokens - output.total_num_scheduled_tokens
         if not self.enable_chunked_prefill:
-            return num_missing if num_missing <= budget else 0
-        return min(num_missing, budget, self.long_prefill_token_threshold or num_missing)
+            return num_new_tokens if num_new_tokens <= budget else 0
+        return min(num_new_tokens, budget, self.long_prefill_token_threshold or num_new_tokens)
 
     def _admit(self, request: Request, cached: list[KVBlock]) -> bool:
-        """Allocate a waiting request's blocks, unless that would leave fewer free than the watermark.
+        """Allocate a waiting request's blocks, unless that would leave fewer free blocks than the watermark.
 
-        It gets blocks for all its tokens, though the step may compute only some: a prompt that is let in with its first
-        chunk alone would find the pool full half-way. Without the watermark it is let in with the last block, and the
-        next step throws it out again. One that would run alone is let in anyway: nobody is there to be disturbed.
+        It gets blocks for all its tokens, though the step may compute only some: a prompt admitted with the blocks of
+        its first chunk would find the pool full half-way. Without the watermark a request is admitted into the last
+        blocks and preempted one step later. A request that would run alone is exempt: it takes nothing from others.
         """
         num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_needed(request.num_tokens, cached)
         if self.running and num_free_after < self.watermark_blocks:
             return False
-        return self.blocks.allocate(request.request_id, request.num_tokens, cached)
+        return self.blocks.admit(request.request_id, request.num_tokens, cached)
+
+    def _start(self, request: Request, num_cached_tokens: int, output: SchedulerOutput) -> None:
+        """An admitted request joins the batch, and the worker is told all about it."""
+        self.running.append(request)
+        request.num_computed_tokens = num_cached_tokens
+        if request.num_cached_tokens is None:  # a preempted request that finds its own blocks is no hit
+            request.num_cached_tokens = num_cached_tokens
+            self.num_queried_tokens += request.num_tokens
+            self.num_hit_tokens += num_cached_tokens
+        request.status, request.row = RequestStatus.RUNNING, self.free_rows.pop()
+        output.step.new_requests.append(
+            NewRequest(request.row, request.token_ids, len(request.prompt_token_ids), request.params)
+        )
+
+    def _add(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
+        """The request computes its next num_tokens tokens in this step. From here on, its result is counted on.
+
+        Blocks that become full by it can be found at once, even by other requests of this step: every layer writes all
+        keys and values before it reads any.
+        """
+        is_sampled = num_tokens == request.num_new_tokens
+        assert request.row is not None, f"request {request.request_id} is not in the batch"
+        table = self.blocks.block_tables[request.request_id]
+        new_block_ids, request.num_sent_blocks = table[request.num_sent_blocks :], len(table)
+        output.requests.append(request)
+        output.step.requests.append(
+            ScheduledRequest(request.row, request.num_computed_tokens, num_tokens, is_sampled, new_block_ids)
+        )
+        request.num_computed_tokens += num_tokens
+        request.num_output_placeholders += is_sampled
+        self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, request.num_tokens))
 
     def preempt(self, request: Request) -> None:
-        """Take all blocks of a running request away; it waits at the head of the queue and computes all again.
+        """Free all blocks of a running request and put it back at the head of the queue, to compute everything again.
 
-        Its output is kept: the tokens are known, only their keys and values are gone. A token in flight is still its
-        own, and comes before it can be scheduled again.
+        It keeps its output: the tokens are known, only their keys and values are lost. A token in flight still counts,
+        and arrives before the request is scheduled again.
         """
-        self.running.remove(request)
-        self._release(request)
+        self._leave(request)
         request.num_computed_tokens = 0
-        request.status = RequestStatus.WAITING
+        request.status = RequestStatus.PREEMPTED
         self.waiting.appendleft(request)
         self.num_preemptions += 1
 
     def finish(self, request: Request) -> None:
-        """A request has ended: its place and its blocks are free at once, also while a step that writes there runs.
+        """A request has ended: its row and its blocks are free at once, even if a step in flight still writes to them.
 
-        The next owner's step comes after that one. It may have been preempted meanwhile, and wait.
+        The next owner's step runs after that one. The request may have been preempted meanwhile, and wait.
         """
-        (self.running if request in self.running else self.waiting).remove(request)
-        self._release(request)
+        if request.row is None:
+            self.waiting.remove(request)
+        else:
+            self._leave(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
-        """Forget requests wherever they are. Returns those that were there; one that has ended is no error."""
-        wanted, found = set(request_ids), []
-        for queue in (self.waiting, self.running):
-            for request in [request for request in queue if request.request_id in wanted]:
-                queue.remove(request)
-                self._release(request)
-                request.status = RequestStatus.FINISHED_ABORTED
-                found.append(request)
+        """Remove requests wherever they are. Returns those that were there; an unknown id is no error."""
+        wanted = set(request_ids)
+        found = [request for request in (*self.waiting, *self.running) if request.request_id in wanted]
+        for request in found:
+            if request.status is RequestStatus.RUNNING:
+                self._leave(request)
+            else:
+                self.waiting.remove(request)
+            request.status = RequestStatus.FINISHED_ABORTED
         return found
 
-    def fail_step(self, step: SchedulerOutput, later: Iterable[SchedulerOutput]) -> list[Request]:
-        """A step has failed while later ones are in flight. Ends its requests, and those that have found a block which
-        it was to write. Returns those that had not ended before.
+    def reset(self) -> list[Request]:
+        """Remove all requests, and start with an empty pool. Returns the requests, those that ran first."""
+        requests = [*self.running, *self.waiting]
+        self.abort(request.request_id for request in requests)
+        self.blocks.reset()
+        return requests
 
-        Nothing that these steps were to write may be found any more.
-        """
-        failed = {request.request_id for request in step.requests}
-        for output in (step, *later):
-            failed |= self.blocks.forget(block for block in output.registered if block.request_id in failed)
-            self.blocks.forget(output.registered)
-        return self.abort(failed)
-
-    def _release(self, request: Request) -> None:
-        if request.request_id in self.blocks.block_tables:
-            num_written = request.num_computed_tokens - request.num_output_placeholders
-            self.blocks.register(request, min(num_written, request.num_tokens))
-        request.num_registered_blocks = 0
+    def _leave(self, request: Request) -> None:
+        """The request gives back its row and its blocks."""
+        assert request.row is not None, f"request {request.request_id} is not in the batch"
+        self.running.remove(request)
+        num_written = request.num_computed_tokens - request.num_output_placeholders
+        self.blocks.cache_full_blocks(request, min(num_written, request.num_tokens))
+        request.num_cached_blocks = 0
         self.blocks.free(request.request_id)
-        self._left.append(request.request_id)
+        self.free_rows.append(request.row)
+        request.row, request.num_sent_blocks = None, 0

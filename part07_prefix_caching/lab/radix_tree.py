@@ -1,7 +1,7 @@
-"""The other way to find a common beginning: SGLang's radix tree (RadixAttention, 2023). For comparison only.
+"""Another way to find a shared prefix: SGLang's radix tree (RadixAttention, 2023). For comparison only.
 
-A block's hash says at once whether a block with this content and these predecessors exists. A tree of texts is walked
-from its root instead; where two texts part, an edge is split.
+A hash finds a block directly. The tree stores the prompts themselves: a lookup walks down from the root, and where two
+prompts differ, an edge is split.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Page = tuple[int, ...]
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """The pages between this node's parent and itself: their tokens, and the KV blocks in which they are.
+    """The pages between this node's parent and itself: their tokens, and the KV blocks that hold them.
 
-    num_locks: how many running requests use it, or a node below it.
+    num_locks: how many running requests use this node or one below it.
     """
 
     pages: list[Page] = field(default_factory=list)
@@ -30,9 +30,9 @@ class Node:
 
 
 class RadixTree:
-    """Texts that share their beginnings, in pages of page_size tokens. The leaf that was used longest ago goes first.
+    """Prompts that share prefixes, in pages of page_size tokens. The least recently used leaf is evicted first.
 
-    A node that is locked, and so everything above it, is never evicted.
+    A locked node is never evicted, and neither is any node above it.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -40,7 +40,7 @@ class RadixTree:
         self._clock = itertools.count(1)
 
     def match_prefix(self, token_ids: Sequence[int]) -> tuple[list[int], Node]:
-        """The blocks of the longest beginning that is there, in whole pages, and the node at which it ends."""
+        """The blocks of the longest cached prefix, in whole pages, and the node where it ends."""
         node, blocks, pages = self.root, list[int](), self._pages(token_ids)
         while pages and (child := node.children.get(pages[0])) is not None:
             num_common = _num_common(child.pages, pages)
@@ -52,8 +52,8 @@ class RadixTree:
         return blocks, node
 
     def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> int:
-        """Put a text there, with a block for each whole page. Returns how many of its first blocks were there already:
-        the tree keeps its own, and these are the caller's to free."""
+        """Add a prompt, with a block for each whole page. Returns how many of its first pages were cached already: for
+        those the tree keeps the blocks it has, and the caller frees the new ones."""
         pages = self._pages(token_ids)
         assert len(blocks) == len(pages), f"{len(pages)} pages, but {len(blocks)} blocks"
         known, node = self.match_prefix(token_ids)
@@ -63,14 +63,14 @@ class RadixTree:
         return len(known)
 
     def lock(self, node: Node) -> None:
-        """A request uses all that leads to this node."""
+        """A request uses this node and all nodes above it."""
         self._add_locks(node, 1)
 
     def unlock(self, node: Node) -> None:
         self._add_locks(node, -1)
 
     def evict(self, num_blocks: int) -> list[int]:
-        """Give up at least so many blocks, if that many are not locked. A parent whose children are gone is a leaf."""
+        """Evict at least num_blocks blocks, or all unlocked ones. A parent that loses its last child is a leaf."""
         leaves = [(node.last_used, id(node), node) for node in self._nodes() if _is_evictable(node)]
         heapq.heapify(leaves)
         evicted: list[int] = []
@@ -89,10 +89,10 @@ class RadixTree:
         return sum(len(node.blocks) for node in self._nodes())
 
     def _split(self, node: Node, num_pages: int) -> Node:
-        """Cut a node in two. Returns the upper one, which takes the node's place below its parent."""
+        """Split a node in two. Returns the upper one, which replaces the node below its parent."""
         upper = Node(node.pages[:num_pages], node.blocks[:num_pages], node.parent)
         upper.num_locks, upper.last_used = node.num_locks, node.last_used
-        assert node.parent is not None, "the root has no pages to cut"
+        assert node.parent is not None, "the root has no pages to split"
         node.parent.children[upper.pages[0]] = upper
         node.pages, node.blocks, node.parent = node.pages[num_pages:], node.blocks[num_pages:], upper
         upper.children[node.pages[0]] = node
@@ -117,7 +117,7 @@ class RadixTree:
 
 
 def _num_common(first: Sequence[Page], second: Sequence[Page]) -> int:
-    """How many pages two rows begin with in common."""
+    """The length of the longest common prefix, in pages."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 

@@ -1,81 +1,45 @@
-"""Attention over the paged KV cache: a torch reference, and the choice between it and the Triton kernel."""
+"""Attention over the paged KV cache: a reference in torch, and the choice of a kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .device import upload
 from .kv_cache import KVCache
-from .triton_attention import paged_attention
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
     """What attention has to know about a step's batch; the same for all layers.
 
-    num_decodes: so many sequences at the front have one token each; the others are chunks of a prompt.
-    query_lens, context_lens: of each sequence, its tokens in this step, and those in the cache with this step's.
     slot_mapping: [num_tokens], where each token's key and value go.
-    block_tables: [num_seqs, max_blocks] int32, padded with the null block.
+    block_tables: [num_seqs, max_blocks], int32; entries past a context's end are padding.
+    query_start_loc: [num_seqs + 1], int32, where each sequence begins in the flattened batch, and where the last ends.
+    context_lens: [num_seqs], int32, tokens of each sequence in the cache, this step's included.
+    max_query_len: the largest number of tokens of one sequence in this step.
     """
 
-    num_decodes: int
-    query_lens: list[int]
-    context_lens: list[int]
     slot_mapping: Tensor
     block_tables: Tensor
-    block_size: int
-
-    @cached_property
-    def query_start_loc(self) -> list[int]:
-        """Where each sequence begins in the flattened batch, and where the last ends: num_seqs + 1 numbers."""
-        return list(accumulate(self.query_lens, initial=0))
-
-    @cached_property
-    def query_start_loc_tensor(self) -> Tensor:
-        return upload(self.query_start_loc, self.block_tables.device, torch.int32)
-
-    @cached_property
-    def context_lens_tensor(self) -> Tensor:
-        return upload(self.context_lens, self.block_tables.device, torch.int32)
-
-    @cached_property
-    def decode_slots(self) -> Tensor:
-        """The slot of each position of each decode: [num_decodes, max_context_len]; past a sequence's end slot 0.
-
-        Slot 0 is the null block's and holds zeros, so what other requests left in the cache is never read.
-        """
-        return self.slots(slice(0, self.num_decodes), self.decode_mask.shape[1]) * self.decode_mask
-
-    @cached_property
-    def decode_mask(self) -> Tensor:
-        """Which of these positions exist: [num_decodes, max_context_len], bool."""
-        positions = torch.arange(max(self.context_lens[: self.num_decodes]), device=self.block_tables.device)
-        return positions < self.context_lens_tensor[: self.num_decodes].unsqueeze(1)
-
-    def slots(self, rows: slice, num_tokens: int) -> Tensor:
-        """The slots of the first num_tokens positions of some sequences: [num_rows, num_tokens]."""
-        positions = torch.arange(num_tokens, device=self.block_tables.device)
-        blocks = self.block_tables[rows].long()[:, positions // self.block_size]
-        return blocks * self.block_size + positions % self.block_size
+    query_start_loc: Tensor
+    context_lens: Tensor
+    max_query_len: int
 
 
 class PagedAttention:
-    """attend() for DecoderModel: writes a step's keys and values to the cache and attends to what it holds.
+    """attend() for DecoderModel: writes a step's keys and values to the cache, then attends to what it holds.
 
-    backend: "torch" or "triton". A first chunk attends to the keys and values at hand; all others read their past
-    through the block table. A batch may hold decodes and chunks.
+    Decodes and chunks are the same to it: a few queries at the end of a context that is read through a block table.
     """
 
     def __init__(self, kv_cache: KVCache, scale: float, backend: str) -> None:
-        self.kv_cache, self.scale, self.backend = kv_cache, scale, backend
-        self._gathered = torch.empty(0)
+        self.kv_cache, self.scale = kv_cache, scale
+        self.attention = load_backend(backend, kv_cache)
 
     def attend(self, metadata: AttentionMetadata, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim].
@@ -83,76 +47,64 @@ class PagedAttention:
         Returns query's shape.
         """
         self.kv_cache.store(layer, key, value, metadata.slot_mapping)
-        if self.backend == "triton":
-            return paged_attention(
-                query, self.kv_cache.layer(layer).transpose(1, 2), metadata.block_tables,
-                metadata.query_start_loc_tensor, metadata.context_lens_tensor, max(metadata.query_lens), self.scale,
-            )  # fmt: skip
-        output, num_decodes = torch.empty_like(query), metadata.num_decodes
-        if num_decodes:
-            context = self._gather(layer, metadata.decode_slots)
-            output[:num_decodes] = decode_attention(query[:num_decodes], context, metadata.decode_mask, self.scale)
-        for row in range(num_decodes, len(metadata.query_lens)):
-            start, end = metadata.query_start_loc[row : row + 2]
-            num_context = metadata.context_lens[row]
-            if num_context > end - start:  # keys and values of earlier chunks are in the cache only
-                slots = metadata.slots(slice(row, row + 1), num_context)
-                chunk_key, chunk_value = self._gather(layer, slots)[0].unbind(1)
-            else:
-                chunk_key, chunk_value = key[start:end], value[start:end]
-            output[start:end] = chunk_attention(query[start:end], chunk_key, chunk_value, self.scale)
-        return output
-
-    def _gather(self, layer: int, slots: Tensor) -> Tensor:
-        """The keys and values in some slots: [*slots.shape, 2, num_kv_heads, head_dim], until the next call."""
-        source, rows = self.kv_cache.slots(layer), slots.numel()
-        if len(self._gathered) < rows or self._gathered.dtype != source.dtype:  # memory is faulted in once
-            self._gathered = source.new_empty((rows, *source.shape[1:]))
-        gathered = torch.index_select(source, 0, slots.flatten(), out=self._gathered[:rows])
-        return gathered.view(*slots.shape, *source.shape[1:])
+        return self.attention(
+            query, self.kv_cache.layer(layer), metadata.block_tables, metadata.query_start_loc, metadata.context_lens,
+            metadata.max_query_len, self.scale,
+        )  # fmt: skip
 
 
-def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The last tokens of one sequence over all of it, each over those up to itself.
+def reference_attention(
+    query: Tensor, kv_cache: Tensor, block_tables: Tensor, query_start_loc: Tensor, context_lens: Tensor,
+    max_query_len: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """What every kernel computes: the last tokens of each sequence attend to its context, each up to itself.
 
-    query: [num_queries, num_heads, head_dim]; key, value: [num_context, num_kv_heads, head_dim], of which the last
-    num_queries belong to the queries. Returns query's shape.
-
-    The causal mask is aligned at the bottom right: query i stands at position num_context - num_queries + i.
+    query: [num_tokens, num_heads, head_dim]; kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim]; the others
+    as in AttentionMetadata. Returns query's shape. Slow: a loop over the sequences.
     """
-    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    num_queries, num_context = len(query), len(key)
-    mask = None if num_queries == num_context else causal_mask(num_queries, num_context, str(query.device))
-    attended = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return attended[0].transpose(0, 1)
+    block_size, num_kv_heads = kv_cache.shape[1], kv_cache.shape[3]
+    output = torch.empty_like(query)
+    for seq, (start, end) in enumerate(pairwise(query_start_loc.tolist())):
+        context_len = int(context_lens[seq])
+        block_ids = block_tables[seq, : -(-context_len // block_size)].long()
+        key, value = kv_cache[block_ids].flatten(0, 1)[:context_len].unbind(1)  # [context_len, num_kv_heads, head_dim]
+        grouped = query[start:end].unflatten(1, (num_kv_heads, -1))  # the query heads that share a KV head
+        scores = torch.einsum("qkgd,lkd->kgql", grouped, key) * scale
+        is_visible = causal_mask(end - start, context_len, query.device)
+        weights = scores.masked_fill(~is_visible, -torch.inf).softmax(dim=-1)
+        output[start:end] = torch.einsum("kgql,lkd->qkgd", weights, value).flatten(1, 2)
+    return output
 
 
 @lru_cache(maxsize=4)  # the same for all layers of a step
-def causal_mask(num_queries: int, num_context: int, device: str) -> Tensor:
-    """Which positions each query sees: [num_queries, num_context], bool."""
-    positions = torch.arange(num_context, device=device)
-    return positions <= positions[num_context - num_queries :].unsqueeze(1)
+def causal_mask(num_queries: int, context_len: int, device: torch.device) -> Tensor:
+    """Which positions each query sees, if the queries are the last tokens of the context: all up to its own.
 
-
-def decode_attention(query: Tensor, context: Tensor, context_mask: Tensor, scale: float) -> Tensor:
-    """One query for each sequence over a context of up to L tokens.
-
-    query: [num_seqs, num_heads, head_dim]; context: [num_seqs, L, 2, num_kv_heads, head_dim], keys and values;
-    context_mask: [num_seqs, L], False where there is no token. Returns query's shape.
-
-    The query heads that share a KV head stand in for a row of queries, so keys and values need not be repeated.
+    Returns [num_queries, context_len], bool: a triangle aligned at the bottom right.
     """
-    num_seqs, num_heads, head_dim = query.shape
-    key, value = (context[:, :, i].transpose(1, 2) for i in (0, 1))  # [num_seqs, num_kv_heads, L, head_dim]
-    grouped = query.view(num_seqs, key.shape[1], -1, head_dim)
-    mask = context_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale).reshape(query.shape)
+    positions = torch.arange(context_len, device=device)
+    return positions <= positions[context_len - num_queries :].unsqueeze(1)
 
 
-def choose_backend(name: str, device: str) -> str:
-    """auto: Triton on a GPU, torch elsewhere."""
+def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
+    """The function that computes attention, compiled and ready. Only what is used gets imported."""
+    if name == "torch":
+        return reference_attention
+    if name == "triton":
+        from .triton_attention import paged_attention as triton_attention
+
+        return triton_attention
+    from .cpu_attention import paged_attention as cpu_attention
+    from .cpu_attention import warm_up
+
+    warm_up(kv_cache.data.dtype)
+    return cpu_attention
+
+
+def choose_backend(name: str, device: str, dtype: torch.dtype) -> str:
+    """auto: Triton on a GPU, Numba on a CPU, except for float16, which it does not have."""
     if name != "auto":
         return name
-    return "triton" if device.startswith("cuda") else "torch"
+    if device.startswith("cuda"):
+        return "triton"
+    return "torch" if dtype == torch.float16 else "numba"

@@ -1,4 +1,4 @@
-"""From the scheduler's numbers to tensors."""
+"""From Python numbers to tensors on the model's device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 
-def upload(values: Sequence[object], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers as a tensor on the device. For a GPU by way of pinned memory, so that nobody waits for the copy."""
+def to_device(
+    values: Sequence[object] | Tensor, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """values as a tensor on the device. A GPU copies them from pinned memory, so that the caller does not wait."""
+    tensor = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

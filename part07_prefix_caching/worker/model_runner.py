@@ -1,166 +1,139 @@
-"""Requests in, a launched step out: the model, its KV cache, and the tensors of a step."""
+"""A step's plain data → one flattened batch of tensors → logits → token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from common.checkpoint import DTYPES, Checkpoint, default_dtype
-from common.errors import FieldError
-from common.threads import set_num_threads
+from common.sampling_params import MAX_LOGPROBS, SamplingParams
 
 from ..config import EngineConfig
-from ..core.block_manager import NULL_BLOCK, BlockManager
-from ..core.scheduler import SchedulerOutput
+from ..messages import StepInput, StepOutput
 from .attention import AttentionMetadata, PagedAttention, choose_backend
-from .device import upload
-from .kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block, num_blocks_in
-from .model import head_dim
-from .sampler import Sampler, SamplerOutput, SamplingState
-from .stream import StepHandle, make_stream
+from .device import to_device
+from .kv_cache import KVCache, slot_mapping
+from .model import DecoderModel
+from .request_states import RequestStates
+from .sampler import Sampler, SamplerOutput, SamplingState, to_logprobs
 from .token_buffer import TokenBuffer
-from .weights import load_decoder
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step as the model's side sees it, with nothing in it that the scheduler goes on to change.
+    """A step as tensors: the tokens of all its requests, laid end to end.
 
-    new_rows: rows of the token buffer that begin with these tokens. input_places: [num_tokens], where in the buffer
-    the input is; positions: [num_tokens]. last_rows: [num_sampled], which of the inputs are followed by a sampled
-    token; output_places: [num_sampled], where that goes; sampling: of the same requests.
+    new_rows: rows of the token buffer, and the tokens they begin with. input_indices: [num_tokens], where in the token
+    buffer the input tokens are. positions: [num_tokens]. logits_indices: [num_sampled], which of the tokens are
+    followed by a sampled one. output_indices: [num_sampled], where in the token buffer that one goes. sampling: how it
+    is sampled.
     """
 
     new_rows: list[tuple[int, list[int]]]
-    input_places: Tensor
+    input_indices: Tensor
     positions: Tensor
     metadata: AttentionMetadata
-    last_rows: Tensor
-    output_places: Tensor
+    logits_indices: Tensor
+    output_indices: Tensor
     sampling: list[SamplingState]
 
 
 class ModelRunner:
-    """Runs steps on a stream. num_tokens_computed counts the positions that went through the model."""
+    """Runs steps in two halves. prepare() is called when a step is launched, and touches no tensor that an earlier step
+    may still use. run() is called on the stream, when the steps before have run.
 
-    def __init__(
-        self, config: EngineConfig, checkpoint: Checkpoint, max_model_len: int, max_num_batched_tokens: int
-    ) -> None:
-        assert config.device is not None, "EngineConfig chooses the device"
-        self.device, self.block_size = config.device, config.block_size
-        self.dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
-        self.model_config: Any = checkpoint.config
-        self.stream = make_stream(config.device)
-        self.stream.run(lambda: set_num_threads(config.num_threads))
-        self.model = self.stream.run(lambda: load_decoder(checkpoint, self.dtype, self.device))
+    num_tokens_computed counts the positions that went through the model.
+    """
+
+    def __init__(self, model: DecoderModel, config: EngineConfig, eos_token_ids: frozenset[int]) -> None:
+        assert config.max_model_len is not None, "resolve_config fills it in"
+        self.model, self.device, self.config = model, model.device, config
+        self.sampler = Sampler(eos_token_ids)
+        self.tokens = TokenBuffer(config.max_num_seqs, config.max_model_len, self.device)
+        self.states = RequestStates(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.attention: PagedAttention | None = None  # set_cache() comes first
         self.num_tokens_computed = 0
-        self._scale = head_dim(self.model_config) ** -0.5
-        self._backend = choose_backend(config.attention_backend, config.device)
-        num_blocks = self._num_blocks(config, max_num_batched_tokens)
-        self.kv_cache = KVCache(self.model_config, num_blocks, self.block_size, self.dtype, self.device)
-        self.attention = PagedAttention(self.kv_cache, self._scale, self._backend)
-        self.tokens = self.stream.run(lambda: TokenBuffer(config.max_num_seqs, max_model_len, self.device))
-        self.sampler = Sampler(checkpoint.eos_token_ids)
 
-    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:
-        """Begin a step: one forward pass over the tokens that were scheduled, and a token sampled for each request that
-        is complete with them.
+    def set_cache(self, kv_cache: KVCache) -> None:
+        backend = choose_backend(self.config.attention_backend, self.device, self.model.dtype)
+        self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, backend)
 
-        Returns before it is done. It runs after the steps that were launched before.
-        """
-        self.num_tokens_computed += scheduled.total_num_scheduled_tokens
-        batch = self._prepare(scheduled, blocks)
-        return self.stream.launch(lambda: self._run(batch))
-
-    def _prepare(self, scheduled: SchedulerOutput, blocks: BlockManager) -> Batch:
-        """The step's tensors. What the requests are at this moment is copied out of them."""
-        new_rows, input_places, positions = [], list[int](), list[int]()
-        last_rows, output_places, sampling = list[int](), list[int](), []
-        self.tokens.release(scheduled.left)
-        rows = zip(scheduled.requests, scheduled.num_computed_tokens, scheduled.num_sampled_tokens, strict=True)
-        for request, start, num_sampled in rows:
-            if request.request_id not in self.tokens.rows:
-                new_rows.append((self.tokens.acquire(request.request_id), request.token_ids))
-            row, end = self.tokens.rows[request.request_id], request.num_computed_tokens
-            positions += range(start, end)
-            input_places += range(self.tokens.place(row, start), self.tokens.place(row, end))
-            if num_sampled:
-                last_rows.append(len(positions) - 1)
-                output_places.append(self.tokens.place(row, end))
-                num_prompt_tokens = len(request.prompt_token_ids)
-                sampling.append(SamplingState(request.params, request.generator, row, num_prompt_tokens, end))
+    def prepare(self, step: StepInput) -> Batch:
+        """Update the rows of the step's requests and lay their tokens end to end."""
+        for new in step.new_requests:
+            self.states.add(new)
+        rows, positions, logits_indices, sampling = list[int](), list[int](), list[int](), list[SamplingState]()
+        for request in step.requests:
+            self.states.append_blocks(request.row, request.new_block_ids)
+            end = request.num_computed_tokens + request.num_scheduled_tokens
+            rows += [request.row] * request.num_scheduled_tokens
+            positions += range(request.num_computed_tokens, end)
+            if request.is_sampled:
+                params, num_prompt_tokens = self.states.params[request.row], self.states.num_prompt_tokens[request.row]
+                logits_indices.append(len(positions) - 1)
+                sampling.append(SamplingState(params, request.row, num_prompt_tokens, end))
+        flat_index = self.tokens.flat_index
+        metadata = self._metadata(step, torch.tensor(rows), torch.tensor(positions))
         return Batch(
-            new_rows=new_rows,
-            input_places=self._upload(input_places),
-            positions=self._upload(positions),
-            metadata=self._metadata(scheduled, blocks),
-            last_rows=self._upload(last_rows),
-            output_places=self._upload(output_places),
+            new_rows=[(new.row, new.token_ids) for new in step.new_requests],
+            input_indices=to_device([flat_index(*place) for place in zip(rows, positions, strict=True)], self.device),
+            positions=to_device(positions, self.device),
+            metadata=metadata,
+            logits_indices=to_device(logits_indices, self.device, torch.int64),
+            output_indices=to_device(
+                [flat_index(state.row, state.num_tokens) for state in sampling], self.device, torch.int64
+            ),
             sampling=sampling,
         )
 
-    @torch.inference_mode()
-    def _run(self, batch: Batch) -> SamplerOutput:
-        """On the model's side. Its input may be what the step before wrote to the token buffer a moment ago."""
-        for row, token_ids in batch.new_rows:
-            self.tokens.fill(row, token_ids)
-        input_ids = self.tokens.read(batch.input_places)
-        hidden = self.model(input_ids, batch.positions, partial(self.attention.attend, batch.metadata))
-        logits = self.model.compute_logits(hidden[batch.last_rows])
-        sampled = self.sampler.sample(logits, batch.sampling, self.tokens.data)
-        self.tokens.write(batch.output_places, sampled.token_ids)
-        return sampled
-
-    def _upload(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        return upload(values, self.device, dtype)
-
-    def _metadata(self, scheduled: SchedulerOutput, blocks: BlockManager) -> AttentionMetadata:
-        slots: list[int] = []
-        for request, start in zip(scheduled.requests, scheduled.num_computed_tokens, strict=True):
-            positions = range(start, request.num_computed_tokens)
-            slots += [blocks.slot(request.request_id, position) for position in positions]
-        tables = [blocks.block_tables[request.request_id] for request in scheduled.requests]
-        width = max(map(len, tables))
-        padded = [table + [NULL_BLOCK] * (width - len(table)) for table in tables]
+    def _metadata(self, step: StepInput, rows: Tensor, positions: Tensor) -> AttentionMetadata:
+        query_lens = [request.num_scheduled_tokens for request in step.requests]
+        context_lens = [request.num_computed_tokens + request.num_scheduled_tokens for request in step.requests]
         return AttentionMetadata(
-            num_decodes=len(list(takewhile(lambda n: n == 1, scheduled.num_scheduled_tokens))),
-            query_lens=scheduled.num_scheduled_tokens,
-            context_lens=[request.num_computed_tokens for request in scheduled.requests],
-            slot_mapping=self._upload(slots),
-            block_tables=self._upload(padded, torch.int32),
-            block_size=self.block_size,
+            slot_mapping=to_device(
+                slot_mapping(self.states.block_tables, rows, positions, self.states.block_size), self.device
+            ),
+            block_tables=to_device(self.states.tables([request.row for request in step.requests]), self.device),
+            query_start_loc=to_device(list(accumulate(query_lens, initial=0)), self.device, torch.int32),
+            context_lens=to_device(context_lens, self.device, torch.int32),
+            max_query_len=max(query_lens),
         )
 
-    def _num_blocks(self, config: EngineConfig, max_num_batched_tokens: int) -> int:
-        """The pool's size: as many blocks as were asked for, or as the budget holds."""
-        if config.num_kv_blocks is not None:
-            return config.num_kv_blocks
-        bytes_per_block = kv_bytes_per_block(self.model_config, self.block_size, self.dtype)
-        if config.kv_cache_memory is not None:
-            return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
-        if not self.device.startswith("cuda"):
-            return num_blocks_in(CPU_KV_CACHE_BYTES, bytes_per_block, "kv_cache_memory")
-        free = int(config.gpu_memory_utilization * torch.cuda.get_device_properties(self.device).total_memory)
-        free -= self._peak_memory(max_num_batched_tokens)
-        if free <= 0:
-            raise FieldError("gpu_memory_utilization", f"{config.gpu_memory_utilization} leaves no room for a KV cache")
-        return num_blocks_in(free, bytes_per_block, "gpu_memory_utilization")
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> SamplerOutput:
+        """One forward pass, and the tokens that are sampled from it. Its input may have been sampled a moment ago."""
+        assert self.attention is not None, "set_cache() comes before the first step"
+        self.num_tokens_computed += len(batch.positions)
+        for row, token_ids in batch.new_rows:
+            self.tokens.fill(row, token_ids)
+        input_ids = self.tokens.read(batch.input_indices)
+        hidden = self.model(input_ids, batch.positions, partial(self.attention.attend, batch.metadata))
+        logits = self.model.compute_logits(hidden[batch.logits_indices])
+        sampled = self.sampler.sample(logits, batch.sampling, self.tokens.data)
+        self.tokens.write(batch.output_indices, sampled.token_ids)
+        return sampled
 
     @torch.inference_mode()
-    def _peak_memory(self, num_tokens: int) -> int:
-        """Bytes that weights and the largest prefill take, measured by running one on dummy tokens, as vLLM does."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+    def profile(self) -> None:
+        """Allocate what the largest step does: a forward pass over all tokens of the budget, and the sampler for all
+        rows with everything switched on."""
+        assert self.config.max_num_batched_tokens is not None, "resolve_config fills it in"
+        tokens = torch.zeros(self.config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
         hidden = self.model(tokens, tokens, lambda layer, query, key, value: torch.empty_like(query))
-        self.model.compute_logits(hidden[:1])
-        free, total = torch.cuda.mem_get_info(self.device)
-        outside = total - free - torch.cuda.memory_reserved(self.device)  # what others, and CUDA itself, hold
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        return peak + outside
+        params = SamplingParams(top_p=0.5, seed=0, presence_penalty=1.0, logprobs=MAX_LOGPROBS)
+        sampling = [SamplingState(params, row, 0, 1) for row in range(self.config.max_num_seqs)]
+        logits = self.model.compute_logits(hidden[:1]).repeat(len(sampling), 1)
+        self.sampler.sample(logits, sampling, self.tokens.data)
+
+
+def to_step_output(sampled: SamplerOutput, sampling: list[SamplingState]) -> StepOutput:
+    """What the worker answers, in plain data."""
+    rows = [None] * len(sampling) if sampled.logprobs is None else sampled.logprobs.tolist()
+    logprobs = [
+        None if row is None or state.params.logprobs is None else to_logprobs(*row, state.params.logprobs)
+        for row, state in zip(rows, sampling, strict=True)
+    ]
+    return StepOutput(sampled.token_ids.tolist(), logprobs)

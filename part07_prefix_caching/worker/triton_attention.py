@@ -29,7 +29,7 @@ def paged_attention(
     (Dao, 2023). The mask is aligned at the bottom right: of a sequence with q new tokens and a context of c, query i
     stands at position c - q + i and sees the keys 0 to c - q + i.
 
-    query: [num_tokens, num_heads, head_dim]. kv_cache: [num_blocks, 2, block_size, num_kv_heads, head_dim] of one
+    query: [num_tokens, num_heads, head_dim]. kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim] of one
     layer, keys at 0 and values at 1, in any memory order that keeps a head's numbers side by side; the new tokens'
     are there already. block_tables: [num_seqs, max_blocks], int32; entries past a context's end are not read.
     query_start_loc: [num_seqs + 1], int32, where each sequence's queries begin. context_lens: [num_seqs], int32, the
@@ -42,7 +42,7 @@ def paged_attention(
             "paged_attention needs the package triton, which is not installed (Linux: pip install triton)"
         )
     _, num_heads, head_dim = query.shape
-    block_size, num_kv_heads = kv_cache.shape[2:4]
+    block_size, num_kv_heads = kv_cache.shape[1], kv_cache.shape[3]
     group_size = num_heads // num_kv_heads
     assert num_heads % num_kv_heads == 0, f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly"
     row_strides = (kv_cache.stride(4), block_tables.stride(1), query_start_loc.stride(0), context_lens.stride(0))
@@ -71,7 +71,7 @@ def _jit(kernel: Callable[..., None]) -> Any:
 @_jit
 def _paged_attention_kernel(
     query_ptr, kv_cache_ptr, block_tables_ptr, query_start_loc_ptr, context_lens_ptr, output_ptr, scale,
-    block_stride, value_stride, token_stride, kv_head_stride, table_stride,
+    block_stride, token_stride, value_stride, kv_head_stride, table_stride,
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, PADDED_HEAD_DIM: tl.constexpr,
 ):  # fmt: skip

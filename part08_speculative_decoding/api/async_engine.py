@@ -9,42 +9,49 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from common.checkpoint import load_tokenizer, resolve_checkpoint
-from common.outputs import CompletionOutput
+from common.outputs import CompletionOutput, join_outputs
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError, QueueFullError
 
 from ..config import EngineConfig
-from ..core.engine import check_request
-from ..messages import AbortRequests, AddRequest, EngineCoreOutput, PrefixCacheReset, ResetPrefixCache
+from ..core.validation import check_request
+from ..messages import (
+    AbortRequests,
+    AddRequest,
+    EngineCoreDead,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    PrefixCacheReset,
+    ResetPrefixCache,
+)
 from .core_client import SHUTDOWN_TIMEOUT_S, CoreClient
-from .output_processor import OutputProcessor, join_outputs
+from .output_processor import OutputProcessor
 
 
 class RequestStream:
-    """One request: `async for` over its outputs as they come. Whoever loses interest calls AsyncLLM.abort.
+    """One request: `async for` over its outputs as they arrive. A caller that stops early calls AsyncLLM.abort.
 
-    A reader that is slower than the engine finds all that came since its last look as one output, so no more than one
-    waits at any time (vLLM's RequestOutputCollector).
+    Outputs that arrive while the reader is busy are joined, so at most one waits (vLLM's RequestOutputCollector).
     """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self._output: CompletionOutput | None = None
         self._error: GenerationError | None = None
-        self._came = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     def put(self, output: CompletionOutput | GenerationError) -> None:
-        """Hand an output over, on the event loop."""
+        """Pass an output on. Called on the event loop."""
         if isinstance(output, GenerationError):
             self._error = output
         else:
             self._output = output if self._output is None else join_outputs([self._output, output])
-        self._came.set()
+        self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[CompletionOutput]:
         while True:
-            await self._came.wait()
-            self._came.clear()
+            await self._arrived.wait()
+            self._arrived.clear()
             output, self._output = self._output, None
             if output is not None:
                 yield output
@@ -55,10 +62,10 @@ class RequestStream:
 
 
 class AsyncLLM:
-    """The engine behind a border between processes. Implements common.serving.ServingEngine.
+    """LLMEngine in another process. Implements common.serving.ServingEngine.
 
-    All of it runs on the event loop: the core has a process of its own, so there is no thread to guard against.
-    Raises FieldError or OSError if the core cannot start.
+    All of it runs on the event loop, so there is nothing to lock. cause_of_death: why no request can succeed any more,
+    or None. Raises FieldError or OSError if the core cannot start.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -68,13 +75,13 @@ class AsyncLLM:
         self.core = CoreClient(config)
         self.limits, self.num_kv_blocks = self.core.ready.limits, self.core.ready.num_kv_blocks
         self.max_model_len, self.vocab_size = self.limits.max_model_len, self.limits.vocab_size
-        self.max_request_len = min(self.max_model_len, self.limits.num_kv_tokens + 1)  # the last one's are never stored
+        self.max_request_len = min(self.max_model_len, self.limits.num_kv_tokens + 1)  # the last token is not stored
         self.max_num_unfinished = config.max_num_seqs + config.max_queued_requests
         self.cause_of_death: str | None = None
-        self._streams: dict[str, RequestStream] = {}  # of all requests that have not ended
+        self._streams: dict[str, RequestStream] = {}  # of all unfinished requests
         self._request_ids = map(str, itertools.count())
         self._stats: dict[str, float] = {}
-        self._resets: deque[asyncio.Future[bool]] = deque()  # questions to the core, in its answers' order
+        self._resets: deque[asyncio.Future[bool]] = deque()  # questions to the core, in the order of its answers
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -86,7 +93,7 @@ class AsyncLLM:
         self.core.watch(self._loop, self._read_outputs, self._core_died)
 
     def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> RequestStream:
-        """Queue a request. Raises FieldError, QueueFullError, GenerationError if the core is dead."""
+        """Queue a request. Raises FieldError, QueueFullError, or GenerationError if the core is dead."""
         check_request(prompt_token_ids, params, self.limits)
         if self.cause_of_death is not None:
             raise GenerationError(self.cause_of_death)
@@ -100,13 +107,13 @@ class AsyncLLM:
         return stream
 
     def abort(self, stream: RequestStream) -> None:
-        """Nobody wants this request any more. It leaves before the next step; one that has ended is no error."""
+        """Drop a request. It leaves before the next step. It is no error if it has ended."""
         if self._streams.pop(stream.request_id, None) is not None:
             self.processor.remove([stream.request_id])
             self._tell_core_to_abort([stream.request_id])
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget all that is cached. False, and nothing is forgotten, while requests are in the engine.
+        """Uncache all blocks. False, and nothing happens, while requests are in the engine.
 
         Raises GenerationError if the core is dead.
         """
@@ -118,7 +125,7 @@ class AsyncLLM:
         return await answer
 
     def shutdown(self) -> None:
-        """End the core's process; what has not ended is told so. Called from another thread than the event loop's."""
+        """End the core's process. Unfinished requests get an error. Not called on the event loop's thread."""
         if self._loop is not None and self._loop.is_running():
             told = threading.Event()
             self._loop.call_soon_threadsafe(self._die, "the server is shutting down", told)
@@ -132,15 +139,18 @@ class AsyncLLM:
 
     def _read_outputs(self) -> None:
         for message in self.core.receive():
-            if isinstance(message, PrefixCacheReset):
-                if not (answer := self._resets.popleft()).done():  # else nobody waits for it any more
-                    answer.set_result(message.was_reset)
-            else:
-                self._stats = message.stats
-                self._deliver(message.outputs)
+            match message:
+                case EngineCoreDead():
+                    self._die(f"the engine core has ended: {message.cause}")
+                case PrefixCacheReset():
+                    if not (answer := self._resets.popleft()).done():  # the caller may have gone
+                        answer.set_result(message.was_reset)
+                case EngineCoreOutputs():
+                    self._stats = message.stats
+                    self._deliver(message.outputs)
 
     def _core_died(self) -> None:
-        self._read_outputs()  # what it said last
+        self._read_outputs()  # its last messages
         self._die(f"the engine core has died ({self.core.describe_exit()})")
 
     def _deliver(self, outputs: list[EngineCoreOutput]) -> None:
@@ -160,7 +170,7 @@ class AsyncLLM:
             self.core.send(AbortRequests(request_ids))
 
     def _die(self, cause: str, told: threading.Event | None = None) -> None:
-        """No request can succeed any more: those that are open are told why."""
+        """No request can succeed any more: open ones get the cause as their error."""
         if self.cause_of_death is None:
             assert self._loop is not None, "start() was called"
             self.core.unwatch(self._loop)

@@ -1,4 +1,4 @@
-"""The API process's end of the engine core: start its process, talk to it, notice its death, end it."""
+"""The API process's side of the engine core: start its process, exchange messages, notice its end, stop it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from common.errors import FieldError
 
 from ..config import EngineConfig
 from ..core.engine_core import run_engine_core
-from ..messages import EngineCoreOutputs, PrefixCacheReset, Ready, Start, StartFailed, ToCore, decode_from_core, encode
+from ..messages import FromCore, Ready, Start, StartFailed, ToCore, decode_from_core, encode
 
-SHUTDOWN_TIMEOUT_S = 10  # for the step that runs; then it is killed
-POLL_MS = 100  # how often to look whether a core that loads is still alive
+SHUTDOWN_TIMEOUT_S = 10  # for the running step; then the process is killed
+POLL_MS = 100  # how often to check that a core is alive while it loads
 
 
 class CoreClient:
     """Starts an engine core and waits until it is ready. Raises FieldError or OSError, as the core did.
 
-    The sockets are files in a directory that only this user can enter. It goes as soon as both ends are connected, so
-    nothing is left behind, whoever is killed and when.
+    The sockets are files in a directory that only this user can enter. It is removed as soon as both ends are
+    connected, so nothing is left behind whichever process is killed.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -39,7 +39,7 @@ class CoreClient:
         )
         try:
             self._requests.setsockopt(zmq.SNDHWM, 0)  # a send on the event loop must never wait
-            self._requests.connect(f"ipc://{directory}/requests")  # who connects may send at once
+            self._requests.connect(f"ipc://{directory}/requests")  # a socket that connects may send at once
             self._outputs.bind(f"ipc://{directory}/outputs")
             self.process.start()
             self.send(Start(config))
@@ -51,29 +51,27 @@ class CoreClient:
             shutil.rmtree(directory, ignore_errors=True)
 
     def send(self, message: ToCore) -> None:
-        """Does not wait."""
+        """Queue a message. Never waits."""
         self._requests.send(encode(message), zmq.NOBLOCK)
 
     def watch(
         self, loop: asyncio.AbstractEventLoop, on_outputs: Callable[[], None], on_death: Callable[[], None]
     ) -> None:
-        """Have the loop call on_outputs when receive() may find something, and on_death when the process has ended."""
+        """The loop calls on_outputs when receive() may find something, and on_death when the process has ended."""
         loop.add_reader(self._outputs, on_outputs)
         loop.add_reader(self.process.sentinel, on_death)
-        loop.call_soon(on_outputs)  # ZeroMQ tells of what is new, not of what is there
+        loop.call_soon(on_outputs)  # the notification is edge-triggered, and messages may be waiting already
 
     def unwatch(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.remove_reader(self._outputs)
         loop.remove_reader(self.process.sentinel)
 
-    def receive(self) -> list[EngineCoreOutputs | PrefixCacheReset]:
-        """All that has come. It must be called until nothing is left, or the loop is not told of the next."""
-        messages: list[EngineCoreOutputs | PrefixCacheReset] = []
+    def receive(self) -> list[FromCore]:
+        """All messages that have arrived. It has to empty the socket, or the loop is not notified of the next."""
+        messages = []
         with contextlib.suppress(zmq.Again):
             while True:
-                message = decode_from_core(self._outputs.recv(zmq.NOBLOCK))
-                assert isinstance(message, EngineCoreOutputs | PrefixCacheReset), f"expected outputs, got {message}"
-                messages.append(message)
+                messages.append(decode_from_core(self._outputs.recv(zmq.NOBLOCK)))
         return messages
 
     def describe_exit(self) -> str:
@@ -85,7 +83,7 @@ class CoreClient:
         return f"exit status {status}"
 
     def shutdown(self) -> None:
-        """End the process: politely, then by force. A second call does nothing."""
+        """End the process with SIGTERM, after SHUTDOWN_TIMEOUT_S with SIGKILL. A second call does nothing."""
         if self.process.pid is not None:
             self.process.terminate()
             self.process.join(SHUTDOWN_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""From the engine's tokens to answers: text, and the stop strings that only text can show."""
+"""From the engine's tokens to answers: text, and stop strings, which only the text can show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .detokenizer import IncrementalDetokenizer
 
 
 class OutputProcessor:
-    """Detokenises for all requests that have not ended. It knows of no steps and no blocks (as vLLM's)."""
+    """Detokenizes for all unfinished requests. It knows nothing of steps and blocks (as vLLM's)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -24,13 +24,13 @@ class OutputProcessor:
         self._detokenizers[request_id] = IncrementalDetokenizer(self.tokenizer, params.stop, params.min_tokens)
 
     def remove(self, request_ids: Iterable[str]) -> None:
-        """Forget requests. One that has ended is no error."""
+        """Forget requests. An id that is not there is no error."""
         for request_id in request_ids:
             self._detokenizers.pop(request_id, None)
 
-    def process(self, outputs: list[EngineCoreOutput]) -> tuple[list[tuple[str, CompletionOutput]], list[str]]:
-        """Returns (request_id, its new tokens and text) for each that is still wanted, and the ids of requests that
-        ended by a stop string, which the engine does not know of and has to be told."""
+    def process(self, outputs: Iterable[EngineCoreOutput]) -> tuple[list[tuple[str, CompletionOutput]], list[str]]:
+        """Returns (request_id, its new token and text) for each request that is still wanted, and the ids of requests
+        that ended with a stop string. The engine does not know of those: the caller has to abort them."""
         answers, stopped = [], []
         for output in outputs:
             detokenizer = self._detokenizers.get(output.request_id)
@@ -45,7 +45,7 @@ class OutputProcessor:
         return answers, stopped
 
     def _extend(self, detokenizer: IncrementalDetokenizer, output: EngineCoreOutput) -> CompletionOutput:
-        """A stop string may end among the tokens of one step: those behind it are not the answer's."""
+        """A stop string may end among the tokens of one step: the tokens after it do not belong to the answer."""
         token_ids = output.token_ids
         reasons: tuple[FinishReason | None, int | str | None] = (output.finish_reason, output.stop_reason)
         for number, token_id in enumerate(output.token_ids, start=1):
@@ -58,17 +58,3 @@ class OutputProcessor:
         text = detokenizer.take(finished=reasons[0] is not None)
         logprobs = None if output.logprobs is None else output.logprobs[: len(token_ids)]
         return CompletionOutput(0, text, token_ids, *reasons, logprobs, output.num_cached_tokens)
-
-
-def join_outputs(outputs: list[CompletionOutput]) -> CompletionOutput:
-    """One answer out of the pieces of a stream."""
-    logprobs = [entry for output in outputs for entry in output.logprobs or []]
-    return CompletionOutput(
-        index=0,
-        text="".join(output.text for output in outputs),
-        token_ids=[token_id for output in outputs for token_id in output.token_ids],
-        finish_reason=outputs[-1].finish_reason,
-        stop_reason=outputs[-1].stop_reason,
-        logprobs=logprobs or None,
-        num_cached_tokens=outputs[0].num_cached_tokens,
-    )

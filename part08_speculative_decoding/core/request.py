@@ -1,57 +1,51 @@
-"""A request and where it is in its life."""
+"""A request, its status, and the rule that ends it."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
 
-import torch
-
 from common.outputs import FinishReason
 from common.sampling_params import SamplingParams
 
+from .ngram import NgramIndex
 
-class RequestStatus(enum.Enum):
-    """vLLM's names."""
+
+class RequestStatus(enum.IntEnum):
+    """vLLM's names, in its order: everything after PREEMPTED is finished."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
     FINISHED_STOPPED = enum.auto()
     FINISHED_LENGTH_CAPPED = enum.auto()
     FINISHED_ABORTED = enum.auto()
 
     @property
     def is_finished(self) -> bool:
-        return self not in (RequestStatus.WAITING, RequestStatus.RUNNING)
+        return self > RequestStatus.PREEMPTED
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt and the tokens generated for it so far. A seeded request draws from a generator of its own.
-
-    max_num_tokens: prompt and answer together get no longer than this.
-    num_computed_tokens: how many of its tokens, from the first on, have their keys and values in the cache once the
-    steps in flight have run. num_output_placeholders: how many tokens these steps will bring.
-    draft_token_ids: guesses of what comes next, not yet judged; draft_probs: [len(draft_token_ids), vocab_size], from
-    which they were drawn, None if each was its proposer's only choice. acceptance: the share that stood lately.
-    num_cached_tokens: how many tokens were found in the cache when it first began to run. block_hashes: of its full
-    blocks; num_registered_blocks: how many of those can be found by others, or are copies of what can.
-    """
+    """One prompt and the tokens generated for it so far."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    max_num_tokens: int
-    generator: torch.Generator | None = None
+    max_num_tokens: int  # limit of prompt and answer together
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    num_output_placeholders: int = 0
-    num_cached_tokens: int | None = None
-    draft_token_ids: list[int] = field(default_factory=list)
-    draft_probs: torch.Tensor | None = None
-    acceptance: float = 1.0
-    block_hashes: list[bytes] = field(default_factory=list)
-    num_registered_blocks: int = 0
+    num_computed_tokens: int = 0  # how many tokens have their keys and values in the cache once the steps have run
+    num_output_placeholders: int = 0  # how many tokens the steps in flight will bring
+    draft_token_ids: list[int] = field(default_factory=list)  # proposals for what comes next, to be verified
+    num_pending_drafts: int = 0  # how many the step in flight will bring
+    acceptance: float = 1.0  # share of draft tokens that were accepted lately
+    ngram_index: NgramIndex | None = None
+    num_cached_tokens: int | None = None  # how many were found in the cache when it first ran
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks
+    num_cached_blocks: int = 0  # how many of these are in the cache, or are copies of what is there
+    row: int | None = None  # the worker's row for this request while it is in the batch
+    num_sent_blocks: int = 0  # how many blocks of its block table the worker knows
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
@@ -67,20 +61,31 @@ class Request:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Tokens that there will be once the steps in flight have run."""
+        """Tokens once the steps in flight have run."""
         return self.num_tokens + self.num_output_placeholders
 
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that have to be computed before the next one can be sampled."""
+        return self.num_expected_tokens - self.num_computed_tokens
+
     def tokens_between(self, start: int, end: int) -> list[int]:
-        """Some of its known tokens, without a copy of the others."""
+        """Some of its known tokens, without copying the others."""
         split = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:end] + self.output_token_ids[max(0, start - split) : max(0, end - split)]
-
-    @property
-    def num_missing_tokens(self) -> int:
-        """How many tokens it has yet to compute, until a next one can be sampled."""
-        return self.num_expected_tokens - self.num_computed_tokens
 
     def finish(self, finish_reason: FinishReason, stop_reason: int | None) -> None:
         stopped = finish_reason == "stop"
         self.status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
         self.finish_reason, self.stop_reason = finish_reason, stop_reason
+
+
+def check_stop(request: Request, eos_token_ids: frozenset[int]) -> tuple[FinishReason, int | None] | None:
+    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
+    params, last = request.params, request.output_token_ids[-1]
+    if len(request.output_token_ids) >= params.min_tokens:
+        if last in eos_token_ids and not params.ignore_eos:
+            return "stop", None
+        if last in params.stop_token_ids:
+            return "stop", last
+    return ("length", None) if request.num_tokens >= request.max_num_tokens else None

@@ -1,50 +1,55 @@
-"""How many tokens to guess: as many as pay, down to none."""
+"""How many draft tokens a request gets: as many as pay off, down to none."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..config import EngineConfig
+from .ngram import NgramIndex
 from .request import Request
 
 SMOOTHING = 0.2  # weight of the newest step in a request's acceptance
-MIN_PROBABILITY = 0.35  # a guess that stands less often is not worth a row of the step
-PROBE_INTERVAL = 16  # tokens after which a request whose guesses fail is given another chance
+MIN_PROBABILITY = 0.35  # a draft token that is accepted less often is not worth a row of the step
+PROBE_INTERVAL = 16  # tokens after which a request whose drafts fail gets another chance
 
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """num_drafts counts steps with guesses, num_accepted_at[i] how often guess i stood. Names after vLLM's metrics."""
+    """Counters under vLLM's names. num_drafts: steps with draft tokens, of each request."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    num_accepted_at: list[int] = field(default_factory=list)
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
 
     def add(self, num_draft_tokens: int, num_accepted: int) -> None:
-        """A request's guesses of one step were judged. None is no step with guesses."""
+        """The draft tokens of one request in one step were verified."""
         if not num_draft_tokens:
             return
         self.num_drafts += 1
         self.num_draft_tokens += num_draft_tokens
         self.num_accepted_tokens += num_accepted
-        self.num_accepted_at += [0] * (num_draft_tokens - len(self.num_accepted_at))
+        self.num_accepted_tokens_per_pos += [0] * (num_draft_tokens - len(self.num_accepted_tokens_per_pos))
         for position in range(num_accepted):
-            self.num_accepted_at[position] += 1
+            self.num_accepted_tokens_per_pos[position] += 1
 
 
 class Speculation:
-    """The number of guesses for each request, from how many of its guesses stood and from how many requests run.
+    """The number of draft tokens of each request, from how many were accepted and from how many requests run.
 
-    A guess costs a row of the step whether it stands or not. Alone, a request leaves the device half idle, and rows are
-    nearly free; in a large batch they are not.
+    A draft token costs a row of the step whether it is accepted or not. One request alone leaves the device half idle,
+    and rows are almost free; in a large batch they are not.
     """
 
-    def __init__(self, num_speculative_tokens: int, max_num_seqs: int) -> None:
-        self.num_speculative_tokens, self.max_num_seqs = num_speculative_tokens, max_num_seqs
+    def __init__(self, config: EngineConfig) -> None:
+        self.method = config.speculative_method
+        self.num_speculative_tokens = 0 if self.method == "none" else config.num_speculative_tokens
+        self.max_num_seqs = config.speculative_max_num_seqs
+        self.ngram_sizes = config.prompt_lookup_min, config.prompt_lookup_max
         self.stats = SpeculationStats()
 
     def num_tokens(self, request: Request, num_running: int) -> int:
-        """How many tokens to guess for a request in the next step."""
+        """How many draft tokens a request should get in its next step."""
         # exercise: num_tokens
         if num_running > self.max_num_seqs:
             return 0
@@ -58,11 +63,22 @@ class Speculation:
         return num_tokens
         # exercise: end
 
-    def judged(self, request: Request, num_drafts: int, num_accepted: int) -> None:
-        """Learn from a step. Guesses behind the first wrong one say nothing."""
-        # exercise: judged
-        self.stats.add(num_drafts, num_accepted)
-        if num_drafts:
-            num_judged = min(num_accepted + 1, num_drafts)
-            request.acceptance += SMOOTHING * (num_accepted / num_judged - request.acceptance)
+    def verified(self, request: Request, num_draft_tokens: int, num_accepted: int) -> None:
+        """Learn from a step. Draft tokens after the first rejected one tell nothing."""
+        # exercise: verified
+        self.stats.add(num_draft_tokens, num_accepted)
+        if num_draft_tokens:
+            num_verified = min(num_accepted + 1, num_draft_tokens)
+            request.acceptance += SMOOTHING * (num_accepted / num_verified - request.acceptance)
         # exercise: end
+
+    def look_up(self, request: Request, num_running: int) -> list[int]:
+        """Draft tokens from n-gram lookup in the request's known tokens; none if another method proposes them."""
+        num_tokens = self.num_tokens(request, num_running) if self.method == "ngram" else 0
+        if not num_tokens:
+            return []
+        if request.ngram_index is None:
+            request.ngram_index = NgramIndex(*self.ngram_sizes)
+        index = request.ngram_index
+        index.extend(request.tokens_between(len(index.token_ids), request.num_tokens))
+        return index.propose(num_tokens)

@@ -1,4 +1,4 @@
-"""A model that says what another says, and takes longer: a target for which a draft model is cheap."""
+"""A model with the same output as another one, but slower: a target for which a draft model is cheap."""
 
 from __future__ import annotations
 

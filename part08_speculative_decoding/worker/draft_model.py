@@ -1,114 +1,150 @@
-"""Guessing with a small model that has the same tokenizer."""
+"""Draft tokens from a small model that has the same tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ..core.block_manager import NULL_BLOCK, BlockManager
-from ..core.request import Request
-from .attention import AttentionMetadata, PagedAttention
-from .device import upload
-from .kv_cache import KVCache
+from common.sampling_params import SamplingParams
+
+from ..config import EngineConfig
+from ..messages import ScheduledRequest
+from .attention import AttentionMetadata, PagedAttention, choose_backend
+from .device import to_device
+from .kv_cache import KVCache, slot_mapping
 from .model import DecoderModel
 from .sampler import SamplingState, draw, probabilities
-from .stream import Stream
+from .token_buffer import TokenBuffer
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of one request that a pass computes: positions start to end - 1.
+
+    seq: the request's index in the step. num_drafts: how many draft tokens follow.
+    """
+
+    seq: int
+    row: int
+    params: SamplingParams
+    start: int
+    end: int
+    num_drafts: int
 
 
 class DraftModelProposer:
-    """A draft model with a KV cache of its own, in which a request has the same blocks as in the target's.
+    """Follows the target: after each step it computes the step's tokens with the draft model, then goes on alone.
 
-    So it needs no block tables: who shares, loses or takes over blocks there does so here. What it has to remember is
-    how far it has computed each request, and in which blocks: what the target found in its cache may be missing here.
+    Its KV cache has the same blocks as the target's. So it needs no block tables of its own, and a prefix that is
+    cached there is cached here. probs: [max_num_seqs, num_speculative_tokens, vocab_size], from which the random draft
+    tokens of each row were drawn; they stay in the worker.
     """
 
-    def __init__(self, model: DecoderModel, target: KVCache, stream: Stream) -> None:
-        self.model, self.device, self._stream = model, str(target.data.device), stream
-        self.kv_cache = KVCache(model.config, target.num_blocks, target.block_size, target.data.dtype, self.device)
-        backend = "triton" if self.device.startswith("cuda") else "torch"
-        self.attention = PagedAttention(self.kv_cache, model.head_dim**-0.5, backend)
+    def __init__(self, model: DecoderModel, config: EngineConfig) -> None:
+        self.model, self.device, self.config = model, model.device, config
+        shape = (config.max_num_seqs, config.num_speculative_tokens, model.config.vocab_size)
+        self.probs = torch.empty(shape, device=self.device)
+        self.attention: PagedAttention | None = None  # set_cache() comes first
         self.num_tokens_computed = 0
-        self._num_computed: dict[str, int] = {}
+        self._num_computed = [0] * config.max_num_seqs  # tokens of each row that are in the draft model's cache
 
-    def release(self, request_ids: Iterable[str]) -> None:
-        """Forget requests: they have ended, or lost their blocks. One that is not known is no error."""
-        for request_id in request_ids:
-            self._num_computed.pop(request_id, None)
+    def set_cache(self, num_blocks: int) -> None:
+        kv_cache = KVCache(self.model, num_blocks, self.config.block_size)
+        backend = choose_backend(self.config.attention_backend, self.device, self.model.dtype)
+        self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, backend)
 
-    def propose(self, requests: list[Request], counts: list[int], blocks: BlockManager) -> None:
-        """Set draft_token_ids, and draft_probs where they are drawn at random, of each request.
+    def add(self, row: int, num_cached_tokens: int) -> None:
+        """A request takes over a row; its first tokens were found in the cache."""
+        self._num_computed[row] = num_cached_tokens
 
-        counts: how many tokens for each, at least 1. Their blocks must hold all tokens and guesses but the last.
+    def propose(
+        self, requests: Sequence[ScheduledRequest], params: Sequence[SamplingParams], num_accepted: Sequence[int],
+        tokens: TokenBuffer, block_tables: Tensor,
+    ) -> list[list[int]]:  # fmt: skip
+        """After a step: draft tokens for each sampled request, as many as the step asked for.
+
+        params, num_accepted: of each request, the latter of the step's draft tokens. tokens: with what the step has
+        sampled. block_tables: [num_requests, max_blocks]; they have room for all draft tokens but the last.
         """
-        self._stream.run(lambda: self._propose(requests, counts, blocks))
+        triples = zip(requests, params, num_accepted, strict=True)
+        spans = [self._catch_up(seq, *triple) for seq, triple in enumerate(triples)]
+        spans = [span for span in spans if span.start < span.end]
+        spans.sort(key=lambda span: -span.num_drafts)  # those that are followed by most draft tokens come first
+        indices = [tokens.flat_index(span.row, position) for span in spans for position in range(span.start, span.end)]
+        drafts = self._extend(tokens.read(to_device(indices, self.device, torch.int64)), spans, block_tables)
+        by_seq = {span.seq: [ids[i] for ids in drafts if i < len(ids)] for i, span in enumerate(spans)}
+        return [by_seq.get(seq, []) for seq, request in enumerate(requests) if request.is_sampled]
 
-    @torch.inference_mode()
-    def _propose(self, requests: list[Request], counts: list[int], blocks: BlockManager) -> None:
-        order = sorted(zip(requests, counts, strict=True), key=lambda pair: -pair[1])
+    def _catch_up(self, seq: int, request: ScheduledRequest, params: SamplingParams, num_accepted: int) -> Span:
+        """The tokens that the target has computed and the draft model has not, and the newest one if it is extended.
+
+        Of the draft tokens that this model computed on its own, the rejected ones do not count.
+        """
+        num_computed = request.num_computed_tokens + request.num_scheduled_tokens - len(request.draft_token_ids)
+        num_computed += num_accepted
+        start = min(self._num_computed[request.row], num_computed)
+        end = num_computed + (request.num_next_drafts > 0)
+        self._num_computed[request.row] = end + max(0, request.num_next_drafts - 1)
+        return Span(seq, request.row, params, start, end, request.num_next_drafts)
+
+    def _extend(self, input_ids: Tensor, spans: list[Span], block_tables: Tensor) -> list[list[int]]:
+        """A pass over the spans, then one for each further draft token of those that get more.
+
+        Returns the first draft tokens, then the second ones, and so on: fewer each time, in the order of the spans.
+        """
         drafts: list[Tensor] = []
-        probs: list[Tensor] = []
-        for number in range(max(counts)):
-            active = [request for request, count in order if count > number]  # as many as before, or fewer
-            token_ids, chosen_from = self._choose(self._forward(active, drafts, blocks), active)
-            drafts.append(token_ids)
-            probs.append(chosen_from)
-        chosen = [token_ids.tolist() for token_ids in drafts]
-        for row, (request, count) in enumerate(order):
-            request.draft_token_ids = [chosen[number][row] for number in range(count)]
-            is_drawn = draws_guesses(request)
-            request.draft_probs = torch.stack([each[row] for each in probs[:count]]) if is_drawn else None
-            # Guesses that will be rejected are overwritten: only what is known now counts as computed.
-            self._num_computed[request.request_id] = request.num_tokens
+        while spans:
+            hidden = self._forward(input_ids, spans, block_tables)
+            spans = [span for span in spans if span.num_drafts > len(drafts)]
+            if spans:
+                drafts.append(self._choose(self.model.compute_logits(hidden[: len(spans)]), spans, len(drafts)))
+            spans = [replace(s, start=s.end, end=s.end + 1) for s in spans if s.num_drafts > len(drafts)]
+            input_ids = drafts[-1][: len(spans)] if drafts else input_ids
+        return [token_ids.tolist() for token_ids in drafts]
 
-    def _forward(self, requests: list[Request], drafts: list[Tensor], blocks: BlockManager) -> Tensor:
-        """Logits of the next guess: [num_requests, vocab_size]. The first pass catches up with all that is known."""
-        input_ids, positions, slots = list[int](), list[int](), list[int]()
-        query_lens, context_lens = [], []
-        for request in requests:
-            start, end = request.num_tokens + len(drafts) - 1, request.num_tokens + len(drafts)
-            if not drafts:
-                start = self._num_computed.get(request.request_id, 0)
-                input_ids += request.tokens_between(start, end)
-            positions += range(start, end)
-            slots += [blocks.slot(request.request_id, position) for position in range(start, end)]
-            query_lens.append(end - start)
-            context_lens.append(end)
-        tables = [blocks.block_tables[request.request_id] for request in requests]
-        width = max(map(len, tables))
-        padded = [table + [NULL_BLOCK] * (width - len(table)) for table in tables]
+    def _choose(self, logits: Tensor, spans: list[Span], number: int) -> Tensor:
+        """Draft token `number` of each request: the likeliest, or one drawn as the target would draw it."""
+        token_ids = logits.argmax(dim=-1)
+        if random := [index for index, span in enumerate(spans) if samples_drafts(span.params)]:
+            states = [SamplingState(spans[index].params, spans[index].row, 0, 0) for index in random]
+            indices, rows = to_device(random, self.device), to_device([state.row for state in states], self.device)
+            probs = probabilities(logits[indices], states)
+            self.probs[rows, number] = probs / probs.sum(dim=-1, keepdim=True)
+            token_ids[indices] = draw(probs, states)
+        return token_ids
+
+    def _forward(self, input_ids: Tensor, spans: list[Span], block_tables: Tensor) -> Tensor:
+        """One pass over the spans' tokens, laid end to end: input_ids [num_tokens].
+
+        Returns the hidden state of each span's last token: [num_spans, hidden_size].
+        """
+        assert self.attention is not None, "set_cache() comes before the first step"
+        self.num_tokens_computed += len(input_ids)
+        lens = [span.end - span.start for span in spans]
+        tables = block_tables[to_device([span.seq for span in spans], self.device)]
+        seqs = to_device([seq for seq, length in enumerate(lens) for _ in range(length)], self.device)
+        positions = to_device([p for span in spans for p in range(span.start, span.end)], self.device)
+        query_start_loc = to_device(list(accumulate(lens, initial=0)), self.device, torch.int32)
         metadata = AttentionMetadata(
-            query_lens=query_lens,
-            context_lens=context_lens,
-            slot_mapping=upload(slots, self.device, torch.int64),
-            block_tables=upload(padded, self.device, torch.int32),
-            block_size=blocks.block_size,
+            slot_mapping=slot_mapping(tables, seqs, positions, self.config.block_size),
+            block_tables=tables,
+            query_start_loc=query_start_loc,
+            context_lens=to_device([span.end for span in spans], self.device, torch.int32),
+            max_query_len=max(lens),
         )
-        tokens = drafts[-1][: len(requests)] if drafts else upload(input_ids, self.device, torch.int64)
-        hidden = self.model(
-            tokens, upload(positions, self.device, torch.int64), partial(self.attention.attend, metadata)
-        )
-        self.num_tokens_computed += len(positions)
-        last_rows = upload(metadata.query_start_loc[1:], self.device, torch.int64) - 1
-        return self.model.compute_logits(hidden[last_rows])
-
-    def _choose(self, logits: Tensor, requests: list[Request]) -> tuple[Tensor, Tensor]:
-        """A guess for each request, and what it was drawn from: the likeliest, or a draw as the target would draw."""
-        token_ids, chosen_from = logits.argmax(dim=-1), torch.zeros_like(logits)
-        rows = [row for row, request in enumerate(requests) if draws_guesses(request)]
-        if rows:
-            states = [SamplingState(requests[row].params, None, 0, 0, 0) for row in rows]
-            index = upload(rows, self.device)
-            probs = probabilities(logits[index], states)
-            probs = probs / probs.sum(dim=-1, keepdim=True)
-            token_ids[index], _ = draw(probs, states)
-            chosen_from[index] = probs
-        return token_ids, chosen_from
+        hidden = self.model(input_ids, positions, partial(self.attention.attend, metadata))
+        return hidden[query_start_loc[1:].long() - 1]
 
 
-def draws_guesses(request: Request) -> bool:
-    """Whether guesses are drawn at random, as the target draws. A seeded answer must not depend on them, so for it the
-    likeliest token is guessed, and judged by what the request's own generator draws."""
-    return request.params.temperature > 0 and request.generator is None
+def samples_drafts(params: SamplingParams) -> bool:
+    """Whether draft tokens are drawn at random, as the target draws.
+
+    A seeded answer must not depend on them: for it the likeliest token is proposed, and accepted if the seeded draw
+    hits it.
+    """
+    return params.temperature > 0 and params.seed is None

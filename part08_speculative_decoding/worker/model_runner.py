@@ -1,209 +1,215 @@
-"""Requests in, a launched step out: the model, its KV cache, and the tensors of a step."""
+"""A step's plain data → one flattened batch of tensors → logits → token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.checkpoint import DTYPES, Checkpoint, default_dtype
-from common.errors import FieldError
-from common.threads import set_num_threads
+from common.sampling_params import MAX_LOGPROBS, SamplingParams
 
 from ..config import EngineConfig
-from ..core.block_manager import NULL_BLOCK, BlockManager
-from ..core.scheduler import SchedulerOutput
+from ..messages import ScheduledRequest, StepInput, StepOutput
 from .attention import AttentionMetadata, PagedAttention, choose_backend
-from .device import upload
-from .kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block, num_blocks_in
-from .model import head_dim
-from .sampler import Drafts, Sampler, SamplerOutput, SamplingState
-from .stream import StepHandle, make_stream
+from .device import to_device
+from .draft_model import DraftModelProposer, samples_drafts
+from .kv_cache import KVCache, slot_mapping
+from .model import DecoderModel
+from .rejection_sampler import SpecDecodeMetadata
+from .request_states import RequestStates
+from .sampler import Sampler, SamplerOutput, SamplingState, to_logprobs
 from .token_buffer import TokenBuffer
-from .weights import load_decoder
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step as the model's side sees it, with nothing in it that the scheduler goes on to change.
+    """A step as tensors: the tokens of all its requests, laid end to end.
 
-    new_rows: rows of the token buffer that begin with these tokens. input_places: [num_tokens], where in the buffer
-    the input is; positions: [num_tokens]. last_rows: [num_sampled], which of the inputs are followed by a sampled
-    token; output_places: [num_sampled], where that goes; sampling: of the same rows. draft_places, draft_ids: guesses,
-    and where in the buffer they go.
+    requests, params: the step's requests. new_rows: rows of the token buffer, and the tokens they begin with.
+    input_indices: [num_tokens], where in the token buffer the input tokens are. positions: [num_tokens].
+    logits_indices: [num_rows], which of the tokens are followed by a sampled one. output_indices: [num_rows], where in
+    the token buffer that one goes. sampling: how it is sampled. spec: the draft tokens to verify, if there are any.
+    draft_indices: [num_drafts], where in the token buffer these draft_token_ids go.
     """
 
+    requests: list[ScheduledRequest]
+    params: list[SamplingParams]
     new_rows: list[tuple[int, list[int]]]
-    input_places: Tensor
+    input_indices: Tensor
     positions: Tensor
     metadata: AttentionMetadata
-    last_rows: Tensor
-    output_places: Tensor
+    logits_indices: Tensor
+    output_indices: Tensor
     sampling: list[SamplingState]
-    draft_places: Tensor
-    draft_ids: Tensor
-    drafts: Drafts | None
+    spec: SpecDecodeMetadata | None
+    draft_indices: Tensor
+    draft_token_ids: Tensor
 
 
 class ModelRunner:
-    """Runs steps on a stream. num_tokens_computed counts the positions that went through the model."""
+    """Runs steps in two halves. prepare() is called when a step is launched, and touches no tensor that an earlier step
+    may still use. run() is called on the stream, when the steps before have run.
+
+    num_tokens_computed counts the positions that went through the model.
+    """
 
     def __init__(
         self,
+        model: DecoderModel,
         config: EngineConfig,
-        checkpoint: Checkpoint,
-        max_model_len: int,
-        max_num_batched_tokens: int,
-        draft: Checkpoint | None = None,
+        eos_token_ids: frozenset[int],
+        drafter: DraftModelProposer | None = None,
     ) -> None:
-        assert config.device is not None, "EngineConfig chooses the device"
-        self.device, self.block_size = config.device, config.block_size
-        self.dtype = default_dtype(config.device) if config.dtype == "auto" else DTYPES[config.dtype]
-        self.model_config: Any = checkpoint.config
-        self.stream = make_stream(config.device)
-        self.stream.run(lambda: set_num_threads(config.num_threads))
-        self.model = self.stream.run(lambda: load_decoder(checkpoint, self.dtype, self.device))
-        self.draft_model = None
-        if draft is not None:
-            self.draft_model = self.stream.run(lambda: load_decoder(draft, self.dtype, self.device))
+        assert config.max_model_len is not None, "resolve_config fills it in"
+        self.model, self.device, self.config, self.drafter = model, model.device, config, drafter
+        self.sampler = Sampler(eos_token_ids)
+        self.tokens = TokenBuffer(config.max_num_seqs, config.max_model_len, self.device)
+        self.states = RequestStates(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.attention: PagedAttention | None = None  # set_cache() comes first
         self.num_tokens_computed = 0
-        self._scale = head_dim(self.model_config) ** -0.5
-        self._backend = choose_backend(config.attention_backend, config.device)
-        num_blocks = self._num_blocks(config, max_num_batched_tokens)
-        self.kv_cache = KVCache(self.model_config, num_blocks, self.block_size, self.dtype, self.device)
-        self.attention = PagedAttention(self.kv_cache, self._scale, self._backend)
-        self.tokens = self.stream.run(lambda: TokenBuffer(config.max_num_seqs, max_model_len, self.device))
-        self.sampler = Sampler(checkpoint.eos_token_ids)
 
-    def launch(self, scheduled: SchedulerOutput, blocks: BlockManager) -> StepHandle:
-        """Begin a step: one forward pass over the tokens that were scheduled, and a token sampled for each request that
-        is complete with them.
+    def set_cache(self, kv_cache: KVCache) -> None:
+        backend = choose_backend(self.config.attention_backend, self.device, self.model.dtype)
+        self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, backend)
+        if self.drafter is not None:
+            self.drafter.set_cache(kv_cache.num_blocks)
 
-        Returns before it is done. It runs after the steps that were launched before.
-        """
-        self.num_tokens_computed += scheduled.total_num_scheduled_tokens
-        batch = self._prepare(scheduled, blocks)
-        return self.stream.launch(lambda: self._run(batch))
-
-    def _prepare(self, scheduled: SchedulerOutput, blocks: BlockManager) -> Batch:
-        """The step's tensors. What the requests are at this moment is copied out of them."""
-        new_rows, input_places, positions = [], list[int](), list[int]()
-        last_rows, output_places, sampling = list[int](), list[int](), []
-        draft_places, draft_ids = list[int](), list[int]()
-        self.tokens.release(scheduled.left)
-        rows = zip(scheduled.requests, scheduled.num_computed_tokens, scheduled.num_sampled_tokens, strict=True)
-        for request, start, num_sampled in rows:
-            if request.request_id not in self.tokens.rows:
-                new_rows.append((self.tokens.acquire(request.request_id), request.token_ids))
-            row, end = self.tokens.rows[request.request_id], request.num_computed_tokens
-            positions += range(start, end)
-            input_places += range(self.tokens.place(row, start), self.tokens.place(row, end))
-            for position in range(end - num_sampled + 1, end + 1):
-                last_rows.append(len(positions) - 1 - (end - position))
-                output_places.append(self.tokens.place(row, position))
-                num_prompt_tokens = len(request.prompt_token_ids)
-                state = (request.params, request.generator, row, num_prompt_tokens, position, num_sampled > 1)
-                sampling.append(SamplingState(*state))
-            if num_sampled > 1:
-                draft_places += range(self.tokens.place(row, request.num_tokens), self.tokens.place(row, end))
-                draft_ids += request.draft_token_ids
+    def prepare(self, step: StepInput) -> Batch:
+        """Update the rows of the step's requests and lay their tokens end to end."""
+        for new in step.new_requests:
+            self.states.add(new)
+        rows, positions, logits_indices = list[int](), list[int](), list[int]()
+        sampling, drafted = list[SamplingState](), list[tuple[int, int]]()
+        for request in step.requests:
+            self.states.append_blocks(request.row, request.new_block_ids)
+            end = request.num_computed_tokens + request.num_scheduled_tokens
+            rows += [request.row] * request.num_scheduled_tokens
+            positions += range(request.num_computed_tokens, end)
+            num_known = end - len(request.draft_token_ids)
+            drafted += [(request.row, position) for position in range(num_known, end)]
+            if request.is_sampled:
+                logits_indices += range(len(positions) - 1 - (end - num_known), len(positions))
+                sampling += [self._sampling_state(request.row, num_tokens) for num_tokens in range(num_known, end + 1)]
         return Batch(
-            new_rows=new_rows,
-            input_places=self._upload(input_places),
-            positions=self._upload(positions),
-            metadata=self._metadata(scheduled, blocks),
-            last_rows=self._upload(last_rows),
-            output_places=self._upload(output_places),
+            requests=step.requests,
+            params=[self.states.params[request.row] for request in step.requests],
+            new_rows=[(new.row, new.token_ids) for new in step.new_requests],
+            input_indices=self._flat_indices(zip(rows, positions, strict=True)),
+            positions=to_device(positions, self.device),
+            metadata=self._metadata(step, torch.tensor(rows), torch.tensor(positions)),
+            logits_indices=to_device(logits_indices, self.device, torch.int64),
+            output_indices=self._flat_indices((state.row, state.num_tokens) for state in sampling),
             sampling=sampling,
-            draft_places=self._upload(draft_places),
-            draft_ids=self._upload(draft_ids),
-            drafts=self._drafts(scheduled),
+            spec=self._spec_decode_metadata(step.requests),
+            draft_indices=self._flat_indices(drafted),
+            draft_token_ids=to_device(
+                [token_id for request in step.requests for token_id in request.draft_token_ids],
+                self.device,
+                torch.int64,
+            ),
         )
 
-    def _drafts(self, scheduled: SchedulerOutput) -> Drafts | None:
-        """What the sampler has to know of the step's guesses."""
-        requests = scheduled.sampled_requests
-        counts = [n - 1 for n in scheduled.num_sampled_tokens if n]
+    def _sampling_state(self, row: int, num_tokens: int) -> SamplingState:
+        return SamplingState(self.states.params[row], row, self.states.num_prompt_tokens[row], num_tokens)
+
+    def _flat_indices(self, places: Iterable[tuple[int, int]]) -> Tensor:
+        """Where in the flattened token buffer some (row, position) are."""
+        indices = [self.tokens.flat_index(row, position) for row, position in places]
+        return to_device(indices, self.device, torch.int64)
+
+    def _spec_decode_metadata(self, requests: Sequence[ScheduledRequest]) -> SpecDecodeMetadata | None:
+        sampled = [request for request in requests if request.is_sampled]
+        counts = [len(request.draft_token_ids) for request in sampled]
         if not any(counts):
             return None
-        padded = [
-            request.draft_token_ids[:count] + [0] * (max(counts) - count)
-            for request, count in zip(requests, counts, strict=True)
+        random = [
+            index
+            for index, request in enumerate(sampled)
+            if counts[index] and self.drafter is not None and samples_drafts(self.states.params[request.row])
         ]
-        probs = {
-            row: request.draft_probs[:count]
-            for row, (request, count) in enumerate(zip(requests, counts, strict=True))
-            if request.draft_probs is not None and count
-        }
-        first_rows = [0, *accumulate(count + 1 for count in counts)][:-1]
-        return Drafts(first_rows, counts, self._upload(padded), probs)
-
-    @torch.inference_mode()
-    def _run(self, batch: Batch) -> SamplerOutput:
-        """On the model's side. Its input may be what the step before wrote to the token buffer a moment ago."""
-        for row, token_ids in batch.new_rows:
-            self.tokens.fill(row, token_ids)
-        self.tokens.write(batch.draft_places, batch.draft_ids)
-        input_ids = self.tokens.read(batch.input_places)
-        hidden = self.model(input_ids, batch.positions, partial(self.attention.attend, batch.metadata))
-        logits = self.model.compute_logits(hidden[batch.last_rows])
-        sampled = self.sampler.sample(logits, batch.sampling, self.tokens.data, batch.drafts)
-        self.tokens.write(batch.output_places, sampled.token_ids)
-        return sampled
-
-    def _upload(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        return upload(values, self.device, dtype)
-
-    def _metadata(self, scheduled: SchedulerOutput, blocks: BlockManager) -> AttentionMetadata:
-        slots: list[int] = []
-        for request, start in zip(scheduled.requests, scheduled.num_computed_tokens, strict=True):
-            positions = range(start, request.num_computed_tokens)
-            slots += [blocks.slot(request.request_id, position) for position in positions]
-        tables = [blocks.block_tables[request.request_id] for request in scheduled.requests]
-        width = max(map(len, tables))
-        padded = [table + [NULL_BLOCK] * (width - len(table)) for table in tables]
-        return AttentionMetadata(
-            query_lens=scheduled.num_scheduled_tokens,
-            context_lens=[request.num_computed_tokens for request in scheduled.requests],
-            slot_mapping=self._upload(slots),
-            block_tables=self._upload(padded, torch.int32),
-            block_size=self.block_size,
+        return SpecDecodeMetadata(
+            first_rows=[0, *accumulate(count + 1 for count in counts)][:-1],
+            num_draft_tokens=counts,
+            draft_token_ids=to_device(
+                [r.draft_token_ids + [0] * (max(counts) - len(r.draft_token_ids)) for r in sampled], self.device
+            ),
+            random=random,
+            buffer_rows=[sampled[index].row for index in random],
         )
 
-    def _num_blocks(self, config: EngineConfig, max_num_batched_tokens: int) -> int:
-        """The pool's size: as many blocks as were asked for, or as the budget holds.
-
-        A draft model's cache has as many, and its weights are loaded by now: both come out of the same budget.
-        """
-        if config.num_kv_blocks is not None:
-            return config.num_kv_blocks
-        bytes_per_block = kv_bytes_per_block(self.model_config, self.block_size, self.dtype)
-        if self.draft_model is not None:
-            bytes_per_block += kv_bytes_per_block(self.draft_model.config, self.block_size, self.dtype)
-        if config.kv_cache_memory is not None:
-            return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
-        if not self.device.startswith("cuda"):
-            return num_blocks_in(CPU_KV_CACHE_BYTES, bytes_per_block, "kv_cache_memory")
-        free = int(config.gpu_memory_utilization * torch.cuda.get_device_properties(self.device).total_memory)
-        free -= self._peak_memory(max_num_batched_tokens)
-        if free <= 0:
-            raise FieldError("gpu_memory_utilization", f"{config.gpu_memory_utilization} leaves no room for a KV cache")
-        return num_blocks_in(free, bytes_per_block, "gpu_memory_utilization")
+    def _metadata(self, step: StepInput, rows: Tensor, positions: Tensor) -> AttentionMetadata:
+        query_lens = [request.num_scheduled_tokens for request in step.requests]
+        context_lens = [request.num_computed_tokens + request.num_scheduled_tokens for request in step.requests]
+        slots = slot_mapping(self.states.block_tables, rows, positions, self.states.block_size)
+        return AttentionMetadata(
+            slot_mapping=to_device(slots, self.device),
+            block_tables=to_device(self.states.tables([request.row for request in step.requests]), self.device),
+            query_start_loc=to_device(list(accumulate(query_lens, initial=0)), self.device, torch.int32),
+            context_lens=to_device(context_lens, self.device, torch.int32),
+            max_query_len=max(query_lens),
+        )
 
     @torch.inference_mode()
-    def _peak_memory(self, num_tokens: int) -> int:
-        """Bytes that weights and the largest prefill take, measured by running one on dummy tokens, as vLLM does."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        tokens = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        hidden = self.model(tokens, tokens, lambda layer, query, key, value: torch.empty_like(query))
-        self.model.compute_logits(hidden[:1])
-        free, total = torch.cuda.mem_get_info(self.device)
-        outside = total - free - torch.cuda.memory_reserved(self.device)  # what others, and CUDA itself, hold
-        peak = torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.empty_cache()
-        return peak + outside
+    def run(self, batch: Batch) -> SamplerOutput:
+        """One forward pass, the tokens that are sampled from it, and draft tokens for the next step.
+
+        Its input may have been sampled a moment ago.
+        """
+        assert self.attention is not None, "set_cache() comes before the first step"
+        self.num_tokens_computed += len(batch.positions)
+        for row, token_ids in batch.new_rows:
+            self.tokens.fill(row, token_ids)
+        self.tokens.write(batch.draft_indices, batch.draft_token_ids)
+        input_ids = self.tokens.read(batch.input_indices)
+        hidden = self.model(input_ids, batch.positions, partial(self.attention.attend, batch.metadata))
+        logits = self.model.compute_logits(hidden[batch.logits_indices])
+        draft_probs = None if self.drafter is None else self.drafter.probs
+        sampled = self.sampler.sample(logits, batch.sampling, self.tokens.data, batch.spec, draft_probs)
+        self.tokens.write(batch.output_indices, sampled.token_ids)
+        if self.drafter is None:
+            return sampled
+        return replace(sampled, draft_token_ids=self._propose(batch, sampled, self.drafter))
+
+    def _propose(self, batch: Batch, sampled: SamplerOutput, drafter: DraftModelProposer) -> list[list[int]]:
+        """Let the drafter follow. On a GPU this waits for the step, to know how many draft tokens were accepted."""
+        new_rows = {row for row, _ in batch.new_rows}
+        for request in batch.requests:
+            if request.row in new_rows:
+                drafter.add(request.row, request.num_computed_tokens)
+        accepted = iter([0] * len(batch.sampling) if sampled.num_accepted is None else sampled.num_accepted.tolist())
+        num_accepted = [next(accepted) if request.is_sampled else 0 for request in batch.requests]
+        return drafter.propose(batch.requests, batch.params, num_accepted, self.tokens, batch.metadata.block_tables)
+
+    @torch.inference_mode()
+    def profile(self) -> None:
+        """Allocate what the largest step does: a forward pass over all tokens of the budget, the sampler for all rows
+        with everything switched on, and the draft model."""
+        assert self.config.max_num_batched_tokens is not None, "resolve_config fills it in"
+        tokens = torch.zeros(self.config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
+        params = SamplingParams(top_p=0.5, seed=0, presence_penalty=1.0, logprobs=MAX_LOGPROBS)
+        sampling = [SamplingState(params, row, 0, 1) for row in range(self.config.max_num_seqs)]
+        for model in [self.model] if self.drafter is None else [self.model, self.drafter.model]:
+            hidden = model(tokens, tokens, lambda layer, query, key, value: torch.empty_like(query))
+            logits = model.compute_logits(hidden[:1]).repeat(len(sampling), 1)
+            self.sampler.sample(logits, sampling, self.tokens.data)
+
+
+def to_step_output(sampled: SamplerOutput, batch: Batch) -> StepOutput:
+    """What the worker answers, in plain data."""
+    token_ids, states = sampled.token_ids.tolist(), batch.sampling
+    logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
+    first_rows = range(len(states)) if batch.spec is None else batch.spec.first_rows
+    accepted = [0] * len(first_rows) if sampled.num_accepted is None else sampled.num_accepted.tolist()
+    output = StepOutput([], [], sampled.draft_token_ids or [[] for _ in first_rows])
+    for first, num_accepted in zip(first_rows, accepted, strict=True):
+        rows, num_top = slice(first, first + num_accepted + 1), states[first].params.logprobs
+        output.token_ids.append(token_ids[rows])
+        if logprobs is None or num_top is None:
+            output.logprobs.append(None)
+        else:
+            output.logprobs.append([to_logprobs(*row, num_top) for row in logprobs[rows]])
+    return output

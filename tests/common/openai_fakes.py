@@ -42,7 +42,7 @@ GOOD: dict[str, dict[str, Any]] = {
 
 
 class FakeStream:
-    """One request at the fake engine. `put` hands it an output, or an error with which it ends; from any thread."""
+    """One request at the fake engine. `put` adds an output, or an error that ends it, from any thread."""
 
     def __init__(self, prompt: list[int], params: SamplingParams, extra: dict[str, Any]) -> None:
         self.prompt, self.params, self.extra = prompt, params, extra
@@ -52,7 +52,7 @@ class FakeStream:
         self._outputs: asyncio.Queue[CompletionOutput | Exception | None] = asyncio.Queue()
 
     def put(self, *outputs: CompletionOutput | Exception | None) -> None:
-        """None ends the stream without a word, as no engine should."""
+        """None ends the stream without a finish_reason, as no engine should."""
         for output in outputs:
             self.ended |= not isinstance(output, CompletionOutput) or output.finish_reason is not None
             self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
@@ -77,7 +77,7 @@ def delta(
 
 
 class FakeEngine:
-    """Token k of an answer is the letter that stands (seed + length of the prompt + k) places after a, with a space.
+    """Token k of an answer is the letter (seed + length of the prompt + k) places after a, with a space.
 
     letters: the token ids of " a" to " y"; after y comes a again.
 
@@ -158,7 +158,7 @@ class FakeEngine:
 
 
 def tasks_of(app: Watched) -> list[str]:
-    """What the app's own code still does on the event loop."""
+    """The tasks of the app's own code that are still on the event loop."""
     if app.loop is None:
         return []
 
@@ -177,19 +177,19 @@ class Server:
     client: httpx.Client
 
     def post(self, path: str, body: object, **fields: Any) -> httpx.Response:
-        """bytes and iterators of bytes go out as they are; anything else as JSON, with fields added."""
+        """bytes and iterators of bytes are sent unchanged; anything else as JSON, with fields added."""
         is_raw = isinstance(body, bytes) or hasattr(body, "__next__")
         content: Any = body if is_raw else json.dumps({**body, **fields} if fields else body).encode()  # type: ignore[dict-item]
         return self.client.post(path, content=content, headers={"Content-Type": "application/json"})
 
     def whole(self, path: str, **fields: Any) -> dict[str, Any]:
-        """The answer to a good request with these fields, in one piece."""
+        """The complete answer to a good request with these fields."""
         response = self.post(path, {**GOOD[path], **fields})
         assert response.status_code == 200, f"expected an answer, got {response.status_code}: {response.text}"
         return response.json()
 
     def events(self, path: str, **fields: Any) -> list[dict[str, Any]]:
-        """The same as events; [DONE] is checked and left out."""
+        """The same as events; [DONE] is checked and dropped."""
         response = self.post(path, {**GOOD[path], **fields, "stream": True})
         assert response.status_code == 200, f"expected a stream, got {response.status_code}: {response.text}"
         return parse_events(response.text)
@@ -220,7 +220,7 @@ def parse_events(text: str) -> list[dict[str, Any]]:
 def serving(
     engine: FakeEngine, options: AppOptions | None = None, raises: type[Exception] | None = None
 ) -> Iterator[Server]:
-    """A server over the engine. At the end nothing may be left: no open stream, no task, no unexpected exception."""
+    """A server over the engine. At the end no open stream, task or unexpected exception may be left."""
     app = Watched(create_app(engine, options))
     with running_app(app) as url, httpx.Client(base_url=url, timeout=DEADLINE_S, trust_env=False) as client:
         server = Server(url, engine, app, client)

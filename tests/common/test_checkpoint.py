@@ -1,4 +1,4 @@
-"""common/checkpoint.py: a model found by name, its weights loaded, and a clear error for what is missing or broken."""
+"""common/checkpoint.py: find a model by name, load its weights, and report clearly what is missing or broken."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_a_shipped_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert found.directory == found.tokenizer_directory == MODELS_DIR / "tiny"
     assert (found.name, found.max_model_len) == ("tiny", 2048)
     eos = load_tokenizer(found).eos_token_id
-    assert found.eos_token_ids == {eos}, f"the model ends on {set(found.eos_token_ids)}, its tokenizer on {eos}"
+    assert found.eos_token_ids == {eos}, (
+        f"the model's end tokens are {set(found.eos_token_ids)}, its tokenizer on {eos}"
+    )
 
 
 def test_a_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +102,13 @@ def test_eos_ids_come_from_the_generation_config_first(
 @pytest.mark.parametrize("model", ["owner/no-such-model", "Qwen/Qwen3-0.6B-absent"])
 def test_a_hugging_face_id_while_offline(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(model, repr(model), "no directory", "could not be fetched")
+    refused(model, repr(model), "not a directory", "could not be downloaded")
 
 
 @pytest.mark.parametrize(
     "model", ["tinny", "", ".", "..", "/no/such/place", "./no/such", "a/b/c", "~/no-such", "../models", "training"]
 )
-def test_a_name_that_is_nothing(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unknown_name(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     if model in (".", ".."):
         refused(model, "has no config.json")
@@ -116,7 +118,7 @@ def test_a_name_that_is_nothing(model: str, monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_bad_hugging_face_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    refused("owner/what is this?", "'owner/what is this?'", "could not be fetched")
+    refused("owner/what is this?", "'owner/what is this?'", "could not be downloaded")
 
 
 def test_a_directory_with_something_missing(directory: Path, tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_directory_with_something_missing(directory: Path, tmp_path: Path) -> 
             assert resolve_checkpoint(str(directory)), "tokenizer.json alone is enough"
 
 
-def test_a_pickle_is_no_weight_file(directory: Path) -> None:
+def test_a_pickle_is_not_a_weight_file(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     refused(directory, "safetensors only")
 
@@ -150,7 +152,7 @@ def test_a_pickle_is_no_weight_file(directory: Path) -> None:
         ("tokenizer.json", b'{"version": "1.0"}', ["bad tokenizer"]),
         ("model.safetensors", b"", ["model.safetensors", "corrupt"]),
         ("model.safetensors", b"\x80" * 4000, ["model.safetensors", "corrupt"]),
-        ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}", ["lacks 21 tensors", "lm_head.weight"]),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}", ["21 tensors are missing", "lm_head.weight"]),
     ],
 )
 def test_a_broken_file(directory: Path, name: str, content: bytes, words: list[str]) -> None:
@@ -159,7 +161,7 @@ def test_a_broken_file(directory: Path, name: str, content: bytes, words: list[s
     refused(directory, str(directory), *words, load=True)
 
 
-def test_weights_cut_short(directory: Path) -> None:
+def test_truncated_weights(directory: Path) -> None:
     path = directory / "model.safetensors"
     check_safetensors(directory)
     path.write_bytes(path.read_bytes()[:-1])
@@ -172,9 +174,9 @@ def test_tensors_missing_or_of_another_shape(directory: Path) -> None:
     tensors = load_file(path)
     norm = tensors.pop("model.norm.weight")
     save_file(tensors, path, metadata={"format": "pt"})
-    refused(directory, "lacks 1 tensors", "model.norm.weight", load=True)
+    refused(directory, "1 tensors are missing", "model.norm.weight", load=True)
     save_file({**tensors, "model.norm.weight": norm[:7].clone()}, path, metadata={"format": "pt"})
-    refused(directory, "other shapes", "model.norm.weight", load=True)
+    refused(directory, "wrong shape", "model.norm.weight", load=True)
 
 
 # Random weights
@@ -204,7 +206,7 @@ def test_a_preset_is_seeded_and_leaves_the_global_generator_alone(preset: str) -
     assert embedding.std() > 0, "random weights that are all the same"
 
 
-def test_a_preset_borrows_the_shipped_tokenizer(preset: str) -> None:
+def test_a_preset_uses_the_shipped_tokenizer(preset: str) -> None:
     found = resolve_checkpoint(preset)
     assert found.directory is None and found.max_model_len == 128
     assert found.eos_token_ids == resolve_checkpoint("tiny").eos_token_ids
@@ -214,7 +216,7 @@ def test_a_preset_borrows_the_shipped_tokenizer(preset: str) -> None:
 
 def test_an_unknown_preset(preset: str) -> None:
     for model in ("random:", "random:smaall", "random:random:small"):
-        refused(model, "no preset", repr(model.removeprefix("random:")), "llama-110m", "small")
+        refused(model, "unknown preset", repr(model.removeprefix("random:")), "llama-110m", "small")
 
 
 @pytest.mark.parametrize("name", sorted(checkpoint.PRESETS))

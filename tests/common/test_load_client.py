@@ -1,6 +1,6 @@
-"""common/load_client.py against a real server on a loopback port that plays scripted replies, good and bad.
+"""common/load_client.py against a real server on a loopback port that sends scripted replies, good and bad.
 
-Which script is played: the one named by the chat's message, else the one named by the model, else "ok".
+The script is named by the chat's message, else by the model, else it is "ok".
 """
 
 import asyncio
@@ -186,7 +186,7 @@ def running_server() -> Iterator[Server]:
 
 @pytest.fixture
 def server(running_server: Server) -> Server:
-    wait_until(lambda: running_server.seen.in_flight == 0, "a reply of the test before is still being played")
+    wait_until(lambda: running_server.seen.in_flight == 0, "a reply of the test before is still being sent")
     for name, value in vars(Seen()).items():
         setattr(running_server.seen, name, value)
     return running_server
@@ -285,17 +285,17 @@ def test_a_failure_becomes_the_requests_error(server: Server, script: str, statu
     assert result.error.message.startswith(message)
     assert not result.completed and result.e2e_s is None
     expected_text = "" if script in ("busy", "broken") else "first"
-    assert result.text == expected_text, "what came before the error is kept"
+    assert result.text == expected_text, "the text before the error is kept"
 
 
 def test_a_silent_server_is_a_read_timeout(server: Server) -> None:
     result = server.run_one("silent", read_timeout_s=0.2)
-    assert result.error == RequestError(None, "silence for longer than read_timeout_s=0.2")
+    assert result.error == RequestError(None, "no data for longer than read_timeout_s=0.2")
 
 
 def test_an_endless_reply_is_a_request_timeout(server: Server) -> None:
     result = server.run_one("endless", request_timeout_s=0.3)
-    assert result.error == RequestError(None, "no full reply within request_timeout_s=0.3")
+    assert result.error == RequestError(None, "no complete reply within request_timeout_s=0.3")
     wait_until(lambda: server.seen.num_abandoned == 1, "the connection stayed open after the timeout")
 
 
@@ -326,13 +326,13 @@ def test_one_failure_leaves_the_other_requests_alone(server: Server) -> None:
 
 
 @pytest.mark.parametrize("chunks", [0, 3])
-def test_a_client_that_goes_away(server: Server, chunks: int) -> None:
+def test_a_client_that_disconnects(server: Server, chunks: int) -> None:
     report = server.run(chat("endless", cancel_after_chunks=chunks), chat("ok"))
     cancelled = report.results[0]
     assert cancelled.cancelled and cancelled.error is None
     assert len(cancelled.content_times_s) == chunks
     assert (report.num_completed, report.num_failed, report.num_cancelled) == (1, 0, 1)
-    wait_until(lambda: server.seen.num_abandoned == 1, "the server did not see the client go away")
+    wait_until(lambda: server.seen.num_abandoned == 1, "the server did not see the client disconnect")
 
 
 def test_a_client_that_wanted_more_chunks_than_came_has_completed(server: Server) -> None:
@@ -347,15 +347,15 @@ def test_a_finished_reply_is_read_to_its_end(server: Server) -> None:
     assert len(server.seen.client_ports) == 1, "one request at a time needs one connection"
 
 
-def test_a_closed_loop_keeps_so_many_in_flight(server: Server) -> None:
+def test_a_closed_loop_keeps_max_concurrency_in_flight(server: Server) -> None:
     server.seen.meet_at = 3
     report = server.run(*[chat("meet", arrival_s=1000.0)] * 9, max_concurrency=3)
     assert report.num_completed == 9, f"errors: {[result.error for result in report.results]}"
     assert server.seen.peak_in_flight == 3, f"expected 3 in flight, got {server.seen.peak_in_flight}"
 
 
-def test_an_open_loop_waits_for_nobody(server: Server) -> None:
-    server.seen.meet_at = 120  # more than the 100 connections that httpx allows unless told otherwise
+def test_an_open_loop_sends_without_waiting(server: Server) -> None:
+    server.seen.meet_at = 120  # more than the 100 connections that httpx allows by default
     report = server.run(*[chat("meet")] * 120)
     assert report.num_completed == 120, f"first errors: {[r.error for r in report.results if r.error][:2]}"
 
@@ -437,7 +437,7 @@ def test_command_line_prints_a_table(server: Server, capsys: pytest.CaptureFixtu
         assert expected in printed, f"{expected!r} is not in the report:\n{printed}"
 
 
-def test_command_line_tells_of_failures(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_reports_failures(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--base-url", server.url, "--model", "busy", "--num-requests", "3"]) == 1
     assert "3 × 429: the queue is full" in capsys.readouterr().out
 
@@ -447,7 +447,7 @@ def test_command_line_tells_of_failures(server: Server, capsys: pytest.CaptureFi
     [
         (["--vocab-size", "100"], "'short_chat' has no option vocab_size"),
         (["--max-concurrency", "0"], "max_concurrency=0 must be at least 1"),
-        (["--max-concurrency", "2", "--request-rate", "1"], "give one of them"),
+        (["--max-concurrency", "2", "--request-rate", "1"], "give only one of them"),
     ],
 )
 def test_command_line_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

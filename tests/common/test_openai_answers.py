@@ -1,4 +1,4 @@
-"""common/openai_app: what goes out for a good request, whole and streamed."""
+"""common/openai_app: the responses to good requests, complete and streamed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_form_of_events(server: Server) -> None:
 
 
 @both_endpoints
-def test_any_text_comes_through(engine: FakeEngine, path: str) -> None:
+def test_any_text_is_sent_unchanged(engine: FakeEngine, path: str) -> None:
     text = 'line\nends\r\n\r, "quotes", \\, \u2028, 日本語 🦊, data: [DONE]\n\n'
     engine.script = [delta(text, [1]), delta("", [2], "stop")]
     with serving(engine) as server:
@@ -103,7 +103,7 @@ def test_how_an_answer_ended(engine: FakeEngine, stream: bool) -> None:
 
 
 @both_endpoints
-def test_outputs_without_text_make_no_event_but_count(engine: FakeEngine, path: str) -> None:
+def test_outputs_without_text_produce_no_event_but_count(engine: FakeEngine, path: str) -> None:
     engine.script = [delta("", [1]), delta("ab", [2, 3]), delta("", [4]), delta("", [5]), delta("c", [6], "length")]
     with serving(engine) as server:
         events = server.events(path, stream_options={"include_usage": True})
@@ -141,7 +141,7 @@ def test_every_sampling_field_reaches_the_engine(server: Server, path: str) -> N
     server.whole(path, **fields, logit_bias={"7": -100, "4099": 1.5}, user="Bo")
     expected = SamplingParams(**fields, logit_bias={7: -100.0, 4099: 1.5})  # type: ignore[arg-type]
     assert server.engine.streams[0].params == expected
-    assert server.engine.streams[0].extra == {}, "only an engine with priorities is given any"
+    assert server.engine.streams[0].extra == {}, "only an engine with priorities gets one"
 
 
 @both_endpoints
@@ -248,7 +248,7 @@ def test_a_batch_of_prompts_with_n_answers_each(server: Server, stream: bool) ->
     assert texts == {0: "a b c", 1: "a c d", 2: "a b c d e f", 3: "a b c d f g"}
 
 
-def test_choices_are_interleaved_as_they_come(engine: FakeEngine) -> None:
+def test_choices_are_interleaved_as_they_arrive(engine: FakeEngine) -> None:
     engine.manual = True
     body = {**GOOD[COMPLETIONS], "n": 2, "stream": True}
     with serving(engine) as server, server.client.stream("POST", COMPLETIONS, json=body) as response:
@@ -300,10 +300,10 @@ def test_an_output_that_is_the_first_and_the_last(engine: FakeEngine, stream: bo
             choices = server.whole(COMPLETIONS)["choices"]
     assert "".join(choice["text"] for choice in choices) == "ab"
     assert {choice["index"] for choice in choices} == {0}, "the index is the choice's, whatever the engine says"
-    assert all(choice["logprobs"] is None for choice in choices), "nobody asked for logprobs"
+    assert all(choice["logprobs"] is None for choice in choices), "logprobs were not requested"
 
 
-# What the engine's cache has spared
+# Cached tokens
 
 
 def usage_of(server: Server, path: str, stream: bool, **fields: Any) -> dict[str, Any]:
@@ -315,8 +315,8 @@ def usage_of(server: Server, path: str, stream: bool, **fields: Any) -> dict[str
 @both_endpoints
 @streamed_or_not
 @pytest.mark.parametrize("num_cached", [0, 16])
-def test_cached_tokens_are_told(engine: FakeEngine, path: str, stream: bool, num_cached: int) -> None:
-    """The engine tells with its first output, whether or not that has a text."""
+def test_cached_tokens_are_reported(engine: FakeEngine, path: str, stream: bool, num_cached: int) -> None:
+    """The engine reports them with its first output, whether or not that has text."""
     for first in ("a", ""):
         engine.script = [
             dataclasses.replace(delta(first, [1]), num_cached_tokens=num_cached),
@@ -331,19 +331,19 @@ def test_cached_tokens_are_told(engine: FakeEngine, path: str, stream: bool, num
         }, f"got {usage}"  # fmt: skip
 
 
-def test_cached_tokens_are_told_once_in_a_stream(engine: FakeEngine) -> None:
+def test_cached_tokens_are_reported_once_in_a_stream(engine: FakeEngine) -> None:
     engine.script = [dataclasses.replace(delta("a", [1]), num_cached_tokens=16), delta("b", [2], "stop")]
     with serving(engine) as server:
         without = server.events(COMPLETIONS)
         events = server.events(COMPLETIONS, stream_options={"include_usage": True})
-    assert not any("usage" in event for event in without), f"nobody asked for it: {without}"
-    told = [event for event in events if "cached_tokens" in str(event)]
-    assert told == events[-1:], f"in the usage, and nowhere else: {events}"
+    assert not any("usage" in event for event in without), f"usage was not requested: {without}"
+    reported = [event for event in events if "cached_tokens" in str(event)]
+    assert reported == events[-1:], f"only in the usage: {events}"
 
 
 @both_endpoints
 @streamed_or_not
-def test_an_engine_that_tells_nothing_of_a_cache(server: Server, path: str, stream: bool) -> None:
+def test_an_engine_that_reports_no_cache(server: Server, path: str, stream: bool) -> None:
     usage = usage_of(server, path, stream)
     assert set(usage) == {"prompt_tokens", "completion_tokens", "total_tokens"}, f"got {usage}"
 
@@ -351,7 +351,7 @@ def test_an_engine_that_tells_nothing_of_a_cache(server: Server, path: str, stre
 @both_endpoints
 @streamed_or_not
 def test_the_cached_tokens_of_a_prompt_count_once(engine: FakeEngine, path: str, stream: bool) -> None:
-    """n answers: the first computes the prompt, the others find it; only the first counts, whoever is heard first."""
+    """n answers: the first computes the prompt, the others hit it. Only the first counts, whatever arrives first."""
     engine.manual = True
     with serving(engine) as server, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(usage_of, server, path, stream, n=3)
@@ -366,16 +366,20 @@ def test_the_cached_tokens_of_a_prompt_count_once(engine: FakeEngine, path: str,
 
 @streamed_or_not
 def test_the_cached_tokens_of_several_prompts_add_up(engine: FakeEngine, stream: bool) -> None:
-    """Sample j of prompt i is choice i · n + j; of each prompt, the first one counts. One engine may keep silent."""
-    for told, expected in (([1, 20, 2, 40, 4, 80], 7), ([0, 20, 0, 40, 0, 80], 0), ([None, 9, 2, None, None, 9], 2)):
+    """Sample j of prompt i is choice i · n + j; of each prompt, the first one counts. An engine may report nothing."""
+    for reported, expected in (
+        ([1, 20, 2, 40, 4, 80], 7),
+        ([0, 20, 0, 40, 0, 80], 0),
+        ([None, 9, 2, None, None, 9], 2),
+    ):
         engine.manual = True
         first = len(engine.streams)
         with serving(engine) as server, ThreadPoolExecutor(1) as pool:
             asked = pool.submit(usage_of, server, COMPLETIONS, stream, prompt=["a", "b c", "d e f"], n=2)
-            for stream_, num_cached in zip(server.until_streams(first + 6)[first:], told, strict=True):
+            for stream_, num_cached in zip(server.until_streams(first + 6)[first:], reported, strict=True):
                 stream_.put(dataclasses.replace(delta("a", [1]), num_cached_tokens=num_cached), delta("b", [2], "stop"))
             usage = asked.result(DEADLINE_S)
         assert usage["prompt_tokens_details"] == {"cached_tokens": expected}, (
-            f"{told}: expected {expected}, got {usage}"
+            f"{reported}: expected {expected}, got {usage}"
         )
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (6, 12), f"got {usage}"

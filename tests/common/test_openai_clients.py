@@ -98,7 +98,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert completion.top_logprobs is not None and completion.top_logprobs[0] == {" c": -1.0, " d": -0.5}
 
 
-def test_what_users_of_the_client_may_send(client: openai.OpenAI, server: Server) -> None:
+def test_fields_that_client_users_may_send(client: openai.OpenAI, server: Server) -> None:
     client.chat.completions.create(
         **CHAT_CALL, presence_penalty=0.5, frequency_penalty=-0.5, logit_bias={"5": -100}, user="Bo", seed=3, top_p=0.9,
         stop=["END"], response_format={"type": "text"}, tools=[],

@@ -1,4 +1,4 @@
-"""common/openai_app: admission, clients that go away, engines that fail, metrics, beginning and end."""
+"""common/openai_app: admission, client disconnects, engine failures, metrics, startup and shutdown."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ from tests.http_checks import (
 
 @pytest.fixture
 def manual(engine: FakeEngine) -> Iterator[Server]:
-    """A server whose engine says only what a test puts into its streams."""
+    """A server whose engine outputs only what a test puts into its streams."""
     engine.manual = True
     with serving(engine) as server:
         yield server
 
 
 def metrics_of(server: Server) -> dict[str, float]:
-    """All samples but buckets; a label's value stands in brackets."""
+    """All samples but buckets; a label's value is in brackets."""
     families = text_string_to_metric_families(server.client.get("/metrics").text)
     samples = [sample for family in families for sample in family.samples if not sample.name.endswith("_bucket")]
     return {s.name + "".join(f"[{value}]" for value in s.labels.values()): s.value for s in samples}
@@ -85,8 +85,8 @@ def test_all_choices_are_admitted_or_none(manual: Server, stream: bool) -> None:
 
 
 @streamed_or_not
-def test_more_choices_than_the_queue_ever_holds_are_400(manual: Server, stream: bool) -> None:
-    """To try again later, as 429 says, would never help."""
+def test_more_choices_than_the_queue_can_hold_are_400(manual: Server, stream: bool) -> None:
+    """Retrying later, as 429 suggests, would never help."""
     manual.engine.max_num_unfinished = 5
     for field, body in (("n", {"prompt": ["a", "b"], "n": 3}), ("prompt", {"prompt": ["a"] * 6})):
         response = manual.post(COMPLETIONS, {**body, "stream": stream})
@@ -98,7 +98,7 @@ def test_more_choices_than_the_queue_ever_holds_are_400(manual: Server, stream: 
 
 @both_endpoints
 @streamed_or_not
-def test_what_the_engine_refuses_is_400(manual: Server, path: str, stream: bool) -> None:
+def test_a_refusal_of_the_engine_is_400(manual: Server, path: str, stream: bool) -> None:
     manual.engine.refusal = FieldError("prompt", "6 blocks needed, the pool has 5")
     field = "messages" if path == CHAT else "prompt"  # the client's name for it
     check_error(manual.post(path, GOOD[path], stream=stream), 400, field, f"{field}: 6 blocks needed, the pool has 5")
@@ -118,13 +118,13 @@ def test_a_dead_engine_is_503(server: Server, path: str, stream: bool) -> None:
     assert not server.engine.streams
 
 
-# Clients that go away
+# Client disconnects
 
 
 @both_endpoints
 @streamed_or_not
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_client_that_leaves_in_the_middle(manual: Server, path: str, stream: bool, n: int) -> None:
+def test_a_client_that_disconnects_in_the_middle(manual: Server, path: str, stream: bool, n: int) -> None:
     with manual.send(path, stream=stream, n=n) as connection:
         streams = manual.until_streams(n)
         streams[0].put(delta("first", [1]))
@@ -140,14 +140,14 @@ def test_a_client_that_leaves_in_the_middle(manual: Server, path: str, stream: b
 
 @both_endpoints
 @streamed_or_not
-def test_a_client_that_leaves_before_the_first_token(manual: Server, path: str, stream: bool) -> None:
+def test_a_client_that_disconnects_before_the_first_token(manual: Server, path: str, stream: bool) -> None:
     with manual.send(path, stream=stream, n=2):
         manual.until_streams(2)
     until(lambda: manual.engine.aborts == [1, 1], f"both streams to be aborted, got {manual.engine.aborts}")
 
 
 @streamed_or_not
-def test_only_what_still_runs_is_aborted(manual: Server, stream: bool) -> None:
+def test_only_unfinished_streams_are_aborted(manual: Server, stream: bool) -> None:
     with manual.send(CHAT, stream=stream, n=3) as connection:
         first, second, _ = manual.until_streams(3)
         second.put(delta("second", [1], "stop"))
@@ -160,11 +160,11 @@ def test_only_what_still_runs_is_aborted(manual: Server, stream: bool) -> None:
 
 
 @streamed_or_not
-def test_a_client_that_leaves_at_once(manual: Server, stream: bool) -> None:
+def test_a_client_that_disconnects_at_once(manual: Server, stream: bool) -> None:
     """Whether the server has read the request when the connection ends, is parsing it or has queued it."""
     for number in range(1, 21):
         manual.send(COMPLETIONS, stream=stream, n=2).close()
-        until(lambda number=number: manual.app.num_ended == number, "the server to notice that nobody waits")
+        until(lambda number=number: manual.app.num_ended == number, "the server to notice the disconnect")
     assert set(manual.engine.aborts) <= {1}, f"each stream is aborted once, got {manual.engine.aborts}"
     manual.engine.manual = False
     assert manual.post(COMPLETIONS, GOOD[COMPLETIONS]).status_code == 200
@@ -175,7 +175,7 @@ def test_a_request_that_is_cut_off(manual: Server) -> None:
     for end in (1, 10, 30, whole.index(b"\r\n\r\n") + 4, len(whole) - 20, len(whole) - 1):
         manual.send_raw(whole[:end]).close()
     until(lambda: manual.app.num_ended == 3, "the server to be done with three requests with a head")
-    assert not manual.engine.streams, "half a request is none"
+    assert not manual.engine.streams, "an incomplete request must not reach the engine"
 
 
 def test_a_stream_that_was_read_to_its_end_leaves_its_connection_open(server: Server) -> None:
@@ -186,7 +186,7 @@ def test_a_stream_that_was_read_to_its_end_leaves_its_connection_open(server: Se
     assert server.engine.aborts == [0] * 6
 
 
-# The pieces by themselves: moments that a socket cannot hit exactly
+# Single functions: moments that a socket cannot hit exactly
 
 
 class Client:
@@ -258,7 +258,7 @@ def test_a_response_whose_client_was_gone_before_it_began(engine: FakeEngine) ->
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_handler_that_is_cancelled(engine: FakeEngine, stream: bool) -> None:
-    """As uvicorn does to what still runs when the time to drain is over."""
+    """As uvicorn does to running handlers when the drain timeout has passed."""
     engine.manual = True
 
     async def test() -> None:
@@ -278,13 +278,13 @@ def test_a_handler_that_is_cancelled(engine: FakeEngine, stream: bool) -> None:
             await task
         assert engine.aborts == [1, 1]
         generation.close()
-        assert engine.aborts == [1, 1], "to close twice is to close once"
+        assert engine.aborts == [1, 1], "a second close does nothing"
 
     on_a_loop(test)
 
 
-def test_an_output_that_comes_while_the_client_leaves(engine: FakeEngine) -> None:
-    """A stream that has ended is not aborted, even if nobody has read its end."""
+def test_an_output_that_arrives_while_the_client_disconnects(engine: FakeEngine) -> None:
+    """A stream that has ended is not aborted, even if its end was not read."""
     engine.manual = True
 
     async def test() -> None:
@@ -302,7 +302,7 @@ def test_an_output_that_comes_while_the_client_leaves(engine: FakeEngine) -> Non
     on_a_loop(test)
 
 
-def test_work_is_given_up_only_when_the_client_goes() -> None:
+def test_work_is_canceled_only_when_the_client_disconnects() -> None:
     async def test() -> None:
         client, ended = Client(), []
 
@@ -319,7 +319,7 @@ def test_work_is_given_up_only_when_the_client_goes() -> None:
             await unless_disconnected(client.receive, _fail())
         client.gone.set()
         assert await unless_disconnected(client.receive, work(asyncio.Event())) is None
-        assert len(ended) == 2, "what is given up has ended when unless_disconnected returns"
+        assert len(ended) == 2, "canceled work has ended when unless_disconnected returns"
 
     on_a_loop(test)
 
@@ -333,7 +333,7 @@ async def _fail() -> None:
 
 @both_endpoints
 @pytest.mark.parametrize("num_before", [0, 2])
-def test_an_error_in_mid_stream_is_an_event(engine: FakeEngine, path: str, num_before: int) -> None:
+def test_an_error_in_mid_stream_becomes_an_event(engine: FakeEngine, path: str, num_before: int) -> None:
     engine.script = [*[delta(f"t{number}", [1]) for number in range(num_before)], GenerationError("out of blocks")]
     with serving(engine) as server:
         events = server.events(path, stream_options={"include_usage": True})
@@ -369,9 +369,7 @@ def test_one_choice_that_fails_ends_the_others(manual: Server, stream: bool) -> 
 
 
 @both_endpoints
-def test_an_exception_that_no_engine_should_raise(
-    engine: FakeEngine, path: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unexpected_exception_of_the_engine(engine: FakeEngine, path: str, caplog: pytest.LogCaptureFixture) -> None:
     engine.script = [delta("a", [1]), KeyError("/secret/path")]
     with serving(engine, raises=KeyError) as server:
         error = check_error(server.post(path, GOOD[path]), 500, None, "KeyError", kind="internal_error")
@@ -383,7 +381,7 @@ def test_an_exception_that_no_engine_should_raise(
 
 
 @streamed_or_not
-def test_a_stream_that_just_stops(engine: FakeEngine, stream: bool) -> None:
+def test_a_stream_without_a_finish_reason(engine: FakeEngine, stream: bool) -> None:
     engine.script = [delta("a", [1]), None]
     with serving(engine) as server:
         response = server.post(CHAT, GOOD[CHAT], stream=stream)
@@ -438,7 +436,7 @@ def test_metrics_before_the_first_request(server: Server) -> None:
     assert server.client.get("/metrics").headers["content-type"].startswith("text/plain")
 
 
-def test_what_requests_leave_in_the_metrics(engine: FakeEngine) -> None:
+def test_what_requests_add_to_the_metrics(engine: FakeEngine) -> None:
     with serving(engine) as server:
         server.whole(COMPLETIONS, prompt=["a b", "c"], n=2, max_tokens=3)
         server.events(COMPLETIONS, prompt="a", max_tokens=2)
@@ -458,7 +456,7 @@ def test_what_requests_leave_in_the_metrics(engine: FakeEngine) -> None:
         }
 
 
-def test_gauges_are_asked_for_when_somebody_looks(server: Server) -> None:
+def test_gauges_are_read_at_each_scrape(server: Server) -> None:
     assert metrics_of(server)["engine:num_requests_running"] == 3
     assert metrics_of(server)["engine:kv_cache_usage_perc"] == 0.25
     server.engine.gauges = {"num_requests_waiting": 7.0}
@@ -472,7 +470,7 @@ def test_two_apps_count_apart(server: Server, engine: FakeEngine) -> None:
         assert metrics_of(other)["engine:generation_tokens_total"] == 0
 
 
-# Beginning and end
+# Startup and shutdown
 
 
 def test_the_engine_starts_on_the_loop_and_shuts_down_off_it(engine: FakeEngine) -> None:
@@ -525,10 +523,10 @@ def test_an_engine_that_cannot_start(engine: FakeEngine) -> None:
 
     engine.start = fail  # type: ignore[method-assign]
     asyncio.run(run())
-    assert engine.calls == [], "what has not started is not shut down"
+    assert engine.calls == [], "an engine that has not started is not shut down"
 
 
-def test_tokenising_does_not_hold_up_the_event_loop(engine: FakeEngine) -> None:
+def test_tokenizing_does_not_block_the_event_loop(engine: FakeEngine) -> None:
     threads: set[threading.Thread] = set()
 
     class Watching:

@@ -45,7 +45,7 @@ def test_a_chat_gets_as_many_as_it_asks_for(server: Server) -> None:
         assert server.engine.streams[-1].params.logprobs is None
 
 
-def test_two_tokens_of_one_rank_are_not_more_than_were_asked_for(engine: FakeEngine) -> None:
+def test_two_tokens_of_one_rank_do_not_exceed_top_logprobs(engine: FakeEngine) -> None:
     """The sampled token ties with the likeliest, as in bfloat16 it may."""
     k, l = engine.letters[10], engine.letters[11]  # noqa: E741
     tie = {k: Logprob(-0.5, 1), l: Logprob(-0.5, 1)}
@@ -133,7 +133,7 @@ def test_minus_infinity_is_a_number(engine: FakeEngine) -> None:
             assert "Infinity" not in text and text.count("-9999.0") >= 2, f"JSON knows no infinity: {text}"
 
 
-def test_an_engine_that_forgets_logprobs_is_found_out(engine: FakeEngine) -> None:
+def test_an_engine_without_the_requested_logprobs_is_caught(engine: FakeEngine) -> None:
     engine.script = [delta("a", [5], "stop")]
     with serving(engine, raises=ValueError) as server:
         response = server.post(CHAT, GOOD[CHAT], logprobs=True)
@@ -156,7 +156,7 @@ def test_half_characters_and_where_tokens_begin(engine: FakeEngine) -> None:
     assert completion["tokens"][-1] == "<|im_end|>", "a special token is shown by its name"
 
 
-def test_special_tokens_take_no_room_in_the_text(engine: FakeEngine) -> None:
+def test_special_tokens_are_not_in_the_text(engine: FakeEngine) -> None:
     engine.script = [with_logprobs(" a a", engine.letters[0], 2, engine.letters[0], end=True)]
     with serving(engine) as server:
         assert server.whole(COMPLETIONS, logprobs=0)["choices"][0]["logprobs"]["text_offset"] == [0, 2, 2]

@@ -78,7 +78,7 @@ def test_a_wrong_min_tokens_where_max_tokens_has_its_default(server: Server, pat
 
 
 @both_endpoints
-def test_what_belongs_to_the_other_endpoint(server: Server, path: str) -> None:
+def test_fields_of_the_other_endpoint(server: Server, path: str) -> None:
     others = {CHAT: {"echo": True, "prompt": "Hi"}, COMPLETIONS: {"messages": [USER], "top_logprobs": 2}}
     for name, value in others[path].items():
         check_error(server.post(path, GOOD[path], **{name: value}), 400, name)
@@ -130,7 +130,7 @@ PROMPTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "too long": ({"prompt": LONG}, "prompt", f"{CONTEXT} tokens"),
     "half a surrogate pair": ({"prompt": "a\ud800b"}, "prompt", "surrogate"),
     "token ids in a batch": ({"prompt": [[1], [1, 2, 3, 4, 5, 6, 7, -1]]}, "prompt[1][7]", "4095, got -1"),
-    "a number in a batch of texts": ({"prompt": ["Hi", 5]}, "prompt[1]", "expected text or token ids, got 5"),
+    "a number in a batch of strings": ({"prompt": ["Hi", 5]}, "prompt[1]", "expected text or token ids, got 5"),
     "a text among token ids": ({"prompt": [5, "Hi"]}, "prompt[1]", "a token id from 0 to 4095, got 'Hi'"),
     "an empty one in a batch": ({"prompt": ["Hi", ""]}, "prompt[1]", "empty"),
     "an empty list in a batch": ({"prompt": [[5], []]}, "prompt[1]", "empty"),
@@ -151,7 +151,7 @@ MESSAGES: dict[str, tuple[object, str, str]] = {
     "part is text": ([{**USER, "content": ["Hi"]}], "messages[0].content[0]", "got 'Hi'"),
     "part is an image": ([{**USER, "content": [*PARTS, {"type": "image_url"}]}], "messages[0].content[1]", "image_url"),
     "part has more": ([{**USER, "content": [{**PARTS[0], "x": 1}]}], "messages[0].content[0]", "expected {"),
-    "part's text is none": ([{**USER, "content": [{**PARTS[0], "text": 5}]}], "messages[0].content[0].text", "got 5"),
+    "part's text is 5": ([{**USER, "content": [{**PARTS[0], "text": 5}]}], "messages[0].content[0].text", "got 5"),
     "surrogate in a part": (
         [{**USER, "content": [{**PARTS[0], "text": "\ud800"}]}],
         "messages[0].content[0].text",
@@ -180,8 +180,8 @@ def test_wrong_messages_are_refused(server: Server, case: str) -> None:
         check_error(response, 400, param, word)
 
 
-def test_a_chat_without_max_tokens_goes_as_far_as_the_engine_can(server: Server) -> None:
-    """To the end of the context or of the KV cache: who names no limit must not be told that it is too high."""
+def test_a_chat_without_max_tokens_uses_all_that_fits(server: Server) -> None:
+    """Up to the end of the context or the KV cache: without a limit in the request, none can be too high."""
     body = {"messages": [USER]}
     num_prompt_tokens = server.post(CHAT, body).json()["usage"]["prompt_tokens"]
     assert server.engine.streams[-1].params.max_tokens == CONTEXT - num_prompt_tokens
@@ -216,7 +216,7 @@ SMALL_BODIES["deeply nested lists"] = b"[" * 15_000
 
 @both_endpoints
 @pytest.mark.parametrize("case", SMALL_BODIES)
-def test_a_body_that_is_no_json_object(server: Server, path: str, case: str) -> None:
+def test_a_body_that_is_not_a_json_object(server: Server, path: str, case: str) -> None:
     check_error(server.post(path, SMALL_BODIES[case]), 400, "body")
 
 
@@ -242,7 +242,7 @@ def test_a_body_of_the_limit_and_one_byte_more(server: Server, chunked: bool) ->
     assert server.post(COMPLETIONS, GOOD[COMPLETIONS]).status_code == 200
 
 
-def test_a_body_announced_too_large_is_refused_before_it_comes(server: Server) -> None:
+def test_a_body_announced_too_large_is_refused_before_it_arrives(server: Server) -> None:
     with server.send_raw(request_bytes(COMPLETIONS, b"", length=10**12)) as connection:
         answer = read_until(connection, b'"code":')
     assert answer.startswith(b"HTTP/1.1 413 ") and b"1,000,000,000,000" in answer, f"got {answer!r}"
@@ -307,7 +307,7 @@ def test_an_api_key_guards_v1_and_nothing_else(engine: FakeEngine) -> None:
                 error = check_error(response, 401, None, "Authorization: Bearer")
                 assert error["code"] == "invalid_api_key", f"got {error}"
                 assert response.headers["www-authenticate"] == "Bearer"
-                assert KEY not in response.text, "the error must not tell the key"
+                assert KEY not in response.text, "the error must not contain the key"
         for scheme in ("Bearer", "bearer"):
             headers = {"Authorization": f"{scheme} {KEY}".encode()}
             assert server.client.get("/v1/models", headers=headers).status_code == 200
@@ -319,14 +319,14 @@ def test_an_api_key_guards_v1_and_nothing_else(engine: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize("key", ["", " ", "secret\n", " secret"])
-def test_a_key_that_nobody_could_send(key: str) -> None:
+def test_a_key_that_no_client_can_send(key: str) -> None:
     """An empty variable in the environment must not open the server."""
     with pytest.raises(FieldError, match="^api_key: expected a key") as caught:
         AppOptions(api_key=key)
     assert "secret" not in str(caught.value)
 
 
-def test_without_a_key_any_is_taken(server: Server) -> None:
+def test_without_a_key_any_key_is_accepted(server: Server) -> None:
     assert server.client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 200
 
 

@@ -1,4 +1,4 @@
-"""common/plotting.py: the same bytes for the same picture, the palette's colours, the size limit."""
+"""common/plotting.py: the same bytes for the same picture, the palette's colors, the size limit."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def test_a_users_own_style_does_not_change_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_saved_colours_are_the_palettes(tmp_path: Path) -> None:
+def test_saved_colors_are_the_palettes(tmp_path: Path) -> None:
     fig, axes = figure("bars", "", "tokens/s")
     for position in range(len(COLORS)):
         axes.bar([position], [10 + position])
@@ -55,7 +55,7 @@ def test_saved_colours_are_the_palettes(tmp_path: Path) -> None:
     assert counted is not None
     found = {"#{:02X}{:02X}{:02X}".format(*color) for count, color in counted if count > 5000}  # type: ignore[misc]
     missing = {*COLORS, BASELINE_COLOR} - found
-    assert not missing, f"colours {missing} were drawn, but the saved picture has {found}"
+    assert not missing, f"colors {missing} were drawn, but the saved picture has {found}"
 
 
 def test_a_readme_shows_it_sharp(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_readme_shows_it_sharp(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size < MAX_PNG_BYTES
 
 
-def test_a_line_label_stands_at_the_lines_end_in_its_colour() -> None:
+def test_a_line_label_is_at_the_lines_end_in_its_color() -> None:
     labels = example().axes[0].texts
     assert [label.get_text() for label in labels] == ["this part", "before"]
     assert [to_hex(label.get_color()).upper() for label in labels] == list(COLORS[:2])

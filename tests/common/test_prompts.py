@@ -19,14 +19,14 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(MODELS_DIR / "tiny")
 
 
-def test_text_is_tokenised_as_it_is(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_text_is_tokenized_unchanged(tokenizer: PreTrainedTokenizerBase) -> None:
     for text in ("Once upon a time", " leading space", "line\n\tbreaks", "日本語 🦊", "\0", "a"):
         ids = encode_prompt({"prompt": text}, tokenizer, 1000)
         assert ids and all(isinstance(token, int) for token in ids), f"{text!r}: got {ids}"
-        assert tokenizer.decode(ids) == text, f"{text!r} came back as {tokenizer.decode(ids)!r}"
+        assert tokenizer.decode(ids) == text, f"{text!r} was decoded as {tokenizer.decode(ids)!r}"
 
 
-def test_token_ids_are_taken_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_token_ids_are_used_unchanged(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [0, 4095, *tokenizer.encode("Once upon a time"), 0]
     body = {"prompt": ids}
     got = encode_prompt(body, tokenizer, 1000)
@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no messages": ({"messages": []}, "messages", "at least one message, got []"),
     "text messages": ({"messages": "Hi"}, "messages", "a list of at least one message, got 'Hi'"),
     "tuple": ({"messages": (USER,)}, "messages", "a list of at least one message"),
-    "no object": ({"messages": [USER, 5]}, "messages[1]", "an object with role and content, got 5"),
+    "not an object": ({"messages": [USER, 5]}, "messages[1]", "an object with role and content, got 5"),
     "extra": ({"messages": [{**USER, "name": "x"}]}, "messages[0].name", "unknown field: expected role and content"),
     "role": ({"messages": [{**USER, "role": "tool"}]}, "messages[0].role", "system, user, assistant, got 'tool'"),
     "no role": ({"messages": [{"content": "Hi"}]}, "messages[0].role", "got None"),
@@ -118,5 +118,5 @@ def test_a_template_that_is_missing_or_refuses(template: str | None, message: st
     assert message in str(caught.value), f"got {caught.value}"
 
 
-def test_good_messages_come_back_as_they_are() -> None:
+def test_good_messages_are_returned_unchanged() -> None:
     assert check_messages([USER]) == [USER]

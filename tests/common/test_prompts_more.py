@@ -1,4 +1,4 @@
-"""common/prompts.py: batches of prompts and OpenAI's newer forms of messages, which the parts from 3 on take."""
+"""common/prompts.py: batches of prompts and OpenAI's newer forms of messages, which parts 3 and later accept."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_parts_1_and_2_take_plain_messages_only() -> None:
 
 @pytest.mark.parametrize("check", [check_messages, plain_messages])
 @pytest.mark.parametrize("name", ["\ud800", "x" * 5000])
-def test_an_unknown_field_can_be_told_to_the_client(check: Any, name: str) -> None:
+def test_an_unknown_field_can_be_reported_to_the_client(check: Any, name: str) -> None:
     with pytest.raises(FieldError) as caught:
         check([{**USER, name: 1}])
     assert "unknown field" in str(caught.value).encode().decode() and len(str(caught.value)) < 300

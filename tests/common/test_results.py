@@ -1,4 +1,4 @@
-"""common/results.py: what a result file holds, what it must not hold, and what is refused."""
+"""common/results.py: what a result file contains, what it must not contain, and what is refused."""
 
 import getpass
 import json
@@ -94,7 +94,7 @@ def test_read_result_names_file_and_field(tmp_path: Path, changes: dict[str, Any
         read_result(path)
 
 
-def test_read_result_misses_a_field(tmp_path: Path) -> None:
+def test_read_result_names_a_missing_field(tmp_path: Path) -> None:
     path = tmp_path / "part04.json"
     write_example(path)
     result = json.loads(path.read_text())
@@ -111,7 +111,7 @@ def test_read_result_refuses_other_files(tmp_path: Path, text: str, message: str
         read_result(tmp_path / "part04.json")
 
 
-def test_machine_stamp_says_what_numbers_depend_on_and_not_whose_machine_it_is() -> None:
+def test_machine_stamp_has_hardware_and_versions_but_no_identity() -> None:
     stamp = machine_stamp()
     expected = {"cpu", "cpu_cores", "memory_gib", "gpu", "os", "python", "torch", "torch_num_threads", "transformers"}
     assert stamp.keys() == expected
@@ -119,7 +119,7 @@ def test_machine_stamp_says_what_numbers_depend_on_and_not_whose_machine_it_is()
     assert stamp["cpu"], "the CPU model is empty"
     values = [str(value) for value in stamp.values()]
     for private in (platform.node(), getpass.getuser(), str(Path.home())):
-        assert private not in values, f"the stamp tells {private!r}"
+        assert private not in values, f"the stamp reveals {private!r}"
 
 
 def test_git_commit_of_a_clean_tree(repository: Path) -> None:

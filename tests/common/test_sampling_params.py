@@ -51,11 +51,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("stop_token_ids", [1, "2"], "an integer of at least 0, got '2'"),
     ("stop_token_ids", [True], "an integer of at least 0, got True"),
     ("stop_token_ids", [1] * 129, "at most 128 ids, got 129"),
-    ("stop", 5, "text or a list of texts, got 5"),
-    ("stop", None, "text or a list of texts, got None"),
-    ("stop", {"a"}, "text or a list of texts, got {'a'}"),
-    ("stop", ["a", 5], "text or a list of texts, got ['a', 5]"),
-    ("stop", [["a"]], "text or a list of texts, got [['a']]"),
+    ("stop", 5, "a string or a list of strings, got 5"),
+    ("stop", None, "a string or a list of strings, got None"),
+    ("stop", {"a"}, "a string or a list of strings, got {'a'}"),
+    ("stop", ["a", 5], "a string or a list of strings, got ['a', 5]"),
+    ("stop", [["a"]], "a string or a list of strings, got [['a']]"),
     ("stop", ["a"] * 5, "at most 4 strings, got 5"),
     ("stop", "", "1 to 1000 characters, got 0"),
     ("stop", ["a", ""], "1 to 1000 characters, got 0"),
@@ -74,7 +74,7 @@ def test_a_refusal_names_field_value_and_limit(field: str, value: object, messag
     assert len(str(caught.value)) < 200, f"the message echoes all of a long value: {caught.value}"
 
 
-def test_what_utf_8_cannot_write_is_refused() -> None:
+def test_text_that_utf_8_cannot_encode_is_refused() -> None:
     with pytest.raises(FieldError, match="^stop: not valid Unicode: half a surrogate pair$"):
         SamplingParams(stop=("a", "b\ud800"))
 
@@ -114,13 +114,13 @@ def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
         assert got == expected, f"{name}={value} became {got}"
 
 
-def test_what_is_more_than_any_model_has_means_the_same_and_fits_into_a_tensor() -> None:
+def test_values_above_any_models_limit_are_clipped_to_fit_a_tensor() -> None:
     params = SamplingParams(max_tokens=10**30, min_tokens=10**30, top_k=10**30)
     got = (params.max_tokens, params.min_tokens, params.top_k)
     assert got == (MAX_COUNT,) * 3, f"expected {MAX_COUNT} for each of max_tokens, min_tokens, top_k, got {got}"
 
 
-def test_one_stop_string_stands_for_a_list_of_it() -> None:
+def test_one_stop_string_means_a_list_of_one() -> None:
     assert SamplingParams(stop="END").stop == ("END",), "four characters of one string are not four strings"  # type: ignore[arg-type]
 
 
@@ -130,7 +130,7 @@ def test_a_temperature_that_float32_cannot_divide_by_is_greedy(temperature: floa
 
 
 @pytest.mark.parametrize(("top_p", "expected"), [(1e-50, 1e-9), (1e-9, 1e-9), (0.1, 0.1)])
-def test_a_top_p_that_float32_rounds_to_0_is_lifted(top_p: float, expected: float) -> None:
+def test_a_top_p_that_float32_rounds_to_0_is_raised(top_p: float, expected: float) -> None:
     assert SamplingParams(top_p=top_p).top_p == expected
 
 
@@ -147,7 +147,7 @@ def test_params_cannot_be_changed() -> None:
         SamplingParams(topk=5)  # type: ignore[call-arg]
 
 
-def test_from_body_takes_its_fields_and_leaves_the_rest() -> None:
+def test_from_body_reads_its_fields_and_ignores_the_rest() -> None:
     body = {"prompt": "Hi", "max_tokens": 7, "stop_token_ids": [4], "seed": None, "top_p": None, "stream": True}
     assert SamplingParams.from_body(body) == SamplingParams(max_tokens=7, stop_token_ids=(4,))
     assert SamplingParams.from_body({"stop": "a"}) == SamplingParams.from_body({"stop": ["a"]}) != SamplingParams()
@@ -175,7 +175,7 @@ ASKED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", ASKED)
-def test_what_an_engine_does_not_do_is_refused(field: str) -> None:
+def test_unsupported_fields_are_refused(field: str) -> None:
     others = [name for name in ASKED if name != field]
     check_supported(SamplingParams(**{name: ASKED[name] for name in others}), others)
     check_supported(SamplingParams(**{field: ASKED[field]}), [field])
@@ -184,7 +184,7 @@ def test_what_an_engine_does_not_do_is_refused(field: str) -> None:
     assert caught.value.field == field
 
 
-def test_a_default_asks_for_nothing() -> None:
+def test_default_values_are_always_supported() -> None:
     check_supported(SamplingParams(), [])
     check_supported(SamplingParams(stop=[], temperature=1, seed=None), [])  # type: ignore[arg-type]
     with pytest.raises(FieldError) as caught:
@@ -198,7 +198,7 @@ def test_stop_tokens_must_be_in_the_vocabulary() -> None:
         check_vocabulary(SamplingParams(stop_token_ids=(0, 320)), 320)
 
 
-def test_show_is_short_whatever_it_is_given() -> None:
+def test_show_is_always_short() -> None:
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
@@ -209,7 +209,7 @@ def test_show_is_short_whatever_it_is_given() -> None:
         deep = deep.pop()
 
 
-def test_an_error_as_openai_writes_it() -> None:
+def test_an_error_in_openai_format() -> None:
     error = FieldError("top_k", "expected less")
     assert isinstance(error, ValueError)
     assert openai_error(str(error), error.field) == {

@@ -1,4 +1,4 @@
-"""common/sampling_params.py: the fields that the parts from 3 on know, and the log probabilities of outputs."""
+"""common/sampling_params.py: the fields that parts 3 and later support, and the log probabilities of outputs."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("logprobs", 21, "an integer from 0 to 20, got 21"),
     ("logprobs", True, "an integer from 0 to 20, got True"),
     ("logprobs", False, "an integer from 0 to 20, got False"),
-    ("cache_salt", "", "a text of 1 to 1000 characters, got ''"),
-    ("cache_salt", "x" * 1001, "a text of 1 to 1000 characters, got 'xxx"),
-    ("cache_salt", 5, "a text of 1 to 1000 characters, got 5"),
-    ("cache_salt", True, "a text of 1 to 1000 characters, got True"),
-    ("cache_salt", ["a"], "a text of 1 to 1000 characters, got ['a']"),
-    ("cache_salt", b"a", "a text of 1 to 1000 characters, got b'a'"),
+    ("cache_salt", "", "text of 1 to 1000 characters, got ''"),
+    ("cache_salt", "x" * 1001, "text of 1 to 1000 characters, got 'xxx"),
+    ("cache_salt", 5, "text of 1 to 1000 characters, got 5"),
+    ("cache_salt", True, "text of 1 to 1000 characters, got True"),
+    ("cache_salt", ["a"], "text of 1 to 1000 characters, got ['a']"),
+    ("cache_salt", b"a", "text of 1 to 1000 characters, got b'a'"),
 ]
 
 
@@ -95,8 +95,8 @@ def test_the_limits_themselves_are_accepted(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("salt", ["\ud83e", "a\udc00b"], ids=ascii)
-def test_a_salt_that_is_no_text_is_refused(salt: str) -> None:
-    """It could not be written in UTF-8, as whoever hashes it does."""
+def test_a_salt_with_half_a_surrogate_pair_is_refused(salt: str) -> None:
+    """It could not be encoded in UTF-8 to hash it."""
     with pytest.raises(FieldError, match="^cache_salt: not valid Unicode"):
         SamplingParams(cache_salt=salt)
 
@@ -132,7 +132,7 @@ def test_from_body() -> None:
         SamplingParams.from_body({"n": False})
     assert SamplingParams.from_body({"cache_salt": "x"}).cache_salt == "x"
     assert SamplingParams.from_body({"cache_salt": None}).cache_salt is None
-    with pytest.raises(FieldError, match="^cache_salt: expected a text of 1 to 1000 characters, got ''"):
+    with pytest.raises(FieldError, match="^cache_salt: expected text of 1 to 1000 characters, got ''"):
         SamplingParams.from_body({"cache_salt": ""})
 
 
@@ -143,14 +143,14 @@ ASKED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", ASKED)
-def test_what_an_engine_does_not_do_is_refused(field: str) -> None:
+def test_unsupported_fields_are_refused(field: str) -> None:
     others = [name for name in ASKED if name != field]
     check_supported(SamplingParams(**{name: ASKED[name] for name in others}), others)
     with pytest.raises(FieldError, match="^" + field + ": this part does not support it, got "):
         check_supported(SamplingParams(**{field: ASKED[field]}), others)
 
 
-def test_a_default_asks_for_nothing() -> None:
+def test_default_values_are_always_supported() -> None:
     check_supported(SamplingParams(n=1, presence_penalty=0, repetition_penalty=1, logit_bias={}), [])  # type: ignore[arg-type]
 
 

@@ -21,7 +21,8 @@ import httpx
 import pytest
 
 import common
-from common.serve import listen, running_app, server_process
+from common.errors import FieldError
+from common.serve import ServerConfig, listen, running_app, server_process
 
 LOOK = "Look at common/serve.py."
 DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
@@ -29,7 +30,7 @@ PROCESS_TIMEOUT_S = 120
 
 
 class App:
-    """Answers "hello" once it may; keeps its event loop, and what happened, in order."""
+    """Answers "hello" when allowed; records its event loop and the order of events."""
 
     def __init__(self, fails_at_startup: bool = False) -> None:
         self.fails_at_startup = fails_at_startup
@@ -89,14 +90,31 @@ def open_sockets() -> list[socket.socket]:
     return [thing for thing in gc.get_objects() if type(thing) is socket.socket and thing.fileno() >= 0]
 
 
+# ServerConfig
+
+
+def test_the_server_s_own_flags() -> None:
+    config = ServerConfig()
+    assert (config.host, config.port, config.api_key) == ("127.0.0.1", 8000, None), f"got {config}. {LOOK}"
+    for port in (0, 1, 65_535):
+        assert ServerConfig(port=port).port == port
+
+
+@pytest.mark.parametrize("port", [-1, 65_536, 10**9])
+def test_a_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(FieldError, match=f"^port: expected 0 to 65535, got {port}$") as caught:
+        ServerConfig(port=port)
+    assert caught.value.field == "port", f"got {caught.value.field}. {LOOK}"
+
+
 # listen
 
 
-def test_port_0_takes_a_free_one() -> None:
+def test_port_0_picks_a_free_one() -> None:
     with listen("127.0.0.1", 0) as first, listen("127.0.0.1", 0) as second:
         (host, port), (_, other) = first.getsockname(), second.getsockname()
         assert host == "127.0.0.1" and port != other and min(port, other) > 0, f"got {host}, {port}, {other}. {LOOK}"
-        with socket.create_connection((host, port), timeout=DEADLINE_S):  # it listens before anybody accepts
+        with socket.create_connection((host, port), timeout=DEADLINE_S):  # it listens before accept() is called
             pass
         if sys.platform == "linux":  # where all of 127.0.0.0/8 is this machine
             with pytest.raises(ConnectionRefusedError):
@@ -209,7 +227,7 @@ def until_refused(url: str) -> None:
 def test_an_app_that_fails_at_startup_is_an_error() -> None:
     app, threads = App(fails_at_startup=True), set(threading.enumerate())
     before = len(open_sockets())
-    with pytest.raises(RuntimeError, match="before it had started"), running_app(app):
+    with pytest.raises(RuntimeError, match="exited before it was ready"), running_app(app):
         pytest.fail(f"the block ran without a server. {LOOK}")
     assert set(threading.enumerate()) <= threads, f"threads are left: {set(threading.enumerate()) - threads}. {LOOK}"
     assert len(open_sockets()) == before, f"the listening socket is still open. {LOOK}"
@@ -315,9 +333,9 @@ def test_a_server_whose_engine_has_died_ends_and_says_why() -> None:
             chunks = response.iter_text()
             text = next(chunks)
             assert get(f"{url}/die") == "begun done", "the answer that says so is given"
-            assert get(f"{url}/") == "begun done", f"it answers for a moment: /health has to say it. {LOOK}"
+            assert get(f"{url}/") == "begun done", f"it still answers for a moment: /health must report it. {LOOK}"
             text += "".join(chunks)
-        assert text == "begun done", f"an open request comes to its end, got {text!r}. {LOOK}"
+        assert text == "begun done", f"an open request is finished, got {text!r}. {LOOK}"
         output, errors = server.communicate(timeout=PROCESS_TIMEOUT_S)
         assert server.returncode == 1, f"expected status 1, got {server.returncode}: {errors}. {LOOK}"
         expected = ("shutdown\n", "error: the engine sat on the cat\n")
@@ -325,7 +343,7 @@ def test_a_server_whose_engine_has_died_ends_and_says_why() -> None:
         assert refuses(port), f"the port is still open. {LOOK}"
 
 
-def test_a_server_whose_engine_lives_ends_as_any_other() -> None:
+def test_a_server_whose_engine_is_alive_ends_normally() -> None:
     with process(DYING) as (server, port):
         assert get(f"http://127.0.0.1:{port}/") == "begun done"
         server.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""common/stats.py against numpy, and its refusals."""
+"""common/stats.py against numpy, and the errors it raises."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""common/testing.py: the oracle that all parts are held to passes what is right and fails what is wrong."""
+"""common/testing.py: the oracle for all parts passes correct answers and fails wrong ones."""
 
 from __future__ import annotations
 

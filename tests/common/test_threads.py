@@ -31,7 +31,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process in which nobody has said how OpenMP waits or with how many threads it computes."""
+    """Run code in a process without settings for how OpenMP waits or how many threads compute."""
     unset = (*SPIN_VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"PYTHONPATH": str(ROOT), **variables}
@@ -43,13 +43,13 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 # limit_spinning
 
 
-def test_spinning_is_limited_where_nothing_is_said(environ: dict[str, str]) -> None:
+def test_spinning_is_limited_by_default(environ: dict[str, str]) -> None:
     limit_spinning()
     assert environ == SPIN_LIMITS, f"expected {SPIN_LIMITS}, got {environ}. {LOOK.format('limit_spinning')}"
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"])
-def test_what_the_user_has_set_wins(environ: dict[str, str], name: str) -> None:
+def test_the_users_setting_wins(environ: dict[str, str], name: str) -> None:
     environ[name] = "0"
     limit_spinning()
     assert environ == {name: "0"}, (
@@ -58,8 +58,8 @@ def test_what_the_user_has_set_wins(environ: dict[str, str], name: str) -> None:
 
 
 @pytest.mark.skipif(not list(Path(torch.__file__).parent.glob("lib/libgomp*")), reason="this torch has no libgomp")
-def test_openmp_hears_of_the_limit() -> None:
-    """libgomp itself says with what it was loaded, as OMP_DISPLAY_ENV asks it to."""
+def test_openmp_reads_the_limit() -> None:
+    """With OMP_DISPLAY_ENV, libgomp prints the settings that it was loaded with."""
     code = "from common.threads import limit_spinning\nlimit_spinning()\nimport torch"
     report = run_python(code, OMP_DISPLAY_ENV="VERBOSE").stderr
     [line] = [line for line in report.splitlines() if "GOMP_SPINCOUNT" in line]
@@ -70,7 +70,7 @@ def test_openmp_hears_of_the_limit() -> None:
 
 
 @pytest.mark.parametrize("num_threads", [None, 1, NUM_CPUS])
-def test_numbers_of_threads_that_are_taken(num_threads: int | None) -> None:
+def test_valid_numbers_of_threads(num_threads: int | None) -> None:
     check_num_threads(num_threads)
 
 
@@ -81,7 +81,7 @@ def test_a_number_of_threads_out_of_range_is_an_error_that_names_it(num_threads:
 
 
 def in_a_new_thread(num_threads: int | None) -> int:
-    """What torch computes with in a thread that has called set_num_threads."""
+    """The number of torch threads in a thread that has called set_num_threads."""
     found: list[int] = []
 
     def compute() -> None:
@@ -94,11 +94,11 @@ def in_a_new_thread(num_threads: int | None) -> int:
     return found[0]
 
 
-def test_a_thread_computes_with_what_it_is_told() -> None:
+def test_a_thread_computes_with_its_number_of_threads() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert in_a_new_thread(None) == 1, f"None: as the process is set. {LOOK.format('set_num_threads')}"
+        assert in_a_new_thread(None) == 1, f"None means the process's setting. {LOOK.format('set_num_threads')}"
         assert in_a_new_thread(2) == 2, LOOK.format("set_num_threads")
     finally:
         torch.set_num_threads(before)
@@ -106,8 +106,8 @@ def test_a_thread_computes_with_what_it_is_told() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or NUM_CPUS < 2, reason="counts OpenMP's threads in /proc")
 @pytest.mark.parametrize("num_threads", ["1", "None"])
-def test_the_first_matrix_product_of_a_thread_already_obeys(num_threads: str) -> None:
-    """torch.set_num_threads(1) in the main thread alone is not enough for that."""
+def test_the_first_matrix_product_of_a_thread_uses_its_number_of_threads(num_threads: str) -> None:
+    """torch.set_num_threads(1) in the main thread alone is not enough."""
     code = (
         "import os, threading, torch\n"
         "from common.threads import set_num_threads\n"
@@ -129,7 +129,7 @@ def test_the_first_matrix_product_of_a_thread_already_obeys(num_threads: str) ->
 
 
 @pytest.mark.parametrize(("num_cores", "expected"), [(1, 1), (2, 2), (3, 2), (16, 15)])
-def test_one_of_more_than_two_cores_is_left(
+def test_one_of_more_than_two_cores_stays_free(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], num_cores: int, expected: int
 ) -> None:
     setting = [num_cores]
@@ -141,7 +141,7 @@ def test_one_of_more_than_two_cores_is_left(
     )
 
 
-def test_omp_num_threads_is_obeyed(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
+def test_omp_num_threads_wins(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
     environ["OMP_NUM_THREADS"] = "4"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail(f"expected 4. {LOOK.format('leave_a_core')}"))

@@ -1,4 +1,4 @@
-"""common/trace: what is written is read back, a broken file is refused by line, a full disk stops no engine."""
+"""common/trace: a trace is read back, a broken file is refused by line, a full disk does not stop the engine."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ def test_unknown_fields_and_missing_optional_ones_are_accepted(path: Path) -> No
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1])
-def test_a_cut_last_line_is_left_out_with_a_note(path: Path, kept: int) -> None:
+def test_an_incomplete_last_line_is_skipped_with_a_note(path: Path, kept: int) -> None:
     *whole, last = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(whole) + last[:kept])
     read = read_trace(path)
     assert read.steps == STEPS[:-1]
-    assert read.note == f"{path}:4: the line is cut and was left out"
+    assert read.note == f"{path}:4: the line is incomplete and was skipped"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_malformed_line_is_refused_by_its_number(path: Path, line: bytes, prob
         (b"\xff\xfe\n", "not the header of a trace: "),
     ],
 )
-def test_another_file_is_no_trace(tmp_path: Path, content: bytes, problem: str) -> None:
+def test_another_file_is_not_a_trace(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "other").write_bytes(content)
     assert refusal(tmp_path / "other").startswith(f"{tmp_path / 'other'}:1: {problem}")
 
@@ -213,7 +213,7 @@ def test_a_full_disk_ends_the_trace_with_one_warning(
         num_lines = len(writer._lines)
         writer.write(STEPS[1])
         assert not writer._is_open and len(writer._lines) == num_lines, "a disabled writer must not collect steps"
-    warning = "warning: trace trace.jsonl: No space left on device; it ends here, the engine goes on\n"
+    warning = "warning: trace trace.jsonl: No space left on device; tracing stops, the engine continues\n"
     assert capsys.readouterr().err == warning
 
 
@@ -293,7 +293,7 @@ def test_export_counts_and_marks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step_s", [0.010, 0.009, 0.004, 0.0001])
 def test_exported_slices_never_overlap_on_a_track(tmp_path: Path, step_s: float) -> None:
-    """Also not when the engine schedules a step while the one before still runs."""
+    """Not even when the engine schedules a step while the previous one is running."""
     steps = [step(i, request("a", i, 1), request("b", i, 1), start_s=i * step_s) for i in range(20)]
     events = exported(tmp_path, steps)
     for track in ("steps", "request a", "request b"):
@@ -310,14 +310,14 @@ OVERLAPPING = [  # as an engine writes them that schedules ahead: step 1 is laun
 ]
 
 
-def test_what_the_model_took_is_read_back(tmp_path: Path) -> None:
+def test_model_times_are_read_back(tmp_path: Path) -> None:
     read = read_trace(write(tmp_path / "trace.jsonl", OVERLAPPING)).steps
     assert read == OVERLAPPING
     got = [(each.forward_start_s, each.forward_s, each.discarded) for each in read]
     assert got == [(0.002, 0.012, []), (0.0145, 0.010, ["a"]), (None, None, [])], f"got {got}"
 
 
-def test_steps_of_an_older_trace_do_not_say_what_the_model_took(path: Path) -> None:
+def test_steps_of_an_older_trace_have_no_model_times(path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines[1:]:
         for name in ("forward_start_s", "forward_s", "discarded"):
@@ -343,7 +343,7 @@ def test_an_export_without_the_model_s_times_has_no_track_for_it(tmp_path: Path)
     assert names == ["steps", "request a", "request b", "request c"], f"got {names}"
 
 
-def test_tracks_have_numbers_of_their_own(tmp_path: Path) -> None:
+def test_tracks_have_separate_numbers(tmp_path: Path) -> None:
     names = [event for event in exported(tmp_path, STEPS) if event["ph"] == "M"]
     groups = {event["pid"] for event in names if event["name"] == "process_name"}
     tracks = [event["tid"] for event in names if event["name"] == "thread_name" and event["pid"] == 2]

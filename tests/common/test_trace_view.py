@@ -65,12 +65,12 @@ def test_view_of_a_small_trace() -> None:
         "b       cP..P-x",
         "c         P --E",
         "",
-        "P prefill   c chunk of a prefill   - decode   . preempted, waits",
-        "E end: the last token   x aborted   blank: not in this step",
+        "P prefill   c partial prefill   - decode   . preempted, waiting",
+        "E finished   x aborted   blank: not in this step",
     ]
 
 
-def test_some_steps_of_a_trace_keep_what_came_before_in_mind() -> None:
+def test_a_range_of_steps_takes_earlier_steps_into_account() -> None:
     lines = view(STEPS, first=3, last=5)
     assert lines[1] == "steps              3 (3 to 5) in 0.029 s"
     chart_start = lines.index("request step")
@@ -84,13 +84,13 @@ def test_some_steps_of_a_trace_keep_what_came_before_in_mind() -> None:
 
 
 def test_a_trace_without_such_steps_is_refused() -> None:
-    with pytest.raises(FieldError, match="trace: it has no steps yet"):
+    with pytest.raises(FieldError, match="trace: no steps yet"):
         view([])
-    with pytest.raises(FieldError, match="no step from 7 to the last, it has 0 to 6"):
+    with pytest.raises(FieldError, match="no step from 7 to the last; its steps are 0 to 6"):
         view(STEPS, first=7)
 
 
-def test_the_notice_of_a_cut_line_is_shown() -> None:
+def test_the_note_about_an_incomplete_line_is_shown() -> None:
     output = io.StringIO()
     print_view(Trace(HEADER, STEPS, "cut"), Console(file=output), first=None, last=None, max_rows=9)
     assert output.getvalue().endswith("note: cut\n")
@@ -105,13 +105,13 @@ def test_summary_without_blocks_gaps_or_time() -> None:
     assert rows["tokens computed"] == "5, 3 cached"
 
 
-def test_an_engine_that_schedules_ahead_has_no_gap() -> None:
+def test_an_engine_that_runs_ahead_has_no_gap() -> None:
     starts = (0.0, 0.001, 0.020)
     steps = [step(i, request("a", i, 1), start_s=start_s) for i, start_s in enumerate(starts)]
     assert dict(summary(steps))["gap between steps"] == "mean 5.000 ms, max 10.000 ms"
 
 
-def test_nobody_was_there_so_it_is_no_gap() -> None:
+def test_time_without_requests_is_not_a_gap() -> None:
     """a ends, and b comes five seconds later; then c waits while b is aborted."""
     steps = [
         step(0, request("a", 0, 3), finished=["a"]),
@@ -126,7 +126,7 @@ def test_nobody_was_there_so_it_is_no_gap() -> None:
     )
 
 
-def test_where_the_models_times_are_known_they_count() -> None:
+def test_gaps_use_the_models_times_if_known() -> None:
     """Two steps under way at once: their executions overlap, the model's times do not."""
     steps = [
         step(i, request("a", i, 1), start_s=0.01 * i, execute_s=0.02, forward_start_s=0.01 * i + 0.002, forward_s=0.007)
@@ -138,18 +138,18 @@ def test_where_the_models_times_are_known_they_count() -> None:
     assert f"model {4 * 0.007 / seconds:.1%}" in rows["time in"] and "execute" not in rows["time in"], rows["time in"]
 
 
-def test_a_bucket_shows_its_rarest_phase() -> None:
+def test_a_bucket_shows_its_highest_phase() -> None:
     phases = {3: Phase.PREFILL, 4: Phase.DECODE, 5: Phase.DECODE, 6: Phase.DECODE, 7: Phase.PREEMPTED, 11: Phase.DECODE}
     expected = {0: Phase.PREFILL, 1: Phase.DECODE, 2: Phase.PREEMPTED, 4: Phase.DECODE}
     assert bucket(phases, start=3, size=2) == expected
     assert bucket({0: Phase.DECODE, 1: Phase.FINISHED}, start=0, size=2) == {0: Phase.FINISHED}
 
 
-def test_more_steps_than_columns_share_them() -> None:
+def test_more_steps_than_columns_share_columns() -> None:
     steps = [step(i, request("a", 5 * (i > 0) + i, 5 if i == 0 else 1)) for i in range(64)]
     steps[-1] = step(63, request("a", 70, 1), finished=["a"])
     assert chart_lines(steps, width=40) == [
-        "request step, 2 in a column",
+        "request step, 2 per column",
         "        0         20        40        60",
         "a       P" + 30 * "-" + "E",
     ]
@@ -159,7 +159,7 @@ def test_a_trace_of_many_requests_and_steps_fits() -> None:
     lines = chart_lines(MANY, width=60, max_rows=5)
     assert len(lines) == 2 + 5 + 1
     assert max(map(len, lines)) <= 60, "a line is longer than the width"
-    assert lines[0] == "request   step, 3 in a column", "columns past the last step of the rows shown would be blank"
+    assert lines[0] == "request   step, 3 per column", "columns past the last step of the rows shown would be blank"
     assert lines[2] == "request-0 P" + 33 * "-"
     assert lines[-1] == "… and 995 more, from step 5 on"
     assert max(map(len, view(MANY, width=80))) <= 80
@@ -189,7 +189,7 @@ def test_draw_a_small_trace(tmp_path: Path) -> None:
     draw(Trace(HEADER, STEPS), tmp_path / "small.png")
     prefill, decode, chunk, preempted = COLORS[1], COLORS[0], COLORS[4], "#D9D9D9"
     missing = {prefill, decode, chunk, preempted} - colors(tmp_path / "small.png")
-    assert not missing, f"colours {missing} are not in the picture"
+    assert not missing, f"colors {missing} are not in the picture"
 
 
 def test_draw_a_large_trace(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_command_line_views_and_exports(tmp_path: Path) -> None:
         ("", "required: command"),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: str, problem: str) -> None:
+def test_a_mistake_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: str, problem: str) -> None:
     good = write(tmp_path / "good", STEPS)
     bad = tmp_path / "bad"
     bad.write_text('{"trace": 1}\n{"step": 1}\n')

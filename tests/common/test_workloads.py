@@ -33,7 +33,7 @@ def test_a_workload_depends_on_its_arguments_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_requests_are_as_many_as_asked_with_ids_of_their_own(name: str) -> None:
+def test_the_number_of_requests_and_their_unique_ids(name: str) -> None:
     ids = [request.request_id for request in build_workload(name, num_requests=45)]
     assert len(set(ids)) == 45, f"{name}: expected 45 different request ids, got {len(set(ids))}"
 
@@ -53,7 +53,7 @@ def test_short_chat_asks_every_question_before_it_repeats_one() -> None:
     ]
     assert len(asked) == 50, "every request of short_chat is a chat"
     assert sorted(asked[: len(QUESTIONS)]) == sorted(QUESTIONS)
-    assert len(set(QUESTIONS)) == len(QUESTIONS) >= 40, "a question stands twice in QUESTIONS"
+    assert len(set(QUESTIONS)) == len(QUESTIONS) >= 40, "a question appears twice in QUESTIONS"
 
 
 def test_long_prompts_fill_their_range() -> None:
@@ -153,7 +153,7 @@ def test_build_workload_refuses(name: str, options: dict[str, float], message: s
         ({"prompt_token_ids": [1], "cancel_after_chunks": -1}, "cancel_after_chunks=-1"),
     ],
 )
-def test_a_request_no_server_could_take_is_refused(fields: dict[str, object], message: str) -> None:
+def test_an_invalid_request_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"r7: .*{message}"):
         WorkloadRequest(**{"request_id": "r7", "arrival_s": 0.0, "max_tokens": 1, **fields})  # type: ignore[arg-type]
 

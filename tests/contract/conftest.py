@@ -21,15 +21,12 @@ from common.outputs import RequestOutput
 from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
 from common.testing import reference_greedy
+from tests.contract.engines import SmallModels, number_of
 
 ROOT = Path(__file__).parents[2]
 PARTS = sorted(path.name for path in ROOT.glob("part[0-9][0-9]_*") if (path / "__init__.py").is_file())
 
 torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
-
-
-def number_of(part: str) -> int:
-    return int(part[4:6])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,13 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Engine:
     """One part's engine behind one interface: a list of prompts in, a list of RequestOutputs out.
 
-    Parts 1 and 2 take one prompt at a time; from part 3 on LLM takes a list. Part 1's lives in server.py.
+    Parts 1 and 2 take one prompt at a time, and their LLM is in server.py; from part 3 on it takes a list.
     """
 
     def __init__(self, part: str, model: str, **flags: Any) -> None:
         self.part, self.takes_lists = part, number_of(part) >= 3
         config = importlib.import_module(f"{part}.config").EngineConfig(model=model, device="cpu", **flags)
-        module = "core.engine" if (ROOT / part / "core/engine.py").is_file() else "server"
+        module = "llm" if (ROOT / part / "llm.py").is_file() else "server"
         self.llm = importlib.import_module(f"{part}.{module}").LLM(config)
 
     def generate(self, prompts: list[list[int]], **fields: Any) -> list[RequestOutput]:
@@ -80,7 +77,7 @@ class Reference:
     """The shipped model in transformers' own hands, and a copy of it on disk that ends on one more token.
 
     free_run: 16 greedy tokens after stop_prompt. In the copy the token at free_run[end] ends a sequence too, so that
-    the tests of the stop rules do not hang on what the model has learnt to say. (Chat models have several such tokens.)
+    the tests of the stop rules do not depend on what the model has learned. (Chat models have several such tokens.)
     """
 
     stop_prompt = [980, 899, 414, 14, 1115, 469, 288, 265, 1321, 274]  # "One fine day, Nora went to the market and"
@@ -133,6 +130,11 @@ def short_engine(part: str, reference: Reference) -> Iterator[Engine]:
 def load_engine(part: str, reference: Reference) -> Callable[..., Engine]:
     """Makes the part's engine on the same model with flags of the test's choice."""
     return partial(Engine, part, str(reference.directory))
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> SmallModels:
+    return SmallModels(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

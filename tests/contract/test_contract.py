@@ -127,7 +127,7 @@ def test_a_seed_makes_an_answer_reproducible(engine: Any, reference: Any) -> Non
         engine.generate([reference.stop_prompt], seed=seed, **fields)[0].outputs[0].token_ids
         for seed in (7, None, 7, 8)
     ]
-    look = f"Look at the generator; {FIRST_LESSON.format('Choosing a token')}."
+    look = f"Look at how noise is drawn; {FIRST_LESSON.format('Choosing a token')}."
     assert answers[0] == answers[2], f"{engine.part}: seed 7 twice gave {answers[0]} and {answers[2]}. {look}"
     assert answers[0] != answers[3], f"{engine.part}: seeds 7 and 8 gave the same answer at temperature 5. {look}"
 
@@ -135,13 +135,13 @@ def test_a_seed_makes_an_answer_reproducible(engine: Any, reference: Any) -> Non
 # The folder
 
 
-@pytest.mark.since(5)
+@pytest.mark.since(3)
 def test_a_request_id_is_used_once(engine: Any) -> None:
     ids = [engine.generate([[5, 6], [7]], max_tokens=1)[number].request_id for _ in range(2) for number in (0, 1)]
     assert len(set(ids)) == 4, (
         f"two calls of LLM.generate, two prompts each: expected four ids, got {ids}. When a call fails, a step of "
-        "its requests may still be in flight, and whoever has the same id would fail with it. "
-        "Look at core/engine.py::LLM.generate."
+        "its requests may still be in flight, and a request with the same id would get its tokens. "
+        "Look at llm.py::LLM.generate."
     )
 
 

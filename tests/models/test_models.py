@@ -55,7 +55,7 @@ def test_training_renders_chats_as_the_template_does() -> None:
         assert answers == [m["content"] for m in messages if m["role"] == "assistant"]
 
 
-def test_the_corpus_has_its_facts_and_keeps_the_exam_apart() -> None:
+def test_the_corpus_has_its_facts_and_holds_out_the_evaluation() -> None:
     facts = load_facts()
     assert len(facts) >= 300
     trained = {question.lower() for fact in facts for question in fact.questions}

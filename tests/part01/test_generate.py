@@ -242,8 +242,8 @@ def test_a_prompt_in_two_pieces_gives_the_same_logits(llm: LLM, split: int) -> N
 
 
 @torch.inference_mode()
-def test_a_wrong_position_would_show(llm: LLM) -> None:
-    """The test above can fail: RoPE notices a second piece that claims to stand elsewhere."""
+def test_a_wrong_position_changes_the_logits(llm: LLM) -> None:
+    """The test above can fail: wrong positions of the second piece change the logits."""
     prompt, cache = list(range(200, 226)), DynamicCache(config=llm.model.config)
     llm.forward(prompt[:13], 0, cache)
     difference = float((llm.forward(prompt[13:], 0, cache) - llm.forward(prompt, 0, None)).abs().max())

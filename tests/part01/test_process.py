@@ -81,8 +81,8 @@ def test_serves_over_a_socket_whatever_clients_do(server: ServerProcess) -> None
         refused = generate(server, bad)
         assert refused.status_code == status, f"expected {status}, got {refused.status_code}: {refused.text}. {LOOK}"
     with socket.create_connection(("127.0.0.1", server.port)) as broken:
-        broken.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")  # and goes away
-    with socket.create_connection(("127.0.0.1", server.port)):  # says nothing, and must not be waited for too long
+        broken.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")  # and disconnects
+    with socket.create_connection(("127.0.0.1", server.port)):  # sends nothing, and must not block the server for long
         check_port_in_use(server.port)
         again = generate(server, body)
     assert again.json() == answer.json(), f"the same request later: {again.text} against {answer.text}"
@@ -128,12 +128,12 @@ def broken_models(tmp_path: Path) -> dict[str, tuple[Path, list[str]]]:
             ["generation_config.json", "cannot be read"],
         ),
         "bad tokenizer": (copy_of_tiny(tmp_path / "speechless", tokenizer=b'{"version": "1.0"}'), ["bad tokenizer"]),
-        "weights are no safetensors": (copy_of_tiny(tmp_path / "garbage", model=b"\x80" * 5000), ["corrupt"]),
-        "weights cut short": (copy_of_tiny(tmp_path / "short", model=weights[:-1]), ["model.safetensors", "corrupt"]),
+        "weights are not safetensors": (copy_of_tiny(tmp_path / "garbage", model=b"\x80" * 5000), ["corrupt"]),
+        "truncated weights": (copy_of_tiny(tmp_path / "short", model=weights[:-1]), ["model.safetensors", "corrupt"]),
     }
     tensors = load_file(MODELS_DIR / "tiny" / "model.safetensors")
     norm = tensors.pop("model.norm.weight")
-    models["a tensor is missing"] = (copy_of_tiny(tmp_path / "less", model=None), ["lacks", "model.norm.weight"])
+    models["a tensor is missing"] = (copy_of_tiny(tmp_path / "less", model=None), ["missing", "model.norm.weight"])
     save_file(tensors, tmp_path / "less" / "model.safetensors", metadata={"format": "pt"})
     models["a tensor of another shape"] = (copy_of_tiny(tmp_path / "other", model=None), ["model.norm.weight"])
     tensors["model.norm.weight"] = norm[:7].clone()

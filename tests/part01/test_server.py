@@ -33,7 +33,7 @@ def client(llm: LLM) -> FlaskClient:
 
 
 def post(client: FlaskClient, body: object) -> TestResponse:
-    """bytes go out as they are; anything else as JSON."""
+    """bytes are sent unchanged; anything else as JSON."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return client.post("/generate", data=raw, content_type="application/json")
 
@@ -52,7 +52,7 @@ def check_error(response: TestResponse, status: int, param: str | None) -> str:
     )
     assert isinstance(error["message"], str) and error["message"], f"an error needs a message: {text[:200]}. {LOOK}"
     if param is not None:
-        assert error["param"] == param, f"expected the error to blame {param!r}, got {error['param']!r}: {text}. {LOOK}"
+        assert error["param"] == param, f"expected the error to name {param!r}, got {error['param']!r}: {text}. {LOOK}"
         assert error["message"].startswith(f"{param}: "), f"the message must name {param!r}: {error['message']}. {LOOK}"
     assert len(error["message"]) < 600, f"an error must not echo all that was sent: {error['message'][:100]}…. {LOOK}"
     return error["message"]
@@ -170,7 +170,7 @@ PROMPT_CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "empty prompt": ({"prompt": ""}, "prompt", "empty"),
     "prompt is a number": ({"prompt": 5}, "prompt", "expected text"),
     "prompt is false": ({"prompt": False}, "prompt", "expected text"),
-    "prompt is a list of texts": ({"prompt": ["Hi"]}, "prompt[0]", "expected a token id"),
+    "prompt is a list of strings": ({"prompt": ["Hi"]}, "prompt[0]", "expected a token id"),
     "prompt is an empty list": ({"prompt": []}, "prompt", "empty"),
     "prompt has an id too many": ({"prompt": [5, 4096]}, "prompt[1]", "4095"),
     "prompt is an object": ({"prompt": {}}, "prompt", "expected text"),
@@ -209,7 +209,7 @@ def test_an_unknown_field_is_refused(client: FlaskClient, name: str) -> None:
 
 
 def test_stop_strings_are_refused_by_the_engine_too(llm: LLM) -> None:
-    """SamplingParams knows them, this part does not: what is asked for must not be silently dropped."""
+    """SamplingParams knows them, but this part does not: they must not be silently dropped."""
     before = llm.num_positions_computed
     with pytest.raises(FieldError, match="^stop: this part does not support it, got .'END'") as caught:
         llm.generate([100, 101], SamplingParams(stop=("END",)))
@@ -258,19 +258,19 @@ BODIES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", BODIES)
-def test_a_body_that_is_no_json_object(client: FlaskClient, case: str) -> None:
+def test_a_body_that_is_not_a_json_object(client: FlaskClient, case: str) -> None:
     refuse(client, BODIES[case], "body")
 
 
 @pytest.mark.parametrize("literal", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "max_tokens"])
-def test_literals_that_are_no_numbers(client: FlaskClient, field: str, literal: bytes) -> None:
+def test_literals_that_are_not_numbers(client: FlaskClient, field: str, literal: bytes) -> None:
     refuse(client, b'{"prompt": "Hi", "%s": %s}' % (field.encode(), literal), field, "expected")
 
 
 @pytest.mark.parametrize("field", ["temperature", "stop_token_ids", "prompt", "messages"])
 def test_a_value_nested_just_not_too_deeply_to_parse(client: FlaskClient, field: str) -> None:
-    """json.loads gives up at some depth; below it the message must be able to quote what was parsed."""
+    """json.loads fails at some depth; below it the message must be able to quote the parsed value."""
     rest = {key: value for key, value in GOOD.items() if key not in ("prompt", field)}
     other = {} if field in PROMPT_FIELDS else {"prompt": "Hi"}
     start = json.dumps({**other, **rest})[:-1].encode()
@@ -288,7 +288,7 @@ def test_a_body_of_the_limit_and_one_byte_more(client: FlaskClient) -> None:
 
 
 def post_chunked(client: FlaskClient, raw: bytes) -> TestResponse:
-    """Without a Content-Length, as with `Transfer-Encoding: chunked`: the server sees the end only when it comes."""
+    """Without a Content-Length, as with `Transfer-Encoding: chunked`: the length is not known in advance."""
     return client.post(
         "/generate", input_stream=io.BytesIO(raw), environ_overrides={"wsgi.input_terminated": True},
         headers={"Transfer-Encoding": "chunked"}, content_type="application/json",
@@ -358,11 +358,11 @@ FIELD_VALUES: dict[str, st.SearchStrategy] = {
 
 
 @st.composite
-def request_bodies(draw: st.DrawFn, is_spoilt: bool) -> dict[str, object]:
-    """A prompt and some fields with values of the right kind; if spoilt, a field or two with any value at all."""
+def request_bodies(draw: st.DrawFn, is_spoiled: bool) -> dict[str, object]:
+    """A prompt and some fields with values of the right type; if spoiled, one or two fields with any value."""
     names = draw(st.sets(st.sampled_from(sorted(FIELD_VALUES.keys() - PROMPT_FIELDS)), max_size=4))
     body = {name: draw(FIELD_VALUES[name]) for name in sorted(names | {draw(st.sampled_from(PROMPT_FIELDS))})}
-    if is_spoilt:
+    if is_spoiled:
         for name in draw(st.lists(st.sampled_from([*FIELD_VALUES, "n"]), min_size=1, max_size=2)):
             body[name] = draw(ODD_MESSAGES | JSON_VALUES if name == "messages" else JSON_VALUES)
     return body
@@ -377,12 +377,12 @@ def check_answer(answer: dict, body: dict) -> None:
     )
 
 
-@pytest.mark.parametrize(("is_spoilt", "status"), [(False, 200), (True, 400)])
-def test_any_body_is_answered_or_refused(client: FlaskClient, is_spoilt: bool, status: int) -> None:
+@pytest.mark.parametrize(("is_spoiled", "status"), [(False, 200), (True, 400)])
+def test_any_body_is_answered_or_refused(client: FlaskClient, is_spoiled: bool, status: int) -> None:
     statuses: list[int] = []
 
     @settings(max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(body=request_bodies(is_spoilt))
+    @given(body=request_bodies(is_spoiled))
     def check(body: dict) -> None:
         response = post(client, body)
         statuses.append(response.status_code)

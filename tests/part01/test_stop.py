@@ -1,4 +1,4 @@
-"""`check_stop`: the order of its questions; and what `generate` makes of the answer."""
+"""`check_stop`: the order of its checks, and how `generate` uses the result."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ STOP_CASES: dict[str, tuple[list[int], dict[str, Any], tuple[str, int | None] | 
     "EOS": ([10, 2], {}, ("stop", None)),
     "the other EOS": ([10, 3], {}, ("stop", None)),
     "EOS at once": ([2], {}, ("stop", None)),
-    "EOS as the last permitted token": ([10, 2], {"max_tokens": 2}, ("stop", None)),
+    "EOS as the last allowed token": ([10, 2], {"max_tokens": 2}, ("stop", None)),
     "only the newest token counts": ([2, 10], {}, None),
     "ignore_eos": ([10, 2], {"ignore_eos": True}, None),
     "ignore_eos at max_tokens": ([10, 2], {"ignore_eos": True, "max_tokens": 2}, ("length", None)),
     "stop_token_ids": ([10, 50], {"stop_token_ids": [49, 50]}, ("stop", 50)),
-    "stop_token_ids as the last permitted token": ([10, 50], {"stop_token_ids": [50], "max_tokens": 2}, ("stop", 50)),
+    "stop_token_ids as the last allowed token": ([10, 50], {"stop_token_ids": [50], "max_tokens": 2}, ("stop", 50)),
     "an older stop token": ([50, 10], {"stop_token_ids": [50]}, None),
     "token 0 as a stop token": ([10, 0], {"stop_token_ids": [0]}, ("stop", 0)),
     "EOS before stop_token_ids": ([10, 2], {"stop_token_ids": [2]}, ("stop", None)),
     "ignored EOS in stop_token_ids": ([10, 2], {"stop_token_ids": [2], "ignore_eos": True}, ("stop", 2)),
     "EOS below min_tokens": ([2], {"min_tokens": 2}, None),
-    "EOS as the token that fulfils min_tokens": ([10, 2], {"min_tokens": 2}, ("stop", None)),
+    "EOS as the token that reaches min_tokens": ([10, 2], {"min_tokens": 2}, ("stop", None)),
     "stop_token_ids below min_tokens": ([50], {"stop_token_ids": [50], "min_tokens": 2}, None),
     "stop_token_ids at min_tokens": ([10, 50], {"stop_token_ids": [50], "min_tokens": 2}, ("stop", 50)),
     "min_tokens equal to max_tokens, both reached": ([10, 11], {"min_tokens": 2, "max_tokens": 2}, ("length", None)),
@@ -90,7 +90,7 @@ def free_run(llm: LLM) -> list[int]:
 
 @pytest.fixture
 def end(llm: LLM, free_run: list[int]) -> int:
-    """A place in the free run, the later the better, whose token is new there and can be seen in the text."""
+    """A late position in the free run whose token is new there and visible in the text."""
     new = [
         i
         for i, t in enumerate(free_run)
@@ -135,7 +135,7 @@ def test_eos_as_the_last_permitted_token_is_a_stop(
 
 
 @pytest.mark.parametrize("kind", ["EOS", "stop_token_ids"])
-def test_min_tokens_holds_stop_tokens_back(
+def test_min_tokens_masks_stop_tokens(
     llm: LLM, free_run: list[int], end: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token, min_tokens = free_run[end], end + 3
@@ -151,24 +151,24 @@ def test_min_tokens_holds_stop_tokens_back(
     got = output.token_ids
     assert got[:end] == free_run[:end], f"before the stop token nothing changes: {got} against {free_run}. {MASK}"
     assert token not in got[:min_tokens], (
-        f"{kind} {token} stands among the first {min_tokens} tokens {got[:min_tokens]}: until min_tokens are out its "
+        f"{kind} {token} is among the first {min_tokens} tokens {got[:min_tokens]}: before min_tokens its "
         f"logit must be -inf. {MASK}"
     )
     assert len(got) >= min_tokens, f"min_tokens={min_tokens}: got only {len(got)} tokens. {MASK}"
 
 
-def test_min_tokens_lets_a_stop_token_through_when_it_is_reached(
+def test_min_tokens_allows_a_stop_token_once_reached(
     llm: LLM, free_run: list[int], end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm, "eos_token_ids", frozenset({free_run[end]}))
     output = run(llm, min_tokens=end)
     assert output.token_ids == free_run[: end + 1] and output.finish_reason == "stop", (
-        f"min_tokens={end} are out before EOS comes as token {end + 1}: expected {free_run[: end + 1]} and 'stop', "
+        f"min_tokens={end} are generated before EOS, token {end + 1}: expected {free_run[: end + 1]} and 'stop', "
         f"got {output.token_ids} and {output.finish_reason!r}. {MASK}"
     )
 
 
-def test_min_tokens_does_not_hold_an_ignored_eos_back(
+def test_min_tokens_does_not_mask_an_ignored_eos(
     llm: LLM, free_run: list[int], end: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm, "eos_token_ids", frozenset({free_run[end]}))

@@ -1,4 +1,4 @@
-"""AsyncLLM: order, queue, abort, failure and shutdown, with a model that computes a token only when it is told to."""
+"""AsyncLLM: order, queue, abort, failure and shutdown, with a model that computes a token only when permitted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_TOKENS = 4  # of an answer
 
 
 class FakeLLM:
-    """Requests are told apart by their first prompt token, their name. Each token of an answer costs a permit."""
+    """A request's first prompt token is its name. Each token of an answer costs a permit."""
 
     def __init__(self) -> None:
         self.permits = threading.Semaphore(0)
@@ -57,7 +57,7 @@ class FakeLLM:
         self.permits.release(num_tokens)
 
     def open(self) -> None:
-        """As many tokens as anybody wants, from now on."""
+        """Allow any number of tokens from now on."""
         self.is_open = True
         self.permits.release()
         if self.before_end is not None:
@@ -132,7 +132,7 @@ async def test_first_come_first_served(llm: FakeLLM, engine: AsyncLLM) -> None:
     expected = [answer(name) for name in reversed(names)]
     assert got == expected, f"each reader gets its own request's outputs: expected {expected}, got {got}. {LOOK_RUN}"
     await until_idle(engine)
-    assert engine.num_aborted == 0, f"nobody aborted, and num_aborted is {engine.num_aborted}. {LOOK_ABORT}"
+    assert engine.num_aborted == 0, f"no request was aborted, but num_aborted is {engine.num_aborted}. {LOOK_ABORT}"
 
 
 @on_an_event_loop()
@@ -198,7 +198,7 @@ def test_the_queue_is_bounded(max_queued_requests: int) -> None:
             try:
                 requests.append(generate(engine, 50))
             except QueueFullError:
-                pytest.fail(f"{limit}: a waiting request was aborted, and its place is not free. {LOOK_ABORT}")
+                pytest.fail(f"{limit}: a waiting request was aborted, but its place is not free. {LOOK_ABORT}")
             with pytest.raises(QueueFullError):
                 generate(engine, 102)
         names = [request.prompt_token_ids[0] for request in requests]
@@ -228,10 +228,10 @@ def test_a_refused_request_leaves_no_trace() -> None:
 
 
 @on_an_event_loop(max_queued_requests=0)
-async def test_who_has_the_whole_answer_may_ask_again_at_once(llm: FakeLLM, engine: AsyncLLM) -> None:
+async def test_a_new_request_right_after_the_last_output_is_accepted(llm: FakeLLM, engine: AsyncLLM) -> None:
     """The request has ended when its reader gets the last output, not some time later."""
     llm.open()
-    llm.before_end = threading.Semaphore(0)  # the model lingers after its last output
+    llm.before_end = threading.Semaphore(0)  # the model waits after its last output
     for name in range(3):
         try:
             request = generate(engine, name)
@@ -255,7 +255,7 @@ async def test_abort_while_waiting(llm: FakeLLM, engine: AsyncLLM) -> None:
     assert engine.num_aborted == 1, f"num_aborted: expected 1, got {engine.num_aborted}. {LOOK_ABORT}"
     llm.open()
     for name in (0, 1, 3):
-        assert await read(requests[name], "a request that nobody aborted") == answer(name)
+        assert await read(requests[name], "a request that was not aborted") == answer(name)
     await until_idle(engine)
     assert llm.started == [0, 1, 3], (
         f"request 2 was aborted: expected 0, 1 and 3 to run, got {llm.started}. {LOOK_ABORT}"
@@ -295,7 +295,7 @@ async def test_abort_after_the_end(llm: FakeLLM, engine: AsyncLLM) -> None:
     assert engine.num_aborted == 0, f"both had ended: expected num_aborted 0, got {engine.num_aborted}. {LOOK_ABORT}"
     again = generate(engine, 3)
     engine.abort(first)
-    assert await read(again, "the next request") == answer(3), f"an old abort hit a new request. {LOOK_ABORT}"
+    assert await read(again, "the next request") == answer(3), f"an old abort affected a new request. {LOOK_ABORT}"
     assert engine.num_aborted == 0, f"both had ended: expected num_aborted 0, got {engine.num_aborted}. {LOOK_ABORT}"
 
 
@@ -315,7 +315,7 @@ async def test_abort_twice_counts_once(llm: FakeLLM, engine: AsyncLLM) -> None:
 
 @on_an_event_loop()
 async def test_many_requests_and_aborts(llm: FakeLLM, engine: AsyncLLM) -> None:
-    """Whenever an abort comes: each request either ends or counts as aborted, and nothing stays."""
+    """Whenever an abort arrives, each request either ends or counts as aborted, and nothing is left."""
     rng, llm.is_open = random.Random(0), True
     num_completed = 0
 
@@ -374,7 +374,7 @@ def test_a_failing_request_ends_with_the_cause_and_the_next_succeeds(num_before:
 
 @on_an_event_loop()
 async def test_a_reader_whose_event_loop_is_closed(llm: FakeLLM, engine: AsyncLLM) -> None:
-    """Its outputs go nowhere; the engine's thread goes on."""
+    """Its outputs are dropped; the engine's thread continues."""
 
     async def ask() -> RequestStream:
         return generate(engine, 1)
@@ -396,7 +396,7 @@ async def test_a_reader_whose_event_loop_is_closed(llm: FakeLLM, engine: AsyncLL
 
 
 @on_an_event_loop()
-async def test_shutdown_ends_what_runs_and_waits(llm: FakeLLM, engine: AsyncLLM) -> None:
+async def test_shutdown_ends_running_and_waiting_requests(llm: FakeLLM, engine: AsyncLLM) -> None:
     requests = [generate(engine, name, max_tokens=1000) for name in range(4)]
     llm.allow(1)
     await until(lambda: llm.num_tokens == 1, f"the first request's token. {LOOK_RUN}")
@@ -411,7 +411,7 @@ async def test_shutdown_ends_what_runs_and_waits(llm: FakeLLM, engine: AsyncLLM)
     assert not engine.is_alive, f"the engine's thread is still alive. {LOOK_SHUTDOWN}"
     assert llm.started == [0], f"no request starts at shutdown: expected [0], got {llm.started}. {LOOK_SHUTDOWN}"
     assert llm.num_tokens <= 3, f"shutdown waits for {llm.num_tokens - 1} tokens, expected at most 2. {LOOK_SHUTDOWN}"
-    assert (engine.running, list(engine.waiting)) == (None, []), f"something stays. {LOOK_SHUTDOWN}"
+    assert (engine.running, list(engine.waiting)) == (None, []), f"requests are left. {LOOK_SHUTDOWN}"
     assert engine.num_aborted == 4, f"expected all 4 to count as aborted, got {engine.num_aborted}. {LOOK_SHUTDOWN}"
 
 

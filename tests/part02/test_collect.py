@@ -1,4 +1,4 @@
-"""`collect` by itself: no socket, no model, and a client that leaves when it is told to."""
+"""`collect` by itself: no socket, no model, and a client that disconnects on demand."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def play(scene: Coroutine[Any, Any, None]) -> None:
         await scene
         await some_turns()
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not others, f"collect left tasks behind, which wait for ever: {others}. {LOOK}"
+        assert not others, f"collect left tasks that never end: {others}. {LOOK}"
 
     asyncio.run(run())
 
 
 async def some_turns() -> None:
-    """Let everything happen that can happen without new events."""
+    """Run all coroutines that can run without new events."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -92,39 +92,39 @@ def test_a_whole_answer(early: int) -> None:
 
 
 @pytest.mark.parametrize("num_outputs", [0, 1, 3])
-def test_a_client_that_leaves(num_outputs: int) -> None:
+def test_a_client_that_disconnects(num_outputs: int) -> None:
     async def scene() -> None:
         s = Scene()
         task = s.collect()
         for output in s.outputs[:num_outputs]:
             s.stream.put(output)
-        await check_waits(task, "the client was there and the answer was not complete")
+        await check_waits(task, "the client was connected and the answer was not complete")
         s.leave()
-        got = await result_of(task, f"the client left after {num_outputs} outputs")
-        assert got is None, f"nobody waits for an answer any more: expected None, got {got}. {LOOK}"
-        assert s.stream in s.engine.aborted, f"the client left, but nobody told the engine to abort. {LOOK}"
+        got = await result_of(task, f"the client disconnected after {num_outputs} outputs")
+        assert got is None, f"the client has disconnected: expected None, got {got}. {LOOK}"
+        assert s.stream in s.engine.aborted, f"the client disconnected, but the request was not aborted. {LOOK}"
 
     play(scene())
 
 
-def test_a_client_that_has_left_before() -> None:
+def test_a_client_that_disconnected_before() -> None:
     async def scene() -> None:
         s = Scene()
         s.leave()
-        got = await result_of(s.collect(), "the client had left before")
-        assert got is None, f"nobody waits for an answer any more: expected None, got {got}. {LOOK}"
-        assert s.stream in s.engine.aborted, f"the client had left, but nobody told the engine to abort. {LOOK}"
+        got = await result_of(s.collect(), "the client had disconnected before")
+        assert got is None, f"the client has disconnected: expected None, got {got}. {LOOK}"
+        assert s.stream in s.engine.aborted, f"the client had disconnected, but the request was not aborted. {LOOK}"
 
     play(scene())
 
 
-def test_what_else_a_client_sends_is_no_disconnect() -> None:
+def test_other_messages_are_not_a_disconnect() -> None:
     async def scene() -> None:
         s = Scene()
         s.messages.put_nowait({"type": "http.request", "body": b"", "more_body": False})
         task = s.collect()
-        await check_waits(task, "only http.disconnect says that the client is gone")
-        assert not s.engine.aborted, f"the client is there, and its request was aborted. {LOOK}"
+        await check_waits(task, "only http.disconnect means that the client has disconnected")
+        assert not s.engine.aborted, f"the client is connected, but its request was aborted. {LOOK}"
         for output in s.outputs:
             s.stream.put(output)
         got = await result_of(task, "the answer is complete")
@@ -134,7 +134,7 @@ def test_what_else_a_client_sends_is_no_disconnect() -> None:
 
 
 @pytest.mark.parametrize("num_outputs", [0, 2])
-def test_an_error_of_the_engine_comes_out(num_outputs: int) -> None:
+def test_an_engine_error_is_raised(num_outputs: int) -> None:
     async def scene() -> None:
         s = Scene()
         for output in s.outputs[:num_outputs]:
@@ -146,14 +146,14 @@ def test_an_error_of_the_engine_comes_out(num_outputs: int) -> None:
             assert str(error) == "the cat sat on the GPU", f"got {error!r}. {LOOK}"
         else:
             pytest.fail(
-                f"the engine failed at this request: expected its GenerationError to be raised, got {got}. {LOOK}"
+                f"the engine failed on this request: expected its GenerationError to be raised, got {got}. {LOOK}"
             )
 
     play(scene())
 
 
 def test_collect_cancelled() -> None:
-    """As at the end of a server that waits no longer for its last requests."""
+    """As when a server shuts down without waiting for its last requests."""
 
     async def scene() -> None:
         s = Scene()
@@ -162,6 +162,6 @@ def test_collect_cancelled() -> None:
         task.cancel()
         await asyncio.wait([task], timeout=DEADLINE_S)
         assert task.cancelled(), f"cancelled, collect must end: {task}. {LOOK}"
-        assert s.stream in s.engine.aborted, f"collect was cancelled, but nobody told the engine to abort. {LOOK}"
+        assert s.stream in s.engine.aborted, f"collect was canceled, but the request was not aborted. {LOOK}"
 
     play(scene())

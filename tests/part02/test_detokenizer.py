@@ -1,4 +1,4 @@
-"""The detokenizer: half characters wait, stop strings never show, and how tokens cut the text makes no difference."""
+"""The detokenizer: half characters wait, stop strings are never shown, and token boundaries make no difference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ quick = settings(deadline=None, derandomize=True, database=None, suppress_health
 class Pieces:
     """A tokenizer whose token n stands for the n-th piece; None is a special token, "▁" a space.
 
-    drops_first_space: like Llama 2's, it takes the space at the start of a text for its own addition.
+    drops_first_space: like Llama 2's, it drops the space at the start of a text.
     """
 
     def __init__(self, pieces: Sequence[Piece], drops_first_space: bool = False) -> None:
@@ -46,7 +46,7 @@ class Pieces:
 
 @dataclass
 class Run:
-    """What came of a stream: the text shown after each token, and the stop string that ended it."""
+    """The result of a stream: the text shown after each token, and the stop string that ended it."""
 
     deltas: list[str]
     stop: str | None
@@ -59,7 +59,7 @@ class Run:
 def stream(
     tokenizer: Any, token_ids: Sequence[int], stop: Sequence[str] = (), min_tokens: int = 0, then: str = "length"
 ) -> Run:
-    """Add the tokens one by one, as LLM.stream does. After the last comes the end by length, or a stop token."""
+    """Add the tokens one by one, as LLM.stream does. The last one ends it by length, or a stop token follows."""
     detokenizer = IncrementalDetokenizer(tokenizer, stop, min_tokens)
     run = Run([], None)
     for number, token_id in enumerate(token_ids, start=1):
@@ -119,7 +119,7 @@ def test_half_characters_wait(case: str) -> None:
 
 
 @pytest.mark.parametrize(("pieces", "expected"), [(["a", FOX[:2]], "a\ufffd"), (["a", "b"], "ab"), ([], "")])
-def test_what_is_left_when_a_stop_token_comes(pieces: list[Piece], expected: str) -> None:
+def test_the_remaining_text_at_a_stop_token(pieces: list[Piece], expected: str) -> None:
     got = stream_pieces(pieces, then="stop token").text
     assert got == expected, f"{pieces}, then a stop token: expected {expected!r}, got {got!r}. {LOOK_TAKE}"
 
@@ -149,7 +149,7 @@ def test_a_tokenizer_that_drops_the_space_at_the_start(case: str) -> None:
 def test_the_work_does_not_grow_with_the_text() -> None:
     tokenizer = Pieces(["word "] * 1000)
     run = stream(tokenizer, range(1000))
-    assert run.text == "word " * 1000, f"1000 words came out wrong: {run.text[:50]}…. {LOOK_DECODE}"
+    assert run.text == "word " * 1000, f"1000 words were decoded wrongly: {run.text[:50]}…. {LOOK_DECODE}"
     got = tokenizer.num_decoded / 1000
     assert got <= 6, (
         f"for each of 1000 tokens {got:.0f} were decoded, expected 6 at most: only the newest and those that were "
@@ -255,10 +255,10 @@ def test_find_stop(case: str) -> None:
 HELD: dict[str, tuple[str, list[str], int]] = {
     "the first character": ("abcE", ["END"], 1),
     "all but the last": ("abcEN", ["END"], 2),
-    "a whole one that was let pass": ("abcEND", ["END"], 0),
+    "a whole one that min_tokens allowed": ("abcEND", ["END"], 0),
     "its end alone is no beginning": ("abcND", ["END"], 0),
     "nothing of it": ("abc", ["END"], 0),
-    "a beginning that went on otherwise": ("abcENE", ["END"], 1),
+    "a beginning that continued differently": ("abcENE", ["END"], 1),
     "it repeats itself": ("abab", ["ababc"], 4),
     "a whole one that is the beginning of another": ("xab", ["ab", "abc"], 2),
     "a whole one that begins again": ("aa", ["aa"], 1),
@@ -300,7 +300,7 @@ STREAMS: dict[str, tuple[list[Piece], list[str], list[str], str | None]] = {
     "never": (["AB", "CD"], ["ZZ", "YY", "XX", "WW"], ["AB", "CD"], None),
     "two overlap": (["AB", "CD", "EF"], ["CDE", "BC"], ["A", ""], "BC"),
     "one is the beginning of the other": (["A", "B", "C"], ["ABC", "AB"], ["", ""], "AB"),
-    "the longer one can no longer come": (["xA", "B", "D"], ["ABC", "BCD"], ["x", "", "ABD"], None),
+    "the longer one is no longer possible": (["xA", "B", "D"], ["ABC", "BCD"], ["x", "", "ABD"], None),
     "an emoji in four tokens": (["a", FOX[:1], FOX[1:2], FOX[2:3], FOX[3:]], ["🦊"], ["a", "", "", "", ""], "🦊"),
     "an emoji and a word": (["a", FOX[:2], FOX[2:], "s"], ["🦊s"], ["a", "", "", ""], "🦊s"),
     "complete before half a character": (["ab", b"c" + FOX[:2], FOX[2:]], ["c"], ["ab", "", ""], "c"),
@@ -329,7 +329,7 @@ def test_stop_strings_in_a_stream(case: str) -> None:
     (["ab", b"c" + FOX[:2]], ["cd"], "abc\ufffd"),
     (["ab", b"\xff"], [REPLACEMENT], "ab"),
 ])  # fmt: skip
-def test_a_stop_token_while_something_waits(pieces: list[Piece], stop: list[str], expected: str) -> None:
+def test_a_stop_token_while_text_is_held_back(pieces: list[Piece], stop: list[str], expected: str) -> None:
     got = stream_pieces(pieces, stop, then="stop token").text
     assert got == expected, (
         f"tokens {pieces}, stop strings {stop}, then a stop token: expected {expected!r}, got {got!r}. {LOOK_TAKE}"
@@ -339,7 +339,7 @@ def test_a_stop_token_while_something_waits(pieces: list[Piece], stop: list[str]
 MIN_TOKENS: list[tuple[int, list[str], str | None]] = [
     (0, ["a", ""], "EN"),
     (1, ["a", ""], "EN"),
-    (2, ["a", "EN", "D", "x", ""], "EN"),  # complete with token 2 of 2: let pass
+    (2, ["a", "EN", "D", "x", ""], "EN"),  # complete with token 2 of 2: ignored
     (3, ["a", "EN", "D", "x", ""], "EN"),
     (4, ["a", "EN", "D", "x", ""], "EN"),  # complete with token 5
     (5, ["a", "EN", "D", "x", "EN"], None),
@@ -347,7 +347,7 @@ MIN_TOKENS: list[tuple[int, list[str], str | None]] = [
 
 
 @pytest.mark.parametrize(("min_tokens", "expected", "ended_by"), MIN_TOKENS)
-def test_min_tokens_lets_stop_strings_pass(min_tokens: int, expected: list[str], ended_by: str | None) -> None:
+def test_min_tokens_ignores_early_stop_strings(min_tokens: int, expected: list[str], ended_by: str | None) -> None:
     pieces: list[Piece] = ["a", "EN", "D", "x", "EN"]
     got = stream_pieces(pieces, ["EN"], min_tokens)
     assert (got.deltas, got.stop) == (expected, ended_by), (
@@ -401,7 +401,7 @@ def cut_texts(draw: st.DrawFn) -> tuple[list[bytes], list[str]]:
 
 
 @pytest.mark.parametrize("then", ["length", "stop token"])
-def test_the_text_does_not_depend_on_the_cutting(then: str) -> None:
+def test_the_text_does_not_depend_on_token_boundaries(then: str) -> None:
     @settings(quick, max_examples=600)
     @given(case=cut_texts())
     def check(case: tuple[list[bytes], list[str]]) -> None:
@@ -422,7 +422,7 @@ def test_the_text_does_not_depend_on_the_cutting(then: str) -> None:
     check()
 
 
-def test_nothing_waits_in_vain() -> None:
+def test_nothing_is_held_back_needlessly() -> None:
     """Cut between characters and without U+FFFD, all is known at once: the stop, and what cannot be part of one."""
 
     @settings(quick, max_examples=300)

@@ -1,4 +1,4 @@
-"""`LLM.stream`: part 1's answers, token by token; what is shown of them; and no work that nobody asked for."""
+"""`LLM.stream`: part 1's answers, token by token; the text that is shown; and no unrequested work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def decode(llm: LLM, token_ids: Sequence[int]) -> str:
 
 
 def scripted(llm: LLM, token_ids: Sequence[int]) -> LLM:
-    """The same engine over a model that says these tokens, whatever it is given."""
+    """The same engine over a model that outputs these tokens, whatever its input."""
     fake, script = copy.copy(llm), iter(token_ids)
 
     def forward(new_token_ids: list[int], first_position: int, cache: DynamicCache) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_a_seed_makes_an_answer_reproducible(llm: LLM) -> None:
 
 
 def test_two_streams_in_turns_are_two_answers(llm: LLM) -> None:
-    """All state is the generator's own: a cache, a detokenizer and a seed for each."""
+    """Each generator has its own state: a cache, a detokenizer and a seed."""
     fields = {"temperature": 1.0, "max_tokens": 8, "ignore_eos": True}
     prompts = [PROMPT, [100, 101, 102]]
     alone = [run(llm, prompt, seed=seed, **fields) for seed, prompt in enumerate(prompts)]
@@ -115,7 +115,9 @@ def test_two_streams_in_turns_are_two_answers(llm: LLM) -> None:
     pairs = list(zip(*streams, strict=True))
     for number, expected in enumerate(alone):
         got = join_outputs([pair[number] for pair in pairs])
-        assert got == expected, f"a stream that runs beside another: expected {expected}, got {got}. {STREAM}"
+        assert got == expected, (
+            f"a stream that runs at the same time as another: expected {expected}, got {got}. {STREAM}"
+        )
 
 
 # The pieces
@@ -158,7 +160,7 @@ def test_join_outputs() -> None:
 
 @pytest.mark.parametrize(("count", "expected"), [(2, "a\ufffd"), (4, "a\ufffd"), (5, "a🦊"), (6, "a🦊b")])
 def test_half_a_character_at_the_end(llm: LLM, count: int, expected: str) -> None:
-    """By length, or before the end-of-sequence token: what cannot become a character any more is shown as U+FFFD."""
+    """By length, or before the end-of-sequence token: what cannot become a character is shown as U+FFFD."""
     script = llm.tokenizer.encode("a🦊b", add_special_tokens=False)
     assert len(script) == 6, "this test counts on four tokens for 🦊"
     [eos] = llm.eos_token_ids
@@ -189,7 +191,7 @@ def free_run(llm: LLM) -> list[int]:
 
 @pytest.fixture(scope="module")
 def end(llm: LLM, free_run: list[int]) -> int:
-    """A place in the free run, the later the better, whose token is new there and can be seen in the text."""
+    """A late position in the free run whose token is new there and visible in the text."""
     new = [i for i, token in enumerate(free_run) if token not in free_run[:i] and decode(llm, [token])]
     assert new and new[-1] >= 2, f"the model repeats itself at once, {free_run}: choose another prompt for this test"
     return new[-1]
@@ -203,7 +205,7 @@ def test_a_stop_token_is_never_shown(
     if kind == "EOS":
         monkeypatch.setattr(llm, "eos_token_ids", frozenset({token}))
     ids = [] if kind == "EOS" else [token]
-    # The stop string would be complete with the stop token, which is no text; so it does not count.
+    # The stop string would be complete with the stop token, which is not text; so it does not count.
     outputs = stream(llm, stop_token_ids=ids, ignore_eos=kind != "EOS", stop=decode(llm, [token]), max_tokens=end + 1)
     got, expected = join_outputs(outputs), decode(llm, free_run[:end])
     assert got.text == expected, f"{kind} {token}: expected the text {expected!r}, got {got.text!r}. {SHOWN}"
@@ -219,7 +221,7 @@ def test_a_stop_token_is_never_shown(
 def test_a_stop_string_ends_the_answer(llm: LLM, free_run: list[int], end: int, max_tokens: str, cut: int) -> None:
     text = decode(llm, free_run[: end + 1])
     stop = text[len(decode(llm, free_run[: end - 1])) + cut :]  # the last two tokens, or all but their first character
-    assert text.find(stop) == len(text) - len(stop), f"choose another prompt: {stop!r} stands earlier in {text!r} too"
+    assert text.find(stop) == len(text) - len(stop), f"choose another prompt: {stop!r} also appears earlier in {text!r}"
     before = llm.num_positions_computed
     outputs = stream(llm, stop=["no such text", stop], max_tokens=50 if max_tokens == "plenty" else end + 1)
     num_positions, got, where = llm.num_positions_computed - before, join_outputs(outputs), f"stop string {stop!r}"
@@ -235,7 +237,7 @@ def test_a_stop_string_ends_the_answer(llm: LLM, free_run: list[int], end: int, 
     )
 
 
-def test_a_stop_string_that_the_answer_nearly_says(llm: LLM, free_run: list[int]) -> None:
+def test_an_incomplete_stop_string(llm: LLM, free_run: list[int]) -> None:
     text = decode(llm, free_run)
     got = run(llm, stop=[text[-9:] + "#", text[3:9] + "#"], ignore_eos=True)
     assert (got.text, got.finish_reason, got.stop_reason) == (text, "length", None), (
@@ -261,7 +263,7 @@ def test_stop_strings_anywhere_in_an_answer(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("min_tokens", [0, 1, 2, 3, 4, 5])
-def test_min_tokens_lets_stop_strings_pass(llm: LLM, min_tokens: int) -> None:
+def test_min_tokens_ignores_early_stop_strings(llm: LLM, min_tokens: int) -> None:
     tokens = llm.tokenizer.encode("a b a b a b", add_special_tokens=False)
     assert len(tokens) == 6, "this test counts on one token for each letter"
     got = run(scripted(llm, tokens), stop=[" b"], min_tokens=min_tokens, max_tokens=6)
@@ -275,7 +277,7 @@ def test_min_tokens_lets_stop_strings_pass(llm: LLM, min_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["EOS", "stop_token_ids"])
-def test_min_tokens_holds_stop_tokens_back(
+def test_min_tokens_masks_stop_tokens(
     llm: LLM, free_run: list[int], end: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = free_run[end]
@@ -290,10 +292,10 @@ def test_min_tokens_holds_stop_tokens_back(
     )
 
 
-def test_min_tokens_lets_a_stop_token_through_when_it_is_reached(llm: LLM, free_run: list[int], end: int) -> None:
+def test_min_tokens_allows_a_stop_token_once_reached(llm: LLM, free_run: list[int], end: int) -> None:
     got = run(llm, min_tokens=end, stop_token_ids=[free_run[end]], ignore_eos=True)
     assert (got.token_ids, got.finish_reason) == (free_run[: end + 1], "stop"), (
-        f"min_tokens={end} are out before the stop token comes as number {end + 1}: expected {free_run[: end + 1]} and "
+        f"min_tokens={end} are generated before the stop token, number {end + 1}: expected {free_run[: end + 1]} and "
         f"'stop', got {got}. {STREAM}"
     )
 
@@ -321,20 +323,20 @@ def test_positions_computed(llm: LLM, num_prompt_tokens: int, num_output_tokens:
     )
 
 
-def test_a_token_is_computed_when_somebody_asks_for_it(llm: LLM) -> None:
+def test_a_token_is_computed_only_on_demand(llm: LLM) -> None:
     before = llm.num_positions_computed
     outputs = llm.stream(PROMPT, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
     for number in range(4):
         got, expected = llm.num_positions_computed - before, len(PROMPT) + number - 1 if number else 0
         assert got == expected, (
             f"asked for {number} tokens: expected {expected} positions computed, got {got}; the next token must wait "
-            f"until somebody wants it. {STREAM}"
+            f"until it is requested. {STREAM}"
         )
         next(outputs)
 
 
 @pytest.mark.parametrize("how", ["break", "close", "throw"])
-def test_who_stops_iterating_stops_the_work(llm: LLM, how: str) -> None:
+def test_stopping_the_iteration_stops_the_work(llm: LLM, how: str) -> None:
     before = llm.num_positions_computed
     outputs = llm.stream(PROMPT, SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True))
     for _ in islice(outputs, 3):
@@ -350,7 +352,7 @@ def test_who_stops_iterating_stops_the_work(llm: LLM, how: str) -> None:
 
 
 def test_gradients_are_off_inside_and_on_outside(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model must not remember what gradients need; the code between two tokens is not ours, and may want them."""
+    """The model must not keep data for gradients; the caller's code between two tokens may need gradients."""
     forward, recorded = llm.forward, []
 
     def recording(*args: Any) -> torch.Tensor:

@@ -39,7 +39,7 @@ async def replay(outputs: Outputs, computed: list[CompletionOutput]) -> AsyncIte
 async def iterate(request: ApiRequest, outputs: Any) -> AsyncIterator[str]:
     events = stream_events(request, outputs)
     if asyncio.iscoroutine(events):
-        await events  # raises what stands in a body without a yield
+        await events  # raises the error of a body without a yield
         pytest.fail(f"stream_events has no yield, so it is no generator. {LOOK}")
     async for event in events:
         yield event
@@ -53,7 +53,7 @@ def events_of(request: ApiRequest, outputs: Outputs) -> list[str]:
 
 
 def payloads_of(request: ApiRequest, outputs: Outputs) -> list[dict[str, Any]]:
-    """The events, taken apart; [DONE] must be the last."""
+    """The parsed events; [DONE] must be the last."""
     events = events_of(request, outputs)
     for event in events:
         is_frame = event.startswith("data: ") and event.endswith("\n\n") and event.count("\n") == 2
@@ -64,7 +64,7 @@ def payloads_of(request: ApiRequest, outputs: Outputs) -> list[dict[str, Any]]:
 
 
 def check_choices(got: list[dict[str, Any]], expected: list[dict[str, Any]], is_chat: bool) -> None:
-    """Each chunk has one choice. expected says what is in it beside what all have; text stands for a delta too."""
+    """Each chunk has one choice. expected: its fields in addition to the common ones; text means a delta in a chat."""
     full = []
     for choice in expected:
         text = choice.get("text", "")
@@ -88,12 +88,12 @@ def test_the_order_of_the_events(is_chat: bool) -> None:
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         same = {"id": request.id, "object": kind, "created": request.created, "model": "tiny"}
         assert fields == same, f"every chunk has {same}, got {fields}. {LOOK}"
-        assert "usage" not in payload, f"nobody asked for the usage, got {payload}. {LOOK}"
+        assert "usage" not in payload, f"usage was not requested, got {payload}. {LOOK}"
 
 
 @is_chat_or_not
 @pytest.mark.parametrize("stop_reason", [None, 50, "END"])
-def test_outputs_without_text_make_no_event(is_chat: bool, stop_reason: int | str | None) -> None:
+def test_outputs_without_text_produce_no_event(is_chat: bool, stop_reason: int | str | None) -> None:
     outputs = [output(""), output(" one"), output(""), output(""), output("", "stop", stop_reason)]
     got = payloads_of(ask(is_chat), outputs)
     expected = [{"text": " one"}, {"finish_reason": "stop", "stop_reason": stop_reason}]
@@ -117,7 +117,7 @@ def test_the_usage_counts_tokens(is_chat: bool) -> None:
 
 @is_chat_or_not
 @pytest.mark.parametrize("num_before", [0, 2])
-def test_an_error_is_an_event_too(is_chat: bool, num_before: int) -> None:
+def test_an_error_becomes_an_event(is_chat: bool, num_before: int) -> None:
     request = ask(is_chat, include_usage=True)
     *before, last = payloads_of(request, [*[output(" a")] * num_before, ERROR])
     expected = {"error": {"message": str(ERROR), "type": "internal_error", "param": None, "code": None}}

@@ -1,4 +1,4 @@
-"""Two hundred streams, a third of them cut off by their clients: afterwards nothing is left of any of them."""
+"""Two hundred streams, a third of them cut off by their clients: afterwards no resource of theirs is left."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LOOK = 'Look at server.py::EventStream, server.py::collect and async_engine.py; 
 DEADLINE_S = 30  # for what takes milliseconds; only a leak makes the test wait this long
 NUM_AT_ONCE = 8
 NUM_TOKENS = 5
-ENDLESS = 1900  # tokens: some ten seconds of work, so that whoever is cut off is so in the middle
+ENDLESS = 1900  # tokens: some ten seconds of work, so that every cut happens in the middle
 PROMPTS = ["Once upon a time", "The fox", "1 2 3", "What is a KV cache?", "Nora and", "a b c", "naïve 🦊"]
 FDS = Path("/proc/self/fd")
 
 
 @dataclass
 class Census:
-    """What there is now. Threads of asyncio's pool are left out: it keeps up to a fixed number of them."""
+    """What exists now, without the threads of asyncio's pool, which keeps up to a fixed number of them."""
 
     threads: Counter[str]
     tasks: Counter[str]
@@ -51,7 +51,7 @@ class Census:
         return cls(Counter(threads), Counter(tasks), len(os.listdir(FDS)) if FDS.is_dir() else 0)  # noqa: PTH208
 
     def is_within(self, before: Census) -> bool:
-        """Nothing is here that was not before. (What other tests left behind may go at any time.)"""
+        """Nothing exists that did not exist before. (Leftovers of other tests may disappear at any time.)"""
         return self.threads <= before.threads and self.tasks <= before.tasks and self.num_fds <= before.num_fds
 
 
@@ -77,15 +77,15 @@ def nothing_left_behind(llm: LLM) -> Iterator[tuple[str, AsyncLLM]]:
         assert app.loop is not None
         until(lambda: is_idle(engine), lambda: "the engine is not idle after two answers")
         loop = app.loop
-        until(lambda: not connections(url), lambda: f"two clients have gone, and {connections(url)} are open")
+        until(lambda: not connections(url), lambda: f"two clients have disconnected, but {connections(url)} are open")
         num_streams, before = num_request_streams(), Census.take(loop)
         yield url, engine
         until(lambda: is_idle(engine), lambda: f"engine: running {engine.running}, waiting {engine.waiting}")
-        until(lambda: not connections(url), lambda: f"all clients have gone, and {connections(url)} are open")
+        until(lambda: not connections(url), lambda: f"all clients have disconnected, but {connections(url)} are open")
         until(
             lambda: Census.take(loop).is_within(before), lambda: f"expected at most {before}, got {Census.take(loop)}"
         )
-        # The engine's thread may hold on to the last request until the next one comes.
+        # The engine's thread may keep the last request until the next one arrives.
         until(
             lambda: num_request_streams() <= max(1, num_streams),
             lambda: f"{num_request_streams()} RequestStream objects are alive, expected at most 1",
@@ -138,7 +138,7 @@ async def talk(url: str, engine: AsyncLLM, asks: list[Ask], num_at_once: int) ->
             deadline = time.monotonic() + DEADLINE_S
             while ask.cut_after is not None and is_queued(engine, ask):
                 assert time.monotonic() < deadline, (
-                    f"its client has left, and the request stays for {DEADLINE_S} s. {LOOK}"
+                    f"its client has disconnected, but the request is still there after {DEADLINE_S} s. {LOOK}"
                 )
                 await asyncio.sleep(0.001)
             return text
@@ -181,7 +181,7 @@ async def read_stream(client: httpx.AsyncClient, ask: Ask) -> str | None:
     return text
 
 
-# It collects garbage, and so hears the last words of what earlier tests left: those are not this test's.
+# Garbage collection may emit warnings about objects of earlier tests: those are not this test's.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("stream", "num_requests"), [(True, 200), (False, 60)], ids=["streams", "whole answers"])
 def test_nothing_is_left_of_many_requests(llm: LLM, stream: bool, num_requests: int) -> None:

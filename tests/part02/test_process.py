@@ -67,10 +67,10 @@ def test_it_answers_whatever_clients_do(server: ServerProcess) -> None:
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4, answer.text
     assert ask(server, max_tokens=-4).status_code == 400, "max_tokens=-4"
     with socket.create_connection(("127.0.0.1", server.port)) as broken:
-        broken.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")  # and goes away
+        broken.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")  # and disconnects
     with socket.create_connection(("127.0.0.1", server.port)) as no_http:
         no_http.sendall(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
-    with socket.create_connection(("127.0.0.1", server.port)):  # says nothing
+    with socket.create_connection(("127.0.0.1", server.port)):  # sends nothing
         again = ask(server, max_tokens=4)
     assert again.json()["choices"] == answer.json()["choices"], f"later: {again.text} against {answer.text}"
 
@@ -99,7 +99,7 @@ def test_sigterm_finishes_what_is_open_and_ends_it(server: ServerProcess) -> Non
 
 
 def test_sigkill_leaves_nothing(tmp_path: Path) -> None:
-    """Killed in the middle of a stream: the client learns of it, the port is free, and so is every process."""
+    """Killed in the middle of a stream: the client sees it, the port is free, and no process is left."""
     with start("--port", "0", "--max-queued-requests", "0", stderr=tmp_path / "stderr") as server:
         with server.stream(COMPLETIONS, {**STREAM, "max_tokens": 1900}) as response:
             chunks = response.iter_raw()
@@ -112,7 +112,9 @@ def test_sigkill_leaves_nothing(tmp_path: Path) -> None:
                 for _ in chunks:
                     pass
         assert server.process.wait(TIMEOUT_S) == -signal.SIGKILL
-        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()], f"children {children} live on. {LOOK}"
+        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()], (
+            f"children {children} are still alive. {LOOK}"
+        )
         listen("127.0.0.1", server.port).close()
 
 

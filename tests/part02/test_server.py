@@ -1,6 +1,6 @@
-"""The HTTP boundary of part 2: whole answers, clients that go away, full queues, and nothing that is sent is a 500.
+"""The HTTP boundary of part 2: complete answers, client disconnects, full queues, and no request causes a 500.
 
-Everything goes over real sockets. Where the order of events matters, the model computes a token only when it is told.
+Everything goes over real sockets. Where the order of events matters, the model computes a token only when permitted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ LONG = {"prompt": "Hi", "max_tokens": 1000, "temperature": 0}
 
 
 class SteppedLLM(LLM):
-    """Tokeniser and settings of another; a forward pass waits for a permit, and the next token is always " a"."""
+    """Tokenizer and settings of another LLM; a forward pass waits for a permit, and the next token is always " a"."""
 
     def __init__(self, llm: LLM) -> None:
         vars(self).update(vars(llm))
@@ -85,7 +85,7 @@ class SteppedLLM(LLM):
         self.permits.release(num_tokens)
 
     def open(self) -> None:
-        """As many tokens as anybody wants, from now on."""
+        """Allow any number of tokens from now on."""
         self.is_open = True
         self.permits.release()
 
@@ -102,7 +102,7 @@ class Server:
         return self.app.app.state.engine
 
     def post(self, path: str, body: object) -> httpx.Response:
-        """bytes and iterators of bytes go out as they are; anything else as JSON."""
+        """bytes and iterators of bytes are sent unchanged; anything else as JSON."""
         is_raw = isinstance(body, bytes) or hasattr(body, "__next__")
         content: Any = body if is_raw else json.dumps(body).encode()
         try:
@@ -136,7 +136,7 @@ def serving(llm: LLM, max_queued_requests: int = 64) -> Iterator[Server]:
                 yield Server(url, llm, app, client)
         finally:
             if isinstance(llm, SteppedLLM):
-                llm.open()  # so that whatever still runs ends
+                llm.open()  # so that all running requests end
     assert not app.errors, f"no request may raise in the server: {app.errors!r}. Look at server.py::add_error_handlers."
 
 
@@ -151,7 +151,7 @@ def tiny(llm: LLM) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(llm: LLM) -> Iterator[Server]:
-    """The same context, and a model that costs nothing: for requests that should not reach it anyway."""
+    """The same context, and a model without cost: for requests that should not reach it."""
     short = SteppedLLM(llm)
     short.max_model_len = CONTEXT
     short.open()
@@ -185,7 +185,7 @@ def check_error(
     assert error["type"] == kind, f"expected type {kind}, got {error['type']!r}. {LOOK}"
     assert isinstance(error["message"], str) and error["message"], f"an error needs a message: {text[:200]}. {LOOK}"
     if param is not None:
-        assert error["param"] == param, f"expected the error to blame {param!r}, got {error['param']!r}: {text}. {LOOK}"
+        assert error["param"] == param, f"expected the error to name {param!r}, got {error['param']!r}: {text}. {LOOK}"
         assert error["message"].startswith(f"{param}: "), f"the message must name {param!r}: {error['message']}. {LOOK}"
     assert len(error["message"]) < 700, f"an error must not echo all that was sent: {error['message'][:100]}…. {LOOK}"
     return error
@@ -366,9 +366,9 @@ def test_a_full_queue_is_429(llm: LLM, stream: bool) -> None:
             assert "max_queued_requests" in error["message"], f"the message names the limit: {error}. {LOOK_QUEUE}"
             retry = refused.headers.get("retry-after", "")
             assert re.fullmatch("[1-9][0-9]*", retry), f"expected Retry-After in seconds, got {retry!r}. {LOOK_QUEUE}"
-        check_error(server.post(COMPLETIONS, {"prompt": ""}), 400, "prompt")  # what is wrong is told all the same
+        check_error(server.post(COMPLETIONS, {"prompt": ""}), 400, "prompt")  # an invalid request still gets its error
         waiting.close()
-        until(lambda: not server.engine.waiting, f"the place of a client that went away to be free. {LOOK_GONE}")
+        until(lambda: not server.engine.waiting, f"the place of a disconnected client to be free. {LOOK_GONE}")
         stack.enter_context(server.send({**LONG, "max_tokens": 1}))
         until(lambda: len(server.engine.waiting) == 1, f"a request to take the free place. {LOOK_QUEUE}")
         running.close()
@@ -377,7 +377,7 @@ def test_a_full_queue_is_429(llm: LLM, stream: bool) -> None:
         check_still_serving(server)
 
 
-# Clients that go away
+# Client disconnects
 
 
 @both_endpoints
@@ -390,7 +390,7 @@ def test_a_stream_that_is_closed_stops_the_model(stepped: Server, path: str) -> 
 
 
 @both_endpoints
-def test_a_client_that_leaves_while_its_whole_answer_is_computed(stepped: Server, path: str) -> None:
+def test_a_client_that_disconnects_from_an_unstreamed_answer(stepped: Server, path: str) -> None:
     llm = steps(stepped)
     with stepped.send({**GOOD[path], "max_tokens": 1000}, path):
         llm.allow(3)
@@ -399,7 +399,7 @@ def test_a_client_that_leaves_while_its_whole_answer_is_computed(stepped: Server
 
 
 def check_stops(server: Server, num_computed: int) -> None:
-    """The only client has gone: the engine counts one abort, and computes at most two tokens more."""
+    """The only client has disconnected: the engine counts one abort and computes at most two more tokens."""
     llm = steps(server)
     until(lambda: server.engine.num_aborted, f"the request to be aborted when its client disconnects. {LOOK_GONE}")
     llm.allow(500)
@@ -413,13 +413,16 @@ def check_stops(server: Server, num_computed: int) -> None:
 
 
 @streamed_or_not
-def test_a_client_that_leaves_the_queue(stepped: Server, stream: bool) -> None:
+def test_a_waiting_client_that_disconnects(stepped: Server, stream: bool) -> None:
     llm = steps(stepped)
     with stepped.send({**LONG, "max_tokens": 4}) as first:
         until(lambda: stepped.engine.running, f"the first request to run. {LOOK_QUEUE}")
         with stepped.send({**LONG, "stream": stream}):
             until(lambda: stepped.engine.waiting, f"the second request to wait. {LOOK_QUEUE}")
-        until(lambda: not stepped.engine.waiting, f"the queue to lose the request whose client has gone. {LOOK_GONE}")
+        until(
+            lambda: not stepped.engine.waiting,
+            f"the queue to drop the request whose client has disconnected. {LOOK_GONE}",
+        )
         assert stepped.engine.num_aborted == 1, f"expected 1 abort, got {stepped.engine.num_aborted}. {LOOK_GONE}"
         llm.allow(100)
         answer = read_until(first, b'"total_tokens":')
@@ -430,20 +433,24 @@ def test_a_client_that_leaves_the_queue(stepped: Server, stream: bool) -> None:
 
 
 @streamed_or_not
-def test_a_client_that_leaves_at_once(stepped: Server, stream: bool) -> None:
+def test_a_client_that_disconnects_at_once(stepped: Server, stream: bool) -> None:
     """Whether the server has read the request when the connection ends, is parsing it or has queued it."""
     llm = steps(stepped)
     for number in range(1, 21):
         stepped.send({**LONG, "stream": stream}).close()
         until(
             lambda number=number: stepped.app.num_ended == number,
-            f"the server to notice that nobody waits. {LOOK_GONE}",
+            f"the server to notice the disconnect. {LOOK_GONE}",
         )
-        assert not stepped.engine.waiting or stepped.engine.running, f"a request of nobody waits. {LOOK_GONE}"
+        assert not stepped.engine.waiting or stepped.engine.running, (
+            f"a request without a client is waiting. {LOOK_GONE}"
+        )
     before = llm.num_tokens
     llm.allow(500)
     stepped.until_idle(LOOK_GONE)
-    assert llm.num_tokens - before <= 2, f"nobody waits, and {llm.num_tokens - before} tokens came. {LOOK_GONE}"
+    assert llm.num_tokens - before <= 2, (
+        f"all clients have disconnected, but {llm.num_tokens - before} tokens were computed. {LOOK_GONE}"
+    )
     llm.open()
     check_still_serving(stepped)
 
@@ -455,14 +462,16 @@ def test_a_request_that_is_cut_off(stepped: Server) -> None:
     until(lambda: stepped.app.num_ended == 3, f"the server to be done with three requests with a head. {LOOK_GONE}")
     assert stepped.client.get("/health").status_code == 200
     llm = steps(stepped)
-    assert llm.num_begun == 0, f"half a request is none, and the model began {llm.num_begun} times. {LOOK_GONE}"
+    assert llm.num_begun == 0, (
+        f"an incomplete request must not reach the model, which began {llm.num_begun} times. {LOOK_GONE}"
+    )
     assert stepped.engine.num_aborted == 0, f"nothing was queued, {stepped.engine.num_aborted} aborted. {LOOK_GONE}"
     llm.open()
     check_still_serving(stepped)
 
 
 def test_the_next_request_on_a_connection_after_a_whole_stream(stepped: Server) -> None:
-    """A stream that was read to its end is no abort, and leaves the connection to the next request."""
+    """A stream that was read to its end is not aborted, and its connection serves the next request."""
     steps(stepped).open()
     for _ in range(3):
         response = stepped.post(COMPLETIONS, {**GOOD[COMPLETIONS], "stream": True})
@@ -493,7 +502,7 @@ def test_open_requests_are_finished_when_the_server_ends(llm: LLM, stream: bool)
         threading.Thread(target=end, daemon=True).start()
         until(lambda: not accepts(server), f"the server to refuse new connections. {LOOK_DRAIN}")
         assert not app_ended.is_set(), f"the server ended while a request was open. {LOOK_DRAIN}"
-        assert app.state.engine.running, f"the request was given up at the server's end. {LOOK_DRAIN}"
+        assert app.state.engine.running, f"the request was dropped at the server's shutdown. {LOOK_DRAIN}"
     finally:
         stepped.open()
     answer = read_until(connection, b"data: [DONE]\n\n" if stream else b'"total_tokens":')
@@ -615,7 +624,7 @@ PROMPT_CASES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     "prompt is a number": (COMPLETIONS, {"prompt": 5}, "prompt", "expected text"),
     "prompt is false": (COMPLETIONS, {"prompt": False}, "prompt", "expected text"),
     "prompt is an object": (COMPLETIONS, {"prompt": {}}, "prompt", "expected text"),
-    "a list of texts": (COMPLETIONS, {"prompt": ["Hi"]}, "prompt[0]", "token id"),
+    "a list of strings": (COMPLETIONS, {"prompt": ["Hi"]}, "prompt[0]", "token id"),
     "a list of lists": (COMPLETIONS, {"prompt": [[1, 2]]}, "prompt[0]", "token id"),
     "no token ids": (COMPLETIONS, {"prompt": []}, "prompt", "empty"),
     "token id too high": (COMPLETIONS, {"prompt": [5, 4096]}, "prompt[1]", "4095"),
@@ -656,7 +665,7 @@ def test_a_wrong_prompt_is_refused(server: Server, case: str) -> None:
 
 @both_endpoints
 def test_fields_of_later_parts_are_refused(server: Server, path: str) -> None:
-    """SamplingParams knows them, this part's engine does not: that must be told before the engine is asked."""
+    """SamplingParams knows them, but this part's engine does not: the server must refuse them first."""
     for name in sorted({spec.name for spec in dataclasses.fields(SamplingParams)} - set(SAMPLING_FIELDS)):
         for value in (1.5, 3):
             refuse(server, path, {**GOOD[path], name: value}, name)
@@ -709,13 +718,13 @@ def test_a_model_without_a_chat_template(llm: LLM) -> None:
 
 @both_endpoints
 @pytest.mark.parametrize("case", BODIES)
-def test_a_body_that_is_no_json_object(server: Server, path: str, case: str) -> None:
+def test_a_body_that_is_not_a_json_object(server: Server, path: str, case: str) -> None:
     refuse(server, path, BODIES[case], "body")
 
 
 @pytest.mark.parametrize("literal", [b"NaN", b"Infinity", b"-Infinity", b"1e999"])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "max_tokens", "seed", "presence_penalty"])
-def test_literals_that_are_no_numbers(server: Server, field: str, literal: bytes) -> None:
+def test_literals_that_are_not_numbers(server: Server, field: str, literal: bytes) -> None:
     refuse(server, COMPLETIONS, b'{"prompt": "Hi", "%s": %s}' % (field.encode(), literal), field, "expected")
 
 
@@ -723,7 +732,7 @@ def test_literals_that_are_no_numbers(server: Server, field: str, literal: bytes
     "field", ["temperature", "stop_token_ids", "stop", "prompt", "messages", "model", "n", "stream_options", "user"]
 )
 def test_a_value_nested_just_not_too_deeply_to_parse(server: Server, field: str) -> None:
-    """json.loads gives up at some depth; below it the message must be able to quote what was parsed."""
+    """json.loads fails at some depth; below it the message must be able to quote the parsed value."""
     path = CHAT if field == "messages" else COMPLETIONS
     start = json.dumps({k: v for k, v in GOOD[path].items() if k != field})[:-1].encode()
     statuses = set()

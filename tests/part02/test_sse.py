@@ -37,7 +37,7 @@ NUM_TOKENS = 16
 
 
 class ScriptedLLM(LLM):
-    """Another's tokeniser and settings, and a model whose tokens are the script, whatever the prompt."""
+    """Tokenizer and settings of another LLM, and a model whose tokens are the script, whatever the prompt."""
 
     def __init__(self, llm: LLM) -> None:
         vars(self).update(vars(llm))
@@ -92,18 +92,18 @@ def scripted(server: Server) -> ScriptedLLM:
 
 
 def tokens_of(llm: LLM, text: str | bytes) -> list[int]:
-    """bytes become one token each, also those that are no text."""
+    """bytes become one token each, even if they are not text."""
     if isinstance(text, str):
         return llm.tokenizer.encode(text, add_special_tokens=False)
     vocabulary = llm.tokenizer.get_vocab()
-    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's: these bytes stand for themselves
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's: these bytes are their own characters
     others = [byte for byte in range(256) if byte not in letters]
     return [vocabulary[chr(byte if byte in letters else 256 + others.index(byte))] for byte in text]
 
 
 @dataclass
 class Streamed:
-    """What a stream brought. content and reasons come from the chunks with a choice."""
+    """The contents of a stream. content and reasons come from the chunks with a choice."""
 
     chunks: list[dict[str, Any]]
     content: list[str] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Streamed:
 
 
 def read_stream(response: httpx.Response, is_chat: bool) -> Streamed:
-    """Check the framing, byte for byte, and take the chunks apart."""
+    """Check the framing, byte for byte, and parse the chunks."""
     kind, raw = response.headers["content-type"], response.content
     assert kind.split(";")[0] == "text/event-stream", f"content type: expected text/event-stream, got {kind}. {LOOK}"
     assert re.fullmatch(rb"(data: [^\r\n]+\n\n)+", raw), (
@@ -160,7 +160,7 @@ def player_server(llm: LLM) -> Iterator[Server]:
 
 @pytest.fixture
 def player(player_server: Server) -> Server:
-    """A server whose model plays a script."""
+    """A server whose model outputs a script."""
     llm = scripted(player_server)
     llm.script, llm.fails_after, llm.permits = [], None, None
     return player_server
@@ -185,7 +185,7 @@ def test_the_chunks_of_a_stream(server: Server, path: str) -> None:
     *before, last = [chunk["choices"][0] for chunk in chunks]
     if is_chat:
         role = before.pop(0)["delta"]
-        assert role == {"role": "assistant", "content": ""}, f"first comes the role, got {role}. {LOOK}"
+        assert role == {"role": "assistant", "content": ""}, f"the role comes first, got {role}. {LOOK}"
     assert 1 <= len(before) <= NUM_TOKENS, f"{NUM_TOKENS} tokens make no more chunks, got {len(before)}. {LOOK}"
     for choice in before:
         content = choice["delta"].get("content") if is_chat else choice["text"]
@@ -213,7 +213,7 @@ def test_usage_comes_only_if_asked_for(server: Server, path: str) -> None:
     for chunk in before:
         assert "usage" in chunk and chunk["usage"] is None, f"chunks before have usage null, got {chunk}. {LOOK}"
     assert streamed.content == plain.content, f"the usage changes the text. {LOOK}"
-    assert len(before) == len(plain.chunks), f"the usage comes in one chunk more, got {streamed.chunks}. {LOOK}"
+    assert len(before) == len(plain.chunks), f"the usage comes in one additional chunk, got {streamed.chunks}. {LOOK}"
 
 
 def test_usage_counts_tokens_and_not_events(player: Server) -> None:
@@ -301,7 +301,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_any_text_comes_through(player: Server, case: str) -> None:
+def test_any_text_is_sent_unchanged(player: Server, case: str) -> None:
     text = TEXTS[case]
     for spelled in (text, text.encode()):  # as its usual tokens, and byte by byte
         streamed = player.play(spelled)
@@ -316,13 +316,13 @@ def test_any_text_comes_through(player: Server, case: str) -> None:
     assert got == text, f"openai's client: expected {text!r}, got {got!r}. {LOOK}"
 
 
-def test_a_character_comes_whole_and_once(player: Server) -> None:
+def test_a_character_is_sent_whole_and_once(player: Server) -> None:
     streamed = player.play("x🦊y".encode())
     assert streamed.content == ["x", "🦊", "y"], f"expected the fox in one event, got {streamed.content}. {LOOK_TEXT}"
 
 
 @pytest.mark.parametrize("num_bytes", [1, 2, 3])
-def test_half_a_character_at_the_end_is_shown_as_the_whole_answer_shows_it(player: Server, num_bytes: int) -> None:
+def test_half_a_character_at_the_end_is_streamed_as_in_the_whole_answer(player: Server, num_bytes: int) -> None:
     raw = b"ab" + "🦊".encode()[:num_bytes]
     streamed = player.play(raw)
     whole = player.whole(COMPLETIONS, "Hi", max_tokens=len(raw))["choices"][0]["text"]
@@ -345,7 +345,7 @@ STOPS: dict[str, tuple[str, list[str], str, str | None]] = {
 
 
 @pytest.mark.parametrize("case", STOPS)
-def test_nothing_of_a_stop_string_is_shown(player: Server, case: str) -> None:
+def test_no_part_of_a_stop_string_is_shown(player: Server, case: str) -> None:
     text, stop, expected, reason = STOPS[case]
     for spelled in (text, text.encode()):
         streamed = player.play(spelled, stop=stop)
@@ -377,7 +377,7 @@ def test_streamed_greedy_answers_are_the_reference_s(server: Server) -> None:
 
 @both_endpoints
 @pytest.mark.parametrize("num_before", [0, 2])
-def test_an_error_in_mid_stream_is_an_event(player: Server, path: str, num_before: int) -> None:
+def test_an_error_in_mid_stream_becomes_an_event(player: Server, path: str, num_before: int) -> None:
     llm = scripted(player)
     llm.script, llm.fails_after = tokens_of(llm, b"abcd"), num_before
     streamed = player.stream(path, "Hi", max_tokens=4, stream_options={"include_usage": True})
@@ -461,8 +461,8 @@ def test_the_official_client(server: Server) -> None:
         assert stopped.choices[0].text == text[: text.index(text[4:6])], f"got {stopped}. {LOOK_TEXT}"
 
 
-def test_the_official_client_sends_what_its_users_may_leave_as_it_is(server: Server) -> None:
-    """Values that change nothing, of fields that this server does not have yet."""
+def test_the_official_client_may_send_values_that_change_nothing(server: Server) -> None:
+    """Values that change nothing, of fields that this part does not support."""
     with openai_client(server) as client:
         expected = client.chat.completions.create(**CHAT_CALL)
         answer = client.chat.completions.create(
@@ -538,7 +538,9 @@ def test_a_full_queue_is_the_official_client_s_rate_limit_error(llm: LLM) -> Non
                         client.completions.create(**COMPLETION_CALL, stream=stream)
                     assert "retry-after" in full.value.response.headers, f"got {full.value.response.headers}."
                 player.permits.release(3)
-                assert "".join(piece.choices[0].text for piece in running) == "bcd", f"the running one goes on. {LOOK}"
+                assert "".join(piece.choices[0].text for piece in running) == "bcd", (
+                    f"the running one continues. {LOOK}"
+                )
         finally:
             player.permits.release(10)
 

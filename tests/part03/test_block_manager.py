@@ -1,4 +1,5 @@
-"""core/block_manager.py: who owns which block, all or nothing, and nobody owns a block that another one has."""
+"""core/block_manager.py: which request owns which block. A request gets all blocks it asks for or none, and no block
+has two owners."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from part03_paged_attention.core.block_manager import NULL_BLOCK, BlockManager
+from part03_paged_attention.core.block_manager import BlockManager
+from part03_paged_attention.messages import NULL_BLOCK
 
-LOOK_ALLOCATE = 'Look at core/block_manager.py::BlockManager.allocate; README "Blocks".'
+LOOK_GROW = 'Look at core/block_manager.py::BlockManager.grow; README "Blocks".'
+LOOK_ADMIT = 'Look at core/block_manager.py::BlockManager.admit; README "Blocks".'
 LOOK_FREE = 'Look at core/block_manager.py::BlockManager.free; README "Blocks".'
-LOOK_SLOT = 'Look at core/block_manager.py::BlockManager.slot; README "Blocks".'
+LOOK_RESET = 'Look at core/block_manager.py::BlockManager.reset; README "Blocks".'
 LOOK = 'Look at core/block_manager.py::BlockManager; README "Blocks".'
 
 
@@ -20,18 +23,20 @@ def pool(num_usable: int, block_size: int = 16) -> BlockManager:
     return BlockManager(num_usable + 1, block_size)
 
 
-def allocate(blocks: BlockManager, request_id: str, num_tokens: int, expected: bool = True) -> list[int]:
-    """Returns the request's table afterwards."""
+def hold(blocks: BlockManager, request_id: str, num_tokens: int, expected: bool = True) -> list[int]:
+    """Admit a new request, or grow one that has a table. Returns its table afterwards, [] if it has none."""
+    is_new = request_id not in blocks.block_tables
+    call, name, look = (blocks.admit, "admit", LOOK_ADMIT) if is_new else (blocks.grow, "grow", LOOK_GROW)
     free = blocks.num_free_blocks
-    got = blocks.allocate(request_id, num_tokens)
+    got = call(request_id, num_tokens)
     assert got is expected, (
-        f"request {request_id} wants room for {num_tokens} tokens (block_size={blocks.block_size}), {free} blocks are "
-        f"free: expected {expected}, got {got}. {LOOK_ALLOCATE}"
+        f"{name}({request_id!r}, {num_tokens}) with block_size={blocks.block_size} and {free} free blocks: expected "
+        f"{expected}, got {got}. {look}"
     )
     return list(blocks.block_tables.get(request_id, []))
 
 
-def check_counts(blocks: BlockManager, used: int, look: str = LOOK_ALLOCATE) -> None:
+def check_counts(blocks: BlockManager, used: int, look: str = LOOK_GROW) -> None:
     expected = (used, blocks.num_blocks - 1 - used)
     got = (blocks.num_used_blocks, blocks.num_free_blocks)
     assert got == expected, f"(used, free) blocks of {blocks.num_blocks - 1}: expected {expected}, got {got}. {look}"
@@ -52,57 +57,73 @@ def test_num_blocks_for(num_tokens: int, block_size: int, expected: int) -> None
 def test_a_new_pool_is_all_free() -> None:
     blocks = pool(10)
     check_counts(blocks, 0, LOOK)
-    assert blocks.block_tables == {}, f"nobody holds a block yet, got {blocks.block_tables}. {LOOK}"
+    assert blocks.block_tables == {}, f"no request has a block table yet, got {blocks.block_tables}. {LOOK}"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 64, 160])
 def test_a_request_gets_the_blocks_that_its_tokens_fill(num_tokens: int) -> None:
     blocks = pool(10)
-    table = allocate(blocks, "a", num_tokens)
+    table = hold(blocks, "a", num_tokens)
     expected = -(-num_tokens // 16)
     assert len(table) == expected, (
-        f"request a holds {num_tokens} tokens (block_size=16): expected {expected} blocks, got {table}. {LOOK_ALLOCATE}"
+        f"request a holds {num_tokens} tokens (block_size=16): expected {expected} blocks, got {table}. {LOOK_GROW}"
     )
-    assert len(set(table)) == len(table), f"a block stands twice in one table: {table}. {LOOK_ALLOCATE}"
+    assert len(set(table)) == len(table), f"a block is in one table twice: {table}. {LOOK_GROW}"
     check_counts(blocks, expected)
 
 
 def test_all_or_nothing() -> None:
-    """Three prompts of 64 tokens are four blocks each, and there are ten."""
+    """Three prompts of 64 tokens need four blocks each, and there are ten."""
     blocks = pool(10)
-    first, second = allocate(blocks, "first", 64), allocate(blocks, "second", 64)
-    third = allocate(blocks, "third", 64, expected=False)
-    assert third == [], f"the third prompt was refused and yet holds {third}: all four blocks or none. {LOOK_ALLOCATE}"
+    first, second = hold(blocks, "first", 64), hold(blocks, "second", 64)
+    third = hold(blocks, "third", 64, expected=False)
+    assert third == [], f"the third prompt was refused and yet holds {third}: all four blocks or none. {LOOK_GROW}"
     check_counts(blocks, 8)
     tables = (blocks.block_tables["first"], blocks.block_tables["second"])
-    assert tables == (first, second), f"a refusal must not touch others: {(first, second)} → {tables}. {LOOK_ALLOCATE}"
-    assert len(allocate(blocks, "small", 32)) == 2, f"two blocks are free and two suffice. {LOOK_ALLOCATE}"
+    assert tables == (first, second), f"a refusal must not change other tables: {(first, second)} → {tables}. {LOOK}"
+    assert len(hold(blocks, "small", 32)) == 2, f"two blocks are free, and two are enough. {LOOK_GROW}"
     check_counts(blocks, 10)
 
 
-def test_a_refused_request_keeps_what_it_had() -> None:
-    blocks = pool(3)
-    table = allocate(blocks, "a", 20)
-    allocate(blocks, "b", 1)
-    got = allocate(blocks, "a", 33, expected=False)
-    assert got == table, f"request a held {table} and was refused a third block: it now holds {got}. {LOOK_ALLOCATE}"
+def test_a_request_that_is_not_admitted_has_no_block_table() -> None:
+    blocks = pool(2)
+    hold(blocks, "a", 33, expected=False)
+    assert blocks.block_tables == {}, f"request a was not admitted, got tables {blocks.block_tables}. {LOOK_ADMIT}"
+    assert len(hold(blocks, "a", 32)) == 2, f"later it needs fewer blocks and is admitted. {LOOK_ADMIT}"
+
+
+def test_to_admit_a_request_twice_is_a_bug() -> None:
+    blocks = pool(4)
+    table = hold(blocks, "a", 20)
+    with pytest.raises(AssertionError, match="request a has a block table already"):
+        blocks.admit("a", 1)
+    assert blocks.block_tables == {"a": table}, f"expected table {table} to stay, got {blocks.block_tables}. {LOOK}"
+
+
+def test_a_request_that_cannot_grow_keeps_what_it_had() -> None:
+    """It needs two more blocks, and one is free."""
+    blocks = pool(4)
+    table = hold(blocks, "a", 20)
+    hold(blocks, "b", 1)
+    got = hold(blocks, "a", 49, expected=False)
+    assert got == table, f"request a held {table} and was refused two more blocks: it now holds {got}. {LOOK_GROW}"
     check_counts(blocks, 3)
 
 
 def test_growth_token_by_token() -> None:
-    """Only the token that begins a block costs one, and what is in a table stays where it is."""
+    """Only the first token of a block costs one, and the blocks in a table stay where they are."""
     blocks = pool(10)
     table: list[int] = []
     for num_tokens in range(1, 66):
-        grown = allocate(blocks, "a", num_tokens)
+        grown = hold(blocks, "a", num_tokens)
         expected = (num_tokens + 15) // 16
         assert len(grown) == expected, (
             f"request a grows to {num_tokens} tokens (block_size=16): expected {expected} blocks, got {len(grown)}. "
-            f"It lacks only what it does not hold yet. {LOOK_ALLOCATE}"
+            f"It needs only the blocks that it does not hold yet. {LOOK_GROW}"
         )
         assert grown[: len(table)] == table, (
-            f"request a grows to {num_tokens} tokens: its keys are in {table}, its table is now {grown}; a table only "
-            f"grows at its end. {LOOK_ALLOCATE}"
+            f"request a grows to {num_tokens} tokens: its keys are in blocks {table}, its table is now {grown}; a "
+            f"table only grows at its end. {LOOK_GROW}"
         )
         table = grown
     check_counts(blocks, 5)
@@ -110,82 +131,59 @@ def test_growth_token_by_token() -> None:
 
 def test_the_last_free_block_can_be_had() -> None:
     blocks = pool(2)
-    allocate(blocks, "a", 17)
+    hold(blocks, "a", 17)
     check_counts(blocks, 2)
-    allocate(blocks, "a", 32)  # nothing is free, and nothing is needed
-    allocate(blocks, "a", 33, expected=False)
+    hold(blocks, "a", 32)  # no block is free, and none is needed
+    hold(blocks, "a", 33, expected=False)
 
 
-def test_fewer_tokens_than_before_take_nothing_away() -> None:
+def test_fewer_tokens_than_before_free_nothing() -> None:
     blocks = pool(4)
-    table = allocate(blocks, "a", 40)
-    got = allocate(blocks, "a", 3)
-    assert got == table, f"room for 3 tokens is there already: expected {table} to stay, got {got}. {LOOK_ALLOCATE}"
+    table = hold(blocks, "a", 40)
+    got = hold(blocks, "a", 3)
+    assert got == table, f"there is room for 3 tokens already: expected {table} to stay, got {got}. {LOOK_GROW}"
     check_counts(blocks, 3)
 
 
 def test_the_null_block_is_never_handed_out() -> None:
     blocks = pool(5, block_size=1)
     for turn in range(3):
-        table = allocate(blocks, "a", 5)
-        assert NULL_BLOCK not in table, f"turn {turn}: the null block was handed out in {table}. {LOOK_ALLOCATE}"
-        assert sorted(table) == [1, 2, 3, 4, 5], f"turn {turn}: expected blocks 1 to 5, got {table}. {LOOK_ALLOCATE}"
+        table = hold(blocks, "a", 5)
+        assert NULL_BLOCK not in table, f"turn {turn}: the null block was handed out in {table}. {LOOK_GROW}"
+        assert sorted(table) == [1, 2, 3, 4, 5], f"turn {turn}: expected blocks 1 to 5, got {table}. {LOOK_GROW}"
         blocks.free("a")
 
 
-def test_free_gives_all_back() -> None:
+def test_free_gives_all_blocks_back() -> None:
     blocks = pool(10)
-    allocate(blocks, "a", 64)
-    table = allocate(blocks, "b", 20)
+    hold(blocks, "a", 64)
+    table = hold(blocks, "b", 20)
     blocks.free("a")
     check_counts(blocks, 2, LOOK_FREE)
     assert blocks.block_tables == {"b": table}, f"only b holds blocks now, got {blocks.block_tables}. {LOOK_FREE}"
-    allocate(blocks, "c", 8 * 16)
+    hold(blocks, "c", 8 * 16)
     check_counts(blocks, 10, LOOK_FREE)
 
 
 def test_to_free_twice_is_no_error() -> None:
     blocks = pool(4)
-    allocate(blocks, "a", 20)
-    for request_id in ("a", "a", "nobody"):
+    hold(blocks, "a", 20)
+    for request_id in ("a", "a", "unknown"):
         blocks.free(request_id)
         check_counts(blocks, 0, LOOK_FREE)
-    tables = [allocate(blocks, request_id, 16) for request_id in "bcde"]
+    tables = [hold(blocks, request_id, 16) for request_id in "bcde"]
     assert len(set(map(tuple, tables))) == 4, f"freed twice, handed out twice: {tables}. {LOOK_FREE}"
 
 
-@pytest.mark.parametrize(("position", "expected"), [(35, 51), (15, 127), (16, 16), (0, 112), (31, 31), (32, 48)])
-def test_slot(position: int, expected: int) -> None:
-    blocks = pool(10)
-    blocks.block_tables = {"other": [2, 4, 5], "a": [7, 1, 3]}
-    got = blocks.slot("a", position)
-    block = [7, 1, 3][position // 16]
-    assert got == expected, (
-        f"position {position} with table [7, 1, 3] (block_size=16): expected slot {expected} (block {block}, offset "
-        f"{position % 16}), got {got}. {LOOK_SLOT}"
-    )
-
-
-def test_slot_with_other_block_sizes() -> None:
-    for block_size, expected in ((1, [3, 1, 2]), (2, [6, 7, 2, 3]), (4, [12, 13, 14, 15, 4, 5])):
-        blocks = pool(3, block_size)
-        blocks.block_tables = {"a": [3, 1, 2]}
-        got = [blocks.slot("a", position) for position in range(len(expected))]
-        assert got == expected, (
-            f"table [3, 1, 2], block_size={block_size}: expected slots {expected} for positions 0 to "
-            f"{len(expected) - 1}, got {got}. {LOOK_SLOT}"
-        )
-
-
-def test_every_position_of_every_request_has_a_slot_of_its_own() -> None:
-    blocks = pool(6, block_size=4)
-    for num_tokens in (1, 3, 5, 9):  # in turns, so that the tables interleave
-        allocate(blocks, "a", num_tokens)
-        allocate(blocks, "b", num_tokens)
-    slots = [blocks.slot(request_id, position) for request_id in "ab" for position in range(9)]
-    assert len(set(slots)) == 18, f"two of 18 positions share a slot: {sorted(slots)}. {LOOK_SLOT}"
-    in_null_block = [slot for slot in slots if slot < 4]
-    assert not in_null_block, f"slots {in_null_block} are the null block's. {LOOK_SLOT}"
+def test_reset_frees_the_blocks_of_all_requests() -> None:
+    blocks = pool(6)
+    for request_id, num_tokens in (("a", 20), ("b", 1), ("c", 40)):
+        hold(blocks, request_id, num_tokens)
+    for _ in range(2):  # an empty pool can be reset too
+        blocks.reset()
+        check_counts(blocks, 0, LOOK_RESET)
+        assert blocks.block_tables == {}, f"after reset(): expected no tables, got {blocks.block_tables}. {LOOK_RESET}"
+    assert sorted(hold(blocks, "d", 6 * 16)) == [1, 2, 3, 4, 5, 6], f"a reset pool can be used again. {LOOK_RESET}"
 
 
 class Pool(RuleBasedStateMachine):
@@ -199,31 +197,34 @@ class Pool(RuleBasedStateMachine):
         self.tables: dict[str, list[int]] = {}
 
     @rule(request_id=requests, num_tokens=st.integers(1, 80))
-    def allocate(self, request_id: str, num_tokens: int) -> None:
+    def hold(self, request_id: str, num_tokens: int) -> None:
+        """Admit a request that has no table, grow one that has."""
         table = self.tables.get(request_id, [])
         num_new = max(0, -(-num_tokens // self.blocks.block_size) - len(table))
         num_free = self.blocks.num_blocks - 1 - sum(map(len, self.tables.values()))
-        got = self.blocks.allocate(request_id, num_tokens)
-        assert got is (num_new <= num_free), (
-            f"request {request_id} lacks {num_new} blocks, {num_free} are free: got {got}. {LOOK_ALLOCATE}"
-        )
-        after = list(self.blocks.block_tables.get(request_id, []))
-        num_expected = len(table) + (num_new if got else 0)
+        after = hold(self.blocks, request_id, num_tokens, expected=num_new <= num_free)
+        num_expected = len(table) + (num_new if num_new <= num_free else 0)
         assert len(after) == num_expected and after[: len(table)] == table, (
-            f"request {request_id} held {table} and lacked {num_new} blocks, allocate said {got}: it holds {after}, "
-            f"expected {num_expected} blocks. {LOOK_ALLOCATE}"
+            f"request {request_id} held {table} and needed {num_new} blocks, {num_free} were free: it holds {after}, "
+            f"expected {num_expected} blocks. {LOOK_GROW}"
         )
-        self.tables[request_id] = after
+        if after:
+            self.tables[request_id] = after
 
     @rule(request_id=requests)
-    def grow(self, request_id: str) -> None:
+    def grow_by_one(self, request_id: str) -> None:
         """By one token, from wherever it is: into a new block."""
-        self.allocate(request_id, len(self.tables.get(request_id, [])) * self.blocks.block_size + 1)
+        self.hold(request_id, len(self.tables.get(request_id, [])) * self.blocks.block_size + 1)
 
     @rule(request_id=requests)
     def free(self, request_id: str) -> None:
         self.blocks.free(request_id)
         self.tables.pop(request_id, None)
+
+    def teardown(self) -> None:
+        if hasattr(self, "blocks"):
+            self.blocks.reset()
+            check_counts(self.blocks, 0, LOOK_RESET)
 
     @invariant()
     def counts_add_up(self) -> None:
@@ -235,7 +236,7 @@ class Pool(RuleBasedStateMachine):
         assert used == expected, f"expected {expected} used blocks, got {used}. {LOOK}"
 
     @invariant()
-    def nobody_shares(self) -> None:
+    def no_block_has_two_owners(self) -> None:
         owned = [block for table in self.blocks.block_tables.values() for block in table]
         assert len(set(owned)) == len(owned), f"a block has two owners: {self.blocks.block_tables}. {LOOK}"
         assert NULL_BLOCK not in owned, f"the null block has an owner: {self.blocks.block_tables}. {LOOK}"

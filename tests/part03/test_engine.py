@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,21 +13,30 @@ from torch import Tensor
 
 from common.checkpoint import load_model, resolve_checkpoint
 from common.errors import FieldError
-from common.outputs import CompletionOutput
+from common.outputs import CompletionOutput, Logprob, join_outputs
 from common.sampling_params import SamplingParams
 from common.testing import FAMILIES, assert_same_greedy, reference_greedy
 from part03_paged_attention.config import EngineConfig
+from part03_paged_attention.core import engine as engine_module
 from part03_paged_attention.core.block_manager import BlockManager
-from part03_paged_attention.core.engine import LLM, LLMEngine, check_stop, join_outputs
-from part03_paged_attention.core.request import Request, RequestStatus
+from part03_paged_attention.core.engine import LLMEngine
+from part03_paged_attention.core.request import Request, RequestStatus, check_stop
+from part03_paged_attention.core.validation import check_request
+from part03_paged_attention.llm import LLM
+from part03_paged_attention.messages import EngineCoreOutput, StepInput, StepOutput
 
 LOOK_FORM = 'Look at core/engine.py::LLMEngine._form_batch; README "Static batches".'
 LOOK_GROW = 'Look at core/engine.py::LLMEngine._grow_batch and _preempt; README "Static batches".'
 LOOK_STEP = 'Look at core/engine.py::LLMEngine.step and _update; README "Static batches".'
-LOOK_ABORT = 'Look at core/engine.py::LLMEngine.abort_request; README "Static batches".'
-LOOK_CHECK = 'Look at core/engine.py::LLMEngine.check_request; README "Static batches".'
-LOOK_STOP = 'Look at core/engine.py::LLMEngine._append and check_stop; README of part 1, "When to stop".'
-LOOK_LLM = 'Look at core/engine.py::LLM.generate; README "Static batches".'
+LOOK_ROWS = 'Look at core/engine.py::LLMEngine._describe and _leave_batch; README "Static batches".'
+LOOK_SHARE = 'Look at core/engine.py::LLMEngine._schedule and _share; README "Static batches".'
+LOOK_ABORT = 'Look at core/engine.py::LLMEngine.abort_requests; README "Static batches".'
+LOOK_FAIL = 'Look at core/engine.py::LLMEngine.fail; README "Static batches".'
+LOOK_CHECK = 'Look at core/validation.py::check_request; README "Static batches".'
+LOOK_STOP = (
+    'Look at core/engine.py::LLMEngine._append and core/request.py::check_stop; README of part 1, "When to stop".'
+)
+LOOK_LLM = 'Look at llm.py::LLM.generate; README "Static batches".'
 LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner.execute and _metadata; README "Attention through a table".'
 MAX_STEPS = 2_000  # far more than any of these tests needs
 PROMPT = [980, 899, 414, 14, 1115, 469, 288, 265, 1321, 274]  # "One fine day, Nora went to the market and"
@@ -65,35 +74,69 @@ def ids(requests: Sequence[Request]) -> list[str]:
 
 
 def check_invariant(engine: LLMEngine, where: str) -> None:
-    """Between two steps: the blocks add up, nobody shares one, and who runs holds what its tokens need."""
+    """Between two steps: blocks and rows add up, none has two owners, and a running request holds what it needs."""
     blocks = engine.blocks
     used, free, total = blocks.num_used_blocks, blocks.num_free_blocks, blocks.num_blocks - 1
     assert used + free == total, f"{where}: used {used} + free {free} blocks, expected {total} together. {LOOK_STEP}"
     owned = [block for table in blocks.block_tables.values() for block in table]
     assert len(set(owned)) == len(owned) and 0 not in owned, f"{where}: tables {blocks.block_tables}. {LOOK_STEP}"
-    owners = {request_id for request_id, table in blocks.block_tables.items() if table}
-    assert owners == set(ids(engine.running)), (
-        f"{where}: requests {ids(engine.running)} run, blocks are held by {sorted(owners)}. {LOOK_STEP}"
+    assert set(blocks.block_tables) == set(ids(engine.running)), (
+        f"{where}: requests {ids(engine.running)} run, block tables have {sorted(blocks.block_tables)}. {LOOK_STEP}"
+    )
+    rows = [*engine.free_rows, *(request.row for request in engine.running)]
+    assert sorted(rows) == list(range(engine.max_num_seqs)), (  # type: ignore[type-var]
+        f"{where}: free rows {engine.free_rows}, rows of {ids(engine.running)} "
+        f"{[request.row for request in engine.running]}: expected each of {engine.max_num_seqs} once. {LOOK_ROWS}"
     )
     for request in engine.running:
-        expected, got = blocks.num_blocks_for(request.num_tokens - 1), len(blocks.block_tables[request.request_id])
-        assert got == expected, (
+        table = blocks.block_tables[request.request_id]
+        expected = blocks.num_blocks_for(request.num_tokens - 1)
+        assert len(table) == expected, (
             f"{where}: request {request.request_id} has keys for {request.num_tokens - 1} tokens "
-            f"(block_size={blocks.block_size}): expected {expected} blocks, got {got}. {LOOK_GROW}"
+            f"(block_size={blocks.block_size}): expected {expected} blocks, got {len(table)}. {LOOK_GROW}"
         )
-        assert request.status is RequestStatus.RUNNING, f"{where}: {request.request_id} runs as {request.status}."
+        assert request.num_sent_blocks == len(table), (
+            f"{where}: request {request.request_id} holds {len(table)} blocks, the worker knows "
+            f"{request.num_sent_blocks}. {LOOK_SHARE}"
+        )
+        assert request.status is RequestStatus.RUNNING, f"{where}: {request.request_id} runs as {request.status!r}."
     for request in engine.waiting:
-        assert request.status is RequestStatus.WAITING, f"{where}: {request.request_id} waits as {request.status}."
+        expected_status = RequestStatus.PREEMPTED if request.output_token_ids else RequestStatus.WAITING
+        got = (request.status, request.row, request.num_sent_blocks)
+        assert got == (expected_status, None, 0), (
+            f"{where}: request {request.request_id} waits with {len(request.output_token_ids)} output tokens: expected "
+            f"(status, row, blocks sent) {(expected_status, None, 0)}, got {got}. {LOOK_GROW}"
+        )
+    everywhere = ids([*engine.running, *engine.waiting])
+    assert len(set(everywhere)) == len(everywhere), f"{where}: a request is in the engine twice: {everywhere}."
     if not engine.running:
         assert free == total, f"{where}: nothing runs, expected all {total} blocks free, got {free}. {LOOK_STEP}"
 
 
 @dataclass
-class Run:
-    """What came of stepping until nothing was left: an answer for each request, and who ran after each step."""
+class Answer:
+    """All of a request's outputs as one."""
 
-    answers: dict[str, CompletionOutput]
-    batches: list[list[str]]  # of each step: whose outputs it gave
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+
+    def add(self, output: EngineCoreOutput, where: str) -> None:
+        assert output.error is None, f"{where}: request {output.request_id} failed: {output.error}. {LOOK_STEP}"
+        assert len(output.token_ids) == 1, f"{where}: a step gives a request one token, got {output}. {LOOK_STEP}"
+        assert self.finish_reason is None, f"{where}: request {output.request_id} had ended. {LOOK_STEP}"
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs or []
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+@dataclass
+class Run:
+    """The result of stepping until nothing is left: an answer for each request, and the batch of each step."""
+
+    answers: dict[str, Answer]
+    batches: list[list[str]]  # of each step: which requests got an output
 
 
 def add(engine: LLMEngine, lengths: Sequence[int], params: SamplingParams | Sequence[SamplingParams]) -> None:
@@ -104,11 +147,10 @@ def add(engine: LLMEngine, lengths: Sequence[int], params: SamplingParams | Sequ
 
 
 def finish(engine: LLMEngine, on_step: Callable[[int], None] = lambda number: None) -> Run:
-    """Step until nothing is left; on_step(number) is called before each."""
-    pieces: dict[str, list[CompletionOutput]] = {}
-    batches: list[list[str]] = []
+    """Step until nothing is left; on_step(number) is called before each step."""
+    run = Run({}, [])
     while engine.has_unfinished_requests:
-        number = len(batches)
+        number = len(run.batches)
         assert number < MAX_STEPS, f"{number} steps, and requests {ids(engine.running)} still run. {LOOK_STEP}"
         on_step(number)
         outputs = engine.step()
@@ -117,14 +159,11 @@ def finish(engine: LLMEngine, on_step: Callable[[int], None] = lambda number: No
             f"{where}: no output, though {ids(engine.waiting)} wait and {ids(engine.running)} run. {LOOK_FORM}"
         )
         check_invariant(engine, where)
-        for request_id, output in outputs:
-            assert len(output.token_ids) == 1, f"{where}: a step gives one token a request, got {output}. {LOOK_STEP}"
-            before = pieces.setdefault(request_id, [])
-            assert not before or before[-1].finish_reason is None, f"{where}: {request_id} had ended. {LOOK_STEP}"
-            before.append(output)
-        batches.append([request_id for request_id, _ in outputs])
+        for output in outputs:
+            run.answers.setdefault(output.request_id, Answer()).add(output, where)
+        run.batches.append([output.request_id for output in outputs])
     check_invariant(engine, "at the end")
-    return Run({request_id: join_outputs(outputs) for request_id, outputs in pieces.items()}, batches)
+    return run
 
 
 def run(engine: LLMEngine, lengths: Sequence[int], params: SamplingParams | Sequence[SamplingParams]) -> Run:
@@ -132,8 +171,12 @@ def run(engine: LLMEngine, lengths: Sequence[int], params: SamplingParams | Sequ
     return finish(engine)
 
 
-def tokens(answers: dict[str, CompletionOutput]) -> list[list[int]]:
+def tokens(answers: dict[str, Answer]) -> list[list[int]]:
     return [answers[request_id].token_ids for request_id in sorted(answers, key=int)]
+
+
+def num_computed(engine: LLMEngine) -> int:
+    return engine.executor.worker.runner.num_tokens_computed
 
 
 # The oracle
@@ -187,7 +230,7 @@ def test_greedy_equals_transformers_in_every_pool(
         assert_same_greedy(small_directory(family)[1], prompt, got.answers[str(number)].token_ids, expected, where)
     if "num_kv_blocks" in flags:
         assert engine.num_preemptions > 0, (
-            f"{family}, {flags}: the pool is small, and nobody was preempted. {LOOK_GROW}"
+            f"{family}, {flags}: the pool is small, expected preemptions, got none. {LOOK_GROW}"
         )
     else:
         assert engine.num_preemptions == 0, f"{family}, {flags}: {engine.num_preemptions} preemptions. {LOOK_GROW}"
@@ -240,7 +283,9 @@ def test_a_static_batch_lasts_as_long_as_its_longest_answer(small: Callable[...,
         f"{LOOK_STEP}"
     )
     expected = ([["0", "1", "2", "3"]] * 2 + [["3"]] * 18) + ([["4", "5", "6", "7"]] * 2 + [["7"]] * 18)
-    assert got.batches == expected, f"whose outputs each step gave: expected {expected}, got {got.batches}. {LOOK_STEP}"
+    assert got.batches == expected, (
+        f"which requests got a token in each step: expected {expected}, got {got.batches}. {LOOK_STEP}"
+    )
 
 
 def test_no_new_request_enters_a_running_batch(small: Callable[..., LLMEngine]) -> None:
@@ -262,7 +307,7 @@ def test_positions_computed(small: Callable[..., LLMEngine], block_size: int) ->
     engine, lengths, num_tokens = small(block_size=block_size), [10, 1, 33, 7], [20, 1, 5, 9]
     run(engine, lengths, [greedy(count) for count in num_tokens])
     expected = sum(length + count - 1 for length, count in zip(lengths, num_tokens, strict=True))
-    got = engine.runner.num_tokens_computed
+    got = num_computed(engine)
     assert got == expected, (
         f"prompts of {lengths}, answers of {num_tokens}: expected sum(P + G - 1) = {expected} positions, got {got}. "
         'Look at worker/model_runner.py::ModelRunner.execute; README "Static batches".'
@@ -276,13 +321,27 @@ def test_a_step_with_nothing_to_do(small: Callable[..., LLMEngine]) -> None:
     assert not engine.has_unfinished_requests, f"an idle engine has nothing unfinished. {LOOK_STEP}"
 
 
+def test_outputs_of_a_step(small: Callable[..., LLMEngine]) -> None:
+    engine = small()
+    add(engine, [5, 6], [greedy(1), greedy(2, logprobs=1)])
+    first, second = engine.step()
+    assert (first.request_id, first.finish_reason, first.logprobs) == ("0", "length", None), f"{first}. {LOOK_STEP}"
+    assert (second.request_id, second.finish_reason, second.error) == ("1", None, None), f"{second}. {LOOK_STEP}"
+    assert [list(entry) for entry in second.logprobs or []] == [second.token_ids], f"{second}. {LOOK_STEP}"
+    [last] = engine.step()
+    assert (last.request_id, last.finish_reason) == ("1", "length"), f"got {last}. {LOOK_STEP}"
+
+
 def test_the_pieces_of_an_answer(tiny: LLM) -> None:
-    engine, params = tiny.engine, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    engine, processor = tiny.engine, tiny.processor
     for number in range(3):
-        engine.add_request(str(number), PROMPT[number:], params)
+        processor.add_request(str(number), greedy(12))
+        engine.add_request(str(number), PROMPT[number:], greedy(12))
     pieces: dict[str, list[CompletionOutput]] = {"0": [], "1": [], "2": []}
     while engine.has_unfinished_requests:
-        for request_id, output in engine.step():
+        answers, stopped = processor.process(engine.step())
+        assert not stopped, f"no request has stop strings, got {stopped}. {LOOK_LLM}"
+        for request_id, output in answers:
             pieces[request_id].append(output)
     for request_id, outputs in pieces.items():
         reasons = [output.finish_reason for output in outputs]
@@ -290,7 +349,54 @@ def test_the_pieces_of_an_answer(tiny: LLM) -> None:
         answer = join_outputs(outputs)
         expected = tiny.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert answer.text == expected, f"request {request_id}: the tokens say {expected!r}, got {answer.text!r}."
-        assert {output.index for output in outputs} == {0} and answer.logprobs is None, f"got {outputs}. {LOOK_STEP}"
+        assert {output.index for output in outputs} == {0} and answer.logprobs is None, f"got {outputs}. {LOOK_LLM}"
+
+
+def watch_steps(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[StepInput]:
+    """Every step that the engine sends to the worker, from now on."""
+    steps, execute = list[StepInput](), engine.executor.execute
+
+    def watched(step: StepInput) -> StepOutput:
+        steps.append(step)
+        return execute(step)
+
+    monkeypatch.setattr(engine.executor, "execute", watched)
+    return steps
+
+
+def test_what_core_sends_by_hand(small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 3 and 4 tokens in blocks of 4: the second request gets a block with its first output token."""
+    engine = small(block_size=4, max_num_seqs=2)
+    steps = watch_steps(engine, monkeypatch)
+    run(engine, [3, 4], greedy(3))
+    new = [(each.row, each.token_ids, each.num_prompt_tokens) for each in steps[0].new_requests]
+    assert new == [(0, prompt_of(3, 0), 3), (1, prompt_of(4, 1), 4)], f"new requests: got {new}. {LOOK_ROWS}"
+    assert not steps[1].new_requests and not steps[2].new_requests, f"a request is new once, got {steps}. {LOOK_SHARE}"
+    got = [
+        [(s.row, s.num_computed_tokens, s.num_scheduled_tokens, s.new_block_ids) for s in step.requests]
+        for step in steps
+    ]
+    expected = [
+        [(0, 0, 3, [1]), (1, 0, 4, [2])],
+        [(0, 3, 1, []), (1, 4, 1, [3])],
+        [(0, 4, 1, [4]), (1, 5, 1, [])],
+    ]
+    assert got == expected, (
+        f"(row, computed, scheduled, new blocks) of each step: expected {expected}, got {got}. {LOOK_SHARE}"
+    )
+
+
+def test_a_preempted_request_is_sent_anew(small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its output, the length of its prompt, and all of its new blocks."""
+    engine = small(block_size=4, num_kv_blocks=1 + 3)
+    steps = watch_steps(engine, monkeypatch)
+    answers = run(engine, [4, 4], greedy(6)).answers
+    [again] = [step for step in steps[1:] if step.new_requests]
+    [new], [share] = again.new_requests, again.requests
+    expected = (prompt_of(4, 1) + answers["1"].token_ids[:1], 4)
+    assert (new.token_ids, new.num_prompt_tokens) == expected, f"expected {expected}, got {new}. {LOOK_ROWS}"
+    got = (share.num_computed_tokens, share.num_scheduled_tokens, len(share.new_block_ids))
+    assert got == (0, 5, 2), f"(computed, scheduled, new blocks): expected (0, 5, 2), got {got}. {LOOK_SHARE}"
 
 
 # Admission
@@ -368,13 +474,13 @@ def test_a_preempted_request_by_hand(small: Callable[..., LLMEngine]) -> None:
         f"{ids(engine.running)} and {ids(engine.waiting)}. {LOOK_GROW}"
     )
     got = (second.status, second.output_token_ids, "1" in engine.blocks.block_tables)
-    assert got == (RequestStatus.WAITING, kept, False), (
+    assert got == (RequestStatus.PREEMPTED, kept, False), (
         f"a preempted request waits, keeps its tokens {kept} and no blocks: (status, tokens, has blocks) is {got}. "
         f"{LOOK_GROW}"
     )
     assert len(first.output_token_ids) == 2, f"the first has 2 tokens by now, got {first.output_token_ids}. {LOOK_GROW}"
     finish(engine)
-    counters = (engine.num_preemptions, engine.num_steps, engine.runner.num_tokens_computed)
+    counters = (engine.num_preemptions, engine.num_steps, num_computed(engine))
     assert counters == (1, 6 + 5, (4 + 5) + (4 + 5 + 4)), (
         f"(preemptions, steps, positions): expected (1, 11, 22) – the second computes its 4 + 1 tokens again, in one "
         f"prefill – got {counters}. {LOOK_GROW}"
@@ -388,7 +494,7 @@ def test_the_latest_is_preempted_first(small: Callable[..., LLMEngine]) -> None:
     engine.step()
     assert ids(engine.running) == ["0", "1", "2"], f"expected 0, 1 and 2 to run, got {ids(engine.running)}. {LOOK_FORM}"
     outputs = engine.step()
-    assert [request_id for request_id, _ in outputs] == ["0"], (
+    assert [output.request_id for output in outputs] == ["0"], (
         f"request 0 takes the block of request 2, then there is none for 1: expected a token for 0, got {outputs}. "
         f"{LOOK_GROW}"
     )
@@ -400,7 +506,7 @@ def test_the_latest_is_preempted_first(small: Callable[..., LLMEngine]) -> None:
     check_invariant(engine, "after two preemptions")
 
 
-def test_growth_takes_a_free_block_before_anybody_elses(small: Callable[..., LLMEngine]) -> None:
+def test_a_request_grows_into_a_free_block_before_another_is_preempted(small: Callable[..., LLMEngine]) -> None:
     engine = small(block_size=4, num_kv_blocks=1 + 4)
     add(engine, [4, 4], greedy(4))
     finish(engine)
@@ -410,7 +516,7 @@ def test_growth_takes_a_free_block_before_anybody_elses(small: Callable[..., LLM
     )
 
 
-def test_only_who_crosses_into_a_new_block_gets_one(small: Callable[..., LLMEngine]) -> None:
+def test_only_a_request_that_begins_a_new_block_gets_one(small: Callable[..., LLMEngine]) -> None:
     engine = small(block_size=4, num_kv_blocks=1 + 8)
     add(engine, [3, 4, 2], greedy(5))
     expected = {0: [1, 1, 1], 1: [1, 2, 1], 2: [2, 2, 1], 3: [2, 2, 2]}  # after each step
@@ -423,18 +529,18 @@ def test_only_who_crosses_into_a_new_block_gets_one(small: Callable[..., LLMEngi
         )
 
 
-def test_the_first_request_always_gets_on(small: Callable[..., LLMEngine]) -> None:
-    """However small the pool: the oldest request is never preempted while others run, so all end."""
+def test_the_oldest_request_is_never_preempted_for_a_later_one(small: Callable[..., LLMEngine]) -> None:
+    """However small the pool is: so all requests end."""
     engine = small(block_size=1, num_kv_blocks=1 + 24)
     add(engine, [5] * 6, greedy(20))
 
-    def oldest_runs(number: int) -> None:
+    def check_order(number: int) -> None:
         unfinished = ids([*engine.running, *engine.waiting])
         assert unfinished == sorted(unfinished, key=int), f"before step {number} the order is {unfinished}. {LOOK_GROW}"
 
-    got = finish(engine, oldest_runs)
+    got = finish(engine, check_order)
     assert [len(answer) for answer in tokens(got.answers)] == [20] * 6, f"got {got.answers}. {LOOK_GROW}"
-    assert engine.num_preemptions > 5, f"expected preemptions all the time, got {engine.num_preemptions}. {LOOK_GROW}"
+    assert engine.num_preemptions > 5, f"expected more than 5 preemptions, got {engine.num_preemptions}. {LOOK_GROW}"
 
 
 MIXED = [
@@ -450,22 +556,24 @@ MIXED = [
 
 
 @pytest.fixture(scope="module")
-def mixed_alone(small_directory: Callable[[str], Any]) -> list[CompletionOutput]:
-    """Each request of MIXED by itself, in a roomy pool."""
-    llm = LLM(EngineConfig(model=str(small_directory("qwen3")[0]), device="cpu", num_kv_blocks=100))
-    prompts = [prompt_of(6 + number % 3, number % 3) for number in range(len(MIXED))]
-    return [
-        llm.generate([prompt], greedy(24, logprobs=2, **fields))[0].outputs[0]
-        for prompt, fields in zip(prompts, MIXED, strict=True)
-    ]
+def mixed_alone(small_directory: Callable[[str], Any]) -> list[Answer]:
+    """Each request of MIXED by itself, in a pool with room for all of it."""
+    engine, answers = (
+        LLMEngine(EngineConfig(model=str(small_directory("qwen3")[0]), device="cpu", num_kv_blocks=100)),
+        [],
+    )
+    for number, fields in enumerate(MIXED):
+        engine.add_request("0", prompt_of(6 + number % 3, number % 3), greedy(24, logprobs=2, **fields))
+        answers.append(finish(engine).answers["0"])
+    return answers
 
 
 @pytest.mark.parametrize("order", ["first to last", "last to first", "shuffled"])
 @pytest.mark.parametrize("flags", [dict(), dict(block_size=4, num_kv_blocks=1 + 12), dict(max_num_seqs=3)], ids=str)
-def test_neighbours_and_preemption_change_no_answer(
-    small: Callable[..., LLMEngine], mixed_alone: list[CompletionOutput], flags: dict[str, int], order: str
+def test_batch_and_preemption_change_no_answer(
+    small: Callable[..., LLMEngine], mixed_alone: list[Answer], flags: dict[str, int], order: str
 ) -> None:
-    """Penalties count tokens from before a preemption, and a seed's draws go on where they were."""
+    """Penalties count tokens from before a preemption, and seeded draws continue where they were."""
     engine = small("qwen3", **flags)
     numbers = list(range(len(MIXED)))
     if order == "last to first":
@@ -478,12 +586,12 @@ def test_neighbours_and_preemption_change_no_answer(
     got = finish(engine).answers
     for number, expected in enumerate(mixed_alone):
         answer, where = got[str(number)], f"{MIXED[number]} in a batch with {flags}, {order}"
-        assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text), (
+        assert answer.token_ids == expected.token_ids, (
             f"{where}: expected what the request gets alone, {expected.token_ids}, got {answer.token_ids}. Look at "
             "worker/sampler.py::Sampler and at what a preempted request keeps in core/engine.py::LLMEngine._preempt; "
             'README "Static batches".'
         )
-        for position, (entry, alone) in enumerate(zip(answer.logprobs or [], expected.logprobs or [], strict=True)):
+        for position, (entry, alone) in enumerate(zip(answer.logprobs, expected.logprobs, strict=True)):
             assert list(entry) == list(alone), f"{where}, token {position}: logprobs {entry}, alone {alone}."
             for token_id, logprob in entry.items():
                 assert logprob.logprob == pytest.approx(alone[token_id].logprob, abs=1e-3), f"{where}: {entry}, {alone}"
@@ -492,7 +600,7 @@ def test_neighbours_and_preemption_change_no_answer(
     )
 
 
-def test_the_mixed_requests_differ(mixed_alone: list[CompletionOutput]) -> None:
+def test_the_mixed_requests_differ(mixed_alone: list[Answer]) -> None:
     """Else the test above would prove nothing."""
     plain = [answer.token_ids for answer in mixed_alone]
     for number in (1, 2, 3, 5, 6):
@@ -507,17 +615,16 @@ ABORT_LENGTHS = [5, 20, 3, 16, 7]
 
 @pytest.fixture(scope="module")
 def answers_of_8(small_directory: Callable[[str], Any]) -> list[list[int]]:
-    """What requests of ABORT_LENGTHS answer if nobody is aborted."""
+    """What requests of ABORT_LENGTHS answer if none is aborted."""
     engine = LLMEngine(EngineConfig(model=str(small_directory("llama")[0]), device="cpu", num_kv_blocks=100))
     return tokens(run(engine, ABORT_LENGTHS, greedy(8)).answers)
 
 
 def abort(engine: LLMEngine, *request_ids: str) -> None:
+    engine.abort_requests(request_ids)
+    remaining = ids([*engine.running, *engine.waiting])
     for request_id in request_ids:
-        engine.abort_request(request_id)
-    left = ids([*engine.running, *engine.waiting])
-    for request_id in request_ids:
-        assert request_id not in left, f"request {request_id} was aborted and is still there: {left}. {LOOK_ABORT}"
+        assert request_id not in remaining, f"aborted request {request_id} is still there: {remaining}. {LOOK_ABORT}"
         assert request_id not in engine.blocks.block_tables, f"aborted request {request_id} holds blocks. {LOOK_ABORT}"
     check_invariant(engine, f"after the abort of {request_ids}")
 
@@ -525,13 +632,13 @@ def abort(engine: LLMEngine, *request_ids: str) -> None:
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
 @pytest.mark.parametrize("which", ["0", "1", "2", "3", "4", "02", "012", "34", "01234", "11"])
 def test_abort(small: Callable[..., LLMEngine], answers_of_8: list[list[int]], which: str, num_steps: int) -> None:
-    """Waiting or running, first or last or all of a batch, twice: the others never notice."""
+    """Waiting or running, first or last or all of a batch, twice: the other answers do not change."""
     engine = small(max_num_seqs=3)
     add(engine, ABORT_LENGTHS, greedy(8))
     pieces: dict[str, list[int]] = {str(number): [] for number in range(5)}
     for _ in range(num_steps):
-        for request_id, output in engine.step():
-            pieces[request_id] += output.token_ids
+        for output in engine.step():
+            pieces[output.request_id] += output.token_ids
     abort(engine, *which)
     for request_id, answer in finish(engine).answers.items():
         assert request_id not in which, f"aborted request {request_id} got more output. {LOOK_ABORT}"
@@ -544,11 +651,11 @@ def test_abort(small: Callable[..., LLMEngine], answers_of_8: list[list[int]], w
             )
 
 
-def test_abort_of_what_is_not_there(small: Callable[..., LLMEngine]) -> None:
+def test_abort_of_an_unknown_request(small: Callable[..., LLMEngine]) -> None:
     engine = small()
     add(engine, [5, 5], [greedy(1), greedy(5)])
     engine.step()
-    abort(engine, "0", "nobody")  # 0 has ended
+    abort(engine, "0", "unknown")  # 0 has ended
     assert ids(engine.running) == ["1"], f"expected 1 to run on, got {ids(engine.running)}. {LOOK_ABORT}"
 
 
@@ -566,7 +673,7 @@ def test_abort_of_a_preempted_request(small: Callable[..., LLMEngine]) -> None:
 
 
 def test_aborts_at_random(small: Callable[..., LLMEngine]) -> None:
-    """Requests come and go in a small pool; whoever stays gets the answer it gets alone."""
+    """Aborts in a small pool: the requests that remain get the answers they get alone."""
     rng, engine = random.Random(0), small(block_size=4, num_kv_blocks=1 + 14, max_num_seqs=5)
     lengths, aborted = [rng.randint(1, 20) for _ in range(40)], set()
     params = [greedy(rng.randint(1, 20)) for _ in lengths]
@@ -588,37 +695,155 @@ def test_aborts_at_random(small: Callable[..., LLMEngine]) -> None:
     assert 5 < len(aborted) < 35, f"this test needs some to be aborted and some not, got {len(aborted)}"
 
 
-# Errors
+# A failed step
+
+
+def break_once(engine: LLMEngine, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call raises, whatever it has done before that."""
+    worker = engine.executor.worker
+    owners = {
+        "executor": engine.executor,
+        "runner": worker.runner,
+        "model": worker.model,
+        "sampler": worker.runner.sampler,
+    }
+    owner, name = owners[where.split(".")[0]], where.split(".")[1]
+    works = getattr(owner, name)
+
+    def fail(*args: Any) -> Any:
+        monkeypatch.setattr(owner, name, works)
+        works(*args)
+        raise ZeroDivisionError("the cat sat on it")
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+def fail_a_step(engine: LLMEngine, expected_ids: str, where: str) -> None:
+    """The next step raises. All requests in the engine must end with the cause, once, and leave nothing."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        engine.step()
+    outputs = engine.fail(caught.value)
+    got = sorted(output.request_id for output in outputs)
+    assert got == sorted(expected_ids), (
+        f"{where}: expected requests {sorted(expected_ids)} to end, each once, got {got}. {LOOK_FAIL}"
+    )
+    for output in outputs:
+        assert (output.error, output.token_ids) == ("ZeroDivisionError: the cat sat on it", []), (
+            f"{where}: expected the cause and no tokens, got {output}. {LOOK_FAIL}"
+        )
+    assert not engine.has_unfinished_requests, f"{where}: {ids([*engine.running, *engine.waiting])} remain. {LOOK_FAIL}"
+    check_invariant(engine, f"{where}, after fail()")
+    assert engine.blocks.num_used_blocks == 0, f"{where}: {engine.blocks.num_used_blocks} blocks are used. {LOOK_FAIL}"
+    assert engine.fail(caught.value) == [], f"{where}: a request ends once. {LOOK_FAIL}"
+    engine.num_failures -= 1  # the line above counted too
+
+
+BREAKING = ["executor.execute", "runner._prepare", "model.forward", "sampler.sample"]
 
 
 @pytest.mark.parametrize("at_step", [0, 1, 4])
-@pytest.mark.parametrize("where", ["runner.execute", "sampler.sample"])
-def test_an_error_inside_a_step(
+@pytest.mark.parametrize("where", BREAKING)
+def test_a_failed_step_ends_all_requests(
     small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch, where: str, at_step: int
 ) -> None:
-    """Whoever catches it aborts the batch; then all blocks are free and the next requests get their answers."""
+    """The batch 0 and 1, and 2 which waits. The next requests get their answers, with the rows and blocks of before."""
     engine = small(max_num_seqs=2)
+    expected = run(small(max_num_seqs=2), [5, 20, 7], greedy(6))
     add(engine, [5, 20, 7], greedy(6))
     for _ in range(at_step):
         engine.step()
-    owner, name = where.split(".")
+    break_once(engine, where, monkeypatch)
+    fail_a_step(engine, "012", f"{where} raises in step {at_step}")
+    assert engine.num_failures == 1, f"expected 1 failure, got {engine.num_failures}. {LOOK_FAIL}"
+    got = run(engine, [5, 20, 7], greedy(6))
+    assert got == expected, f"after a failed step: expected {expected}, got {got}. {LOOK_FAIL}"
+    assert engine.num_failures == 0, f"a good step ends the count, got {engine.num_failures}. {LOOK_STEP}"
 
-    def fail(*args: Any) -> None:
-        raise ZeroDivisionError("the cat sat on it")
 
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(getattr(engine, owner), name, fail)
+@pytest.mark.parametrize("where", BREAKING)
+def test_a_failed_step_ends_a_preempted_request(
+    small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = small(block_size=4, num_kv_blocks=1 + 3)
+    add(engine, [4, 4, 4], greedy(6))
+    for _ in range(2):
         engine.step()
-    batch = ids(engine.running)
-    assert batch == ["0", "1"], f"{where} fails at step {at_step}: the batch is still 0 and 1, got {batch}. {LOOK_STEP}"
-    abort(engine, *batch)
-    blocks = engine.blocks
-    assert blocks.num_used_blocks == 0, (
-        f"after an error and aborts {blocks.num_used_blocks} blocks are used. {LOOK_ABORT}"
+    statuses = {request.request_id: request.status for request in engine.waiting}
+    assert statuses["1"] is RequestStatus.PREEMPTED, f"this test needs a preempted request, got {statuses}. {LOOK_GROW}"
+    break_once(engine, where, monkeypatch)
+    fail_a_step(engine, "012", f"{where} raises while request 1 is preempted")
+    expected = tokens(run(small(), [4, 4, 4], greedy(6)).answers)
+    got = tokens(run(engine, [4, 4, 4], greedy(6)).answers)
+    assert got == expected, f"after a failed step: expected {expected}, got {got}. {LOOK_FAIL}"
+
+
+def test_a_step_that_fails_in_the_update_ends_the_finished_requests_too(
+    small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Request 0 gets its last token, and request 1 raises before step() can return it."""
+    engine = small()
+    add(engine, [5, 6, 7], [greedy(1), greedy(9), greedy(9)])
+
+    def fail(request: Request, eos_token_ids: frozenset[int]) -> Any:
+        if request.request_id == "1":
+            raise ZeroDivisionError("the cat sat on it")
+        return check_stop(request, eos_token_ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "check_stop", fail)
+        fail_a_step(engine, "012", "the update of request 1 raises")
+
+
+def test_failures_in_a_row_are_counted(small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A good step ends the count; a step with nothing to do is none."""
+    engine = small()
+    for number in (1, 2, 3):
+        add(engine, [5], greedy(3))
+        break_once(engine, "sampler.sample", monkeypatch)
+        fail_a_step(engine, "0", f"failure {number}")
+        assert engine.num_failures == number, f"expected {number} failures, got {engine.num_failures}. {LOOK_FAIL}"
+        assert engine.step() == [] and engine.num_failures == number, f"an idle step ends the count. {LOOK_STEP}"
+    num_steps = engine.num_steps
+    assert num_steps == 0, f"failed steps count as steps: {num_steps}. {LOOK_STEP}"
+    add(engine, [5], greedy(3))
+    engine.step()
+    assert engine.num_failures == 0, f"a good step ends the count, got {engine.num_failures}. {LOOK_STEP}"
+
+
+def test_failures_at_random(small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps fail anywhere in a small pool. Every request ends once, with its answer or the cause."""
+    rng, engine = random.Random(1), small(block_size=4, num_kv_blocks=1 + 14, max_num_seqs=5)
+    lengths = [rng.randint(1, 20) for _ in range(60)]
+    params = [greedy(rng.randint(1, 20)) for _ in lengths]
+    expected = run(small(), lengths, params).answers
+    answers, failed, num_failures = dict[str, Answer](), list[str](), 0
+    for number, length in enumerate(lengths):
+        engine.add_request(str(number), prompt_of(length, number), params[number])
+        for _ in range(rng.randint(1, 3)):
+            if rng.random() < 0.05:
+                break_once(engine, rng.choice(BREAKING), monkeypatch)
+                present = ids([*engine.running, *engine.waiting])
+                with pytest.raises(ZeroDivisionError) as caught:
+                    engine.step()
+                failed += (outputs := [output.request_id for output in engine.fail(caught.value)])
+                assert sorted(outputs) == sorted(present), f"expected {present} to end, got {outputs}. {LOOK_FAIL}"
+                num_failures += 1
+                break
+            for output in engine.step():
+                answers.setdefault(output.request_id, Answer()).add(output, f"request {number} is the newest")
+            check_invariant(engine, f"request {number} is the newest")
+    for request_id, answer in finish(engine).answers.items():
+        answers.setdefault(request_id, Answer()).token_ids += answer.token_ids
+        answers[request_id].finish_reason = answer.finish_reason
+    assert len(set(failed)) == len(failed), f"requests ended twice: {sorted(failed)}. {LOOK_FAIL}"
+    ended = [request_id for request_id, answer in answers.items() if answer.finish_reason]
+    assert sorted(ended + failed, key=int) == [str(number) for number in range(60)], (
+        f"each of 60 requests ends once: {len(ended)} with an answer, {len(failed)} with an error. {LOOK_FAIL}"
     )
-    got = finish(engine).answers["2"].token_ids
-    expected = run(small(), [5, 20, 7], greedy(6)).answers["2"].token_ids
-    assert got == expected, f"the request after a failed batch: expected {expected}, got {got}. {LOOK_STEP}"
+    for request_id in ended:
+        got, wanted = answers[request_id].token_ids, expected[request_id].token_ids
+        assert got == wanted, f"request {request_id}: expected {wanted}, got {got}. {LOOK_FAIL}"
+    assert num_failures > 3 and engine.num_preemptions > 0 and len(ended) > 10, "this test needs some of each"
 
 
 # What can never be served
@@ -628,7 +853,7 @@ def refuse(engine: LLMEngine, prompt: list[int], params: SamplingParams, field: 
     with pytest.raises(FieldError) as caught:
         engine.add_request("x", prompt, params)
     message = str(caught.value)
-    assert caught.value.field == field, f"expected the error to blame {field}, got {caught.value.field}. {LOOK_CHECK}"
+    assert caught.value.field == field, f"expected the error to name {field}, got {caught.value.field}. {LOOK_CHECK}"
     for word in words:
         assert word in message, f"the message must name value and limit, {word!r}: {message!r}. {LOOK_CHECK}"
     assert not engine.has_unfinished_requests, f"a refused request was queued. {LOOK_CHECK}"
@@ -686,12 +911,12 @@ def test_bad_requests_are_refused(
     engine = small()
     refuse(engine, prompt, greedy(3, **fields), field)
     with pytest.raises(FieldError):
-        engine.check_request(prompt, greedy(3, **fields))
+        check_request(prompt, greedy(3, **fields), engine.limits)
 
 
 def test_max_model_len_is_at_most_the_models(small: Callable[..., LLMEngine]) -> None:
     for asked, expected in ((None, 256), (100, 100), (1_000, 256)):
-        got = small(max_model_len=asked).max_model_len
+        got = small(max_model_len=asked).limits.max_model_len
         assert got == expected, f"--max-model-len {asked}, the model has 256: expected {expected}, got {got}."
 
 
@@ -699,15 +924,24 @@ def test_max_model_len_is_at_most_the_models(small: Callable[..., LLMEngine]) ->
 
 
 def scripted(engine: LLMEngine, scripts: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each request says its tokens, whatever the model thinks."""
+    """Each request gets the tokens of its script, whatever the model computes."""
 
-    def execute(requests: list[Request], is_prefill: bool, blocks: BlockManager) -> Tensor:
-        logits = torch.zeros(len(requests), engine.vocab_size)
-        for row, request in zip(logits, requests, strict=True):
-            row[scripts[request.request_id][len(request.output_token_ids)]] = 10.0
-        return logits
+    def execute(step: StepInput) -> StepOutput:
+        by_row = {request.row: request for request in engine.running}
+        requests = [by_row[share.row] for share in step.requests]
+        token_ids = [scripts[request.request_id][len(request.output_token_ids)] for request in requests]
+        return StepOutput(token_ids, [None] * len(token_ids))
 
-    monkeypatch.setattr(engine.runner, "execute", execute)
+    monkeypatch.setattr(engine.executor, "execute", execute)
+
+
+def generate_named(
+    llm: LLM, requests: dict[str, SamplingParams], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, CompletionOutput]:
+    """What LLM.generate answers to PROMPT, in one batch. The requests' names are their ids in the engine."""
+    monkeypatch.setattr(llm, "_request_ids", iter(requests))
+    results = llm.generate([PROMPT] * len(requests), list(requests.values()))
+    return {name: result.outputs[0] for name, result in zip(requests, results, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -728,14 +962,16 @@ def scripted(engine: LLMEngine, scripts: dict[str, list[int]], monkeypatch: pyte
     ids=str,
 )
 def test_check_stop(output: list[int], fields: dict[str, Any], expected: tuple | None) -> None:
-    request = Request("a", [7] * 5, SamplingParams(**fields), detokenizer=None, output_token_ids=output)  # type: ignore[arg-type]
-    got = check_stop(request, EOS, max_model_len=20)
+    params = SamplingParams(**fields)
+    request = Request("a", [7] * 5, params, max_num_tokens=min(5 + params.max_tokens, 20), output_token_ids=output)
+    got = check_stop(request, EOS)
     assert got == expected, (
         f"5 prompt tokens, output {output}, {fields}, context of 20: expected {expected}, got {got}. {LOOK_STOP}"
     )
 
 
 def test_every_stop_rule_in_one_batch(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop strings end a request in the output processor, the other rules in the engine."""
     engine = tiny.engine
     [eos] = engine.eos_token_ids
     words = tiny.tokenizer.encode("a b a b a b", add_special_tokens=False)
@@ -754,9 +990,10 @@ def test_every_stop_rule_in_one_batch(tiny: LLM, monkeypatch: pytest.MonkeyPatch
         "stop token and string": (words, {"stop": [" b"], "stop_token_ids": [b]}, ("a", 2, "stop", b)),
     }  # fmt: skip
     scripted(engine, {name: [*script, *[eos] * 20] for name, (script, _, _) in cases.items()}, monkeypatch)
-    for name, (_, fields, _) in cases.items():
-        engine.add_request(name, PROMPT, SamplingParams(**{"temperature": 0, "max_tokens": 16, **fields}))
-    answers = finish(engine).answers
+    requests = {
+        name: SamplingParams(**{"temperature": 0, "max_tokens": 16, **fields}) for name, (_, fields, _) in cases.items()
+    }
+    answers = generate_named(tiny, requests, monkeypatch)
     for name, (_, fields, expected) in cases.items():
         answer = answers[name]
         got = (answer.text, len(answer.token_ids), answer.finish_reason, answer.stop_reason)
@@ -764,10 +1001,17 @@ def test_every_stop_rule_in_one_batch(tiny: LLM, monkeypatch: pytest.MonkeyPatch
 
 
 def test_min_tokens_holds_stop_tokens_back_in_a_batch(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token that would end the answer has no chance before min_tokens are out, in these rows and in no others."""
+    """The token that would end the answer cannot be sampled before min_tokens, in these rows and in no others."""
     engine = tiny.engine
     [eos] = engine.eos_token_ids
-    scripted(engine, {name: [eos] * 20 for name in ("free", "eos", "token", "ignored")}, monkeypatch)
+    model = engine.executor.worker.model
+
+    def compute_logits(hidden: Tensor) -> Tensor:
+        logits = torch.zeros(len(hidden), engine.limits.vocab_size)
+        logits[:, eos] = 10.0
+        return logits
+
+    monkeypatch.setattr(model, "compute_logits", compute_logits)
     fields: dict[str, dict[str, Any]] = {
         "free": {},
         "eos": {"min_tokens": 3},
@@ -781,13 +1025,13 @@ def test_min_tokens_holds_stop_tokens_back_in_a_batch(tiny: LLM, monkeypatch: py
     }
     expected = {"free": (0, 1), "eos": (3, 4), "token": (4, 5), "ignored": (0, 6)}
     assert got == expected, (
-        f"the model wants EOS at once: (first EOS, tokens) expected {expected}, got {got}. Look at "
-        'worker/sampler.py::Sampler._change_logits; README of part 1, "When to stop".'
+        f"EOS is always the likeliest: (first EOS, tokens) expected {expected}, got {got}. Look at "
+        'worker/sampler.py::hold_back_stop_tokens; README of part 1, "When to stop".'
     )
 
 
 def test_stop_strings_anywhere_in_an_answer(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of mixed tokens, also pieces of characters: each ends with the token that completes a stop string."""
+    """Answers of random tokens, also parts of characters: each ends with the token that completes a stop string."""
     rng, scripts, stops = random.Random(0), {}, {}
     for number in range(60):
         script = [rng.choice([rng.randrange(4096), rng.randrange(3, 300)]) for _ in range(20)]
@@ -795,9 +1039,8 @@ def test_stop_strings_anywhere_in_an_answer(tiny: LLM, monkeypatch: pytest.Monke
         starts = [rng.randrange(len(text)) for _ in range(rng.randint(1, 4))]
         scripts[str(number)], stops[str(number)] = script, [text[s : s + rng.randint(1, 8)] for s in starts]
     scripted(tiny.engine, scripts, monkeypatch)
-    for request_id, stop in stops.items():
-        tiny.engine.add_request(request_id, PROMPT, greedy(20, stop=stop))
-    answers = finish(tiny.engine).answers
+    requests = {request_id: greedy(20, stop=stop) for request_id, stop in stops.items()}
+    answers = generate_named(tiny, requests, monkeypatch)
     for request_id, stop in stops.items():
         text, answer = tiny.tokenizer.decode(scripts[request_id], skip_special_tokens=True), answers[request_id]
         expected = text[: min((text.find(string) + len(string), text.find(string)) for string in stop)[1]]
@@ -822,7 +1065,7 @@ def test_the_end_of_the_context_in_a_batch(small: Callable[..., LLMEngine]) -> N
 
 
 def test_generate_answers_in_order(tiny: LLM) -> None:
-    """The shortest answer comes first out of the engine, not out of generate."""
+    """The shortest answer is the first to leave the engine, not the first that generate returns."""
     prompts = [PROMPT, PROMPT[:3], PROMPT[2:], [100]]
     each = [greedy(count) for count in (9, 2, 5, 1)]
     results = tiny.generate(prompts, each)
@@ -837,8 +1080,9 @@ def test_generate_answers_in_order(tiny: LLM) -> None:
 
 def test_generate_with_one_set_of_params_for_all(tiny: LLM) -> None:
     prompts = [PROMPT, PROMPT[:4]]
-    got = tiny.generate(prompts, greedy(5))
-    expected = tiny.generate(prompts, [greedy(5), greedy(5)])
+    got, expected = (
+        [result.outputs for result in tiny.generate(prompts, params)] for params in (greedy(5), [greedy(5), greedy(5)])
+    )
     assert got == expected, f"expected {expected}, got {got}. {LOOK_LLM}"
     assert tiny.generate([], greedy(5)) == [], f"no prompts, no answers. {LOOK_LLM}"
     assert prompts == [PROMPT, PROMPT[:4]], f"the caller's prompts were changed to {prompts}. {LOOK_LLM}"
@@ -863,47 +1107,50 @@ def test_generate_refuses_before_it_queues(
     with pytest.raises(FieldError):
         tiny.generate(prompts, params)
     assert tiny.engine.num_steps == before, f"bad input is refused before anything is computed. {LOOK_LLM}"
-    left = ids(tiny.engine.waiting)
-    assert not left, f"bad input was refused, and requests {left} stay in the queue. {LOOK_LLM}"
+    waiting = ids(tiny.engine.waiting)
+    assert not waiting, f"bad input was refused, and requests {waiting} are in the queue. {LOOK_LLM}"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_generate_leaves_nothing_behind_when_a_step_fails(
+def test_generate_removes_its_requests_when_a_step_fails(
     tiny: LLM, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    """Else the next call would get tokens of this one's requests."""
-    expected = tiny.generate([PROMPT], greedy(6))
-    execute = tiny.engine.runner.execute
+    """Otherwise the next call would get outputs of this one's requests."""
+    expected = answers_of(tiny)
+    execute = tiny.engine.executor.execute
+    for _ in range(3):  # also three times in a row: LLM has no stream to end
 
-    def fail(requests: list[Request], is_prefill: bool, blocks: BlockManager) -> Tensor:
-        if len(requests[0].output_token_ids) == 2:
-            raise error("the cat sat on it")
-        return execute(requests, is_prefill, blocks)
+        def fail(step: StepInput) -> StepOutput:
+            if len(tiny.engine.running[0].output_token_ids) == 2:
+                raise error("the cat sat on it")
+            return execute(step)
 
-    with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(tiny.engine.runner, "execute", fail)
-        tiny.generate([[100], [101]], greedy(6))
-    check_invariant(tiny.engine, "after a step that failed")
-    left = ids([*tiny.engine.running, *tiny.engine.waiting])
-    assert not left, f"a step failed with {error.__name__}, and requests {left} are still there. {LOOK_LLM}"
-    got = tiny.generate([PROMPT], greedy(6))
+        with monkeypatch.context() as patch, pytest.raises(error, match="the cat sat on it"):
+            patch.setattr(tiny.engine.executor, "execute", fail)
+            tiny.generate([[100], [101]], greedy(6))
+        check_invariant(tiny.engine, "after a step that failed")
+        remaining = ids([*tiny.engine.running, *tiny.engine.waiting])
+        assert not remaining, f"a step failed with {error.__name__}, and requests {remaining} remain. {LOOK_LLM}"
+    got = answers_of(tiny)
     assert got == expected, f"after a failed call: expected {expected}, got {got}. {LOOK_LLM}"
 
 
-def test_logprobs_for_those_that_ask(tiny: LLM) -> None:
+def answers_of(llm: LLM) -> list[CompletionOutput]:
+    return [result.outputs[0] for result in llm.generate([PROMPT, [100]], greedy(6))]
+
+
+def test_a_request_id_is_used_once(tiny: LLM) -> None:
+    got = [result.request_id for _ in range(2) for result in tiny.generate([PROMPT, [100]], greedy(1))]
+    assert len(set(got)) == 4, f"two calls with two prompts each: expected four ids, got {got}. {LOOK_LLM}"
+
+
+def test_logprobs_for_the_requests_that_ask(tiny: LLM) -> None:
     each = [greedy(4), greedy(4, logprobs=3), greedy(4, logprobs=0)]
     plain, some, none = (result.outputs[0] for result in tiny.generate([PROMPT] * 3, each))
-    assert plain.logprobs is None, f"nobody asked for logprobs, got {plain.logprobs}. {LOOK_STEP}"
+    assert plain.logprobs is None, f"not asked for, expected no logprobs, got {plain.logprobs}. {LOOK_STEP}"
     for name, answer, count in (("logprobs=3", some, 3), ("logprobs=0", none, 1)):
         entries = answer.logprobs or []
         assert [next(iter(entry)) for entry in entries] == answer.token_ids, (
             f"{name}: one entry a token, that token first: expected {answer.token_ids}, got {entries}. {LOOK_STEP}"
         )
         assert [len(entry) for entry in entries] == [count] * 4, f"{name}: got {entries}. {LOOK_STEP}"
-
-
-def test_join_outputs() -> None:
-    pieces = [CompletionOutput(0, "", [5], None, None), CompletionOutput(0, "ab ", [7], None, None)]
-    last = CompletionOutput(0, "c", [9], "stop", "END")
-    got, expected = join_outputs([*pieces, last]), CompletionOutput(0, "ab c", [5, 7, 9], "stop", "END")
-    assert got == expected, f"expected {expected}, got {got}. Look at core/engine.py::join_outputs."

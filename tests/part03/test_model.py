@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from common.checkpoint import load_model, resolve_checkpoint
 from common.errors import FieldError
 from common.testing import FAMILIES
-from part03_paged_attention.worker.model import Attend, DecoderModel, RMSNorm, RotaryEmbedding, inverse_frequencies
+from part03_paged_attention.worker.linear import RMSNorm
+from part03_paged_attention.worker.model import Attend, DecoderModel, RotaryEmbedding, inverse_frequencies
 from part03_paged_attention.worker.weights import load_decoder
 
 LENGTHS = [1, 2, 7, 33]
@@ -171,7 +172,7 @@ def test_bfloat16(family: str, random_model: Any, load_ours: Any, dense_attend: 
     got, expected = our_logits(model, sequences, dense_attend), reference_logits(reference, sequences)
     rounded = reference_logits(reference.to(torch.bfloat16), sequences)
     error, allowed = float((got - expected).std()), 1.5 * float((rounded - expected).std())
-    where = f"RMSNorm and RoPE's table compute in float32: look at worker/model.py; {README}."
+    where = f"RMSNorm and RoPE's table compute in float32: look at worker/linear.py and worker/model.py; {README}."
     assert got.dtype == torch.float32, f"logits are float32 for the sampler, got {got.dtype}. {where}"
     assert model.norm.weight.dtype == torch.bfloat16, f"expected bfloat16 weights, got {model.norm.weight.dtype}"
     assert error <= allowed, (
@@ -202,12 +203,12 @@ def test_rms_norm_is_the_formula(shape: tuple[int, ...], eps: float) -> None:
         expected = weight * rounded / (rounded.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         got = norm.to(dtype)(x.to(dtype))
         assert got.dtype == dtype, (
-            f"expected {dtype} out as in, got {got.dtype}. Look at worker/model.py::RMSNorm; {README}."
+            f"expected {dtype} out as in, got {got.dtype}. Look at worker/linear.py::RMSNorm; {README}."
         )
         difference = float((got.float() - expected).abs().max())
         assert difference < tolerance, (
             f"eps {eps}, {dtype}: x / sqrt(mean(x²) + eps) · weight is missed by {difference:.2e}, expected less than "
-            f"{tolerance}. Look at worker/model.py::RMSNorm; {README}."
+            f"{tolerance}. Look at worker/linear.py::RMSNorm; {README}."
         )
 
 
@@ -269,7 +270,7 @@ def test_the_older_layout_of_rope_settings(name: str, key: str) -> None:
     old = SimpleNamespace(rope_theta=theta, rope_scaling=scaling, head_dim=64)
     expected = inverse_frequencies(rope_config(ROPES[name], head_dim=64))
     assert torch.equal(inverse_frequencies(old), expected), (
-        f"{name}: rope_scaling={scaling}, rope_theta={theta} must give what rope_parameters={ROPES[name]} gives. "
+        f"{name}: rope_scaling={scaling}, rope_theta={theta} must equal rope_parameters={ROPES[name]}. "
         f"Look at worker/model.py::inverse_frequencies; {README}."
     )
 
@@ -277,7 +278,7 @@ def test_the_older_layout_of_rope_settings(name: str, key: str) -> None:
 def refused(config: Any, *words: str) -> None:
     with pytest.raises(FieldError) as caught, torch.device("meta"):
         DecoderModel(config)
-    assert caught.value.field == "model", f"the error blames {caught.value.field!r}, expected 'model'"
+    assert caught.value.field == "model", f"expected the error to name 'model', got {caught.value.field!r}"
     for word in words:
         assert word in str(caught.value), f"expected {word!r} in {str(caught.value)!r}"
 

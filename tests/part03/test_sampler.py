@@ -6,33 +6,83 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.outputs import Logprob
 from common.sampling_params import SamplingParams
-from part03_paged_attention.core.request import Request
-from part03_paged_attention.worker.sampler import Sampler, apply_penalties, draw, probabilities, top_logprobs
+from part03_paged_attention.worker.model_runner import to_step_output
+from part03_paged_attention.worker.sampler import (
+    LogprobsTensors,
+    Sampler,
+    SamplerOutput,
+    SamplingState,
+    apply_penalties,
+    draw,
+    probabilities,
+    to_logprobs,
+    top_logprobs,
+)
 
 LOOK_PROBS = 'Look at worker/sampler.py::probabilities; README of part 1, "Choosing a token".'
 LOOK_DRAW = 'Look at worker/sampler.py::draw; README of part 1, "Choosing a token".'
 LOOK_CHANGE = (
-    'Look at worker/sampler.py::Sampler._change_logits and apply_penalties; README of part 1, "Choosing a token".'
+    "Look at worker/sampler.py::apply_logit_bias, apply_penalties and hold_back_stop_tokens; "
+    'README of part 1, "Choosing a token".'
 )
 LOOK_LOGPROBS = 'Look at worker/sampler.py::Sampler.sample and top_logprobs; README of part 1, "Choosing a token".'
-LOOK_CHOOSE = 'Look at worker/sampler.py::Sampler._choose; README of part 1, "Choosing a token".'
+LOOK_CHOOSE = 'Look at worker/sampler.py::choose; README of part 1, "Choosing a token".'
 VOCAB_SIZE = 50
+OTHERS_TOKEN = 13  # what the token buffer holds where it holds no token of a request
 TINY = 1e-30  # what float32 may round to 0
 EOS = frozenset({2, 3})
 
 
-def request_for(prompt: Sequence[int] = (7,), output: Sequence[int] = (), **fields: Any) -> Request:
-    params = SamplingParams(**fields)
-    generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
-    return Request("a", list(prompt), params, None, generator, output_token_ids=list(output))  # type: ignore[arg-type]
+@dataclass
+class Asked:
+    """A request as the sampler meets it: its tokens so far, and how the next one is sampled."""
+
+    prompt: Sequence[int]
+    output: Sequence[int]
+    params: SamplingParams
+
+
+def asked(prompt: Sequence[int] = (7,), output: Sequence[int] = (), **fields: Any) -> Asked:
+    return Asked(prompt, output, SamplingParams(**fields))
+
+
+def states_of(requests: Sequence[Asked]) -> tuple[list[SamplingState], Tensor]:
+    """What the model runner passes to the sampler: a state per request, and the token buffer. Rows are in another
+    order than the batch, and hold tokens of earlier requests behind the request's own."""
+    longest = max(len(request.prompt) + len(request.output) for request in requests)
+    token_rows = torch.full((len(requests) + 3, longest + 4), OTHERS_TOKEN)
+    states = []
+    for number, request in enumerate(requests):
+        row, tokens = len(requests) - number, [*request.prompt, *request.output]
+        token_rows[row, : len(tokens)] = torch.tensor(tokens)
+        states.append(SamplingState(request.params, row, len(request.prompt), len(tokens)))
+    return states, token_rows
+
+
+def states(*requests: Asked) -> list[SamplingState]:
+    return states_of(requests)[0]
+
+
+def sample(logits: Tensor, requests: Sequence[Asked]) -> SamplerOutput:
+    return Sampler(EOS).sample(logits, *states_of(requests))
+
+
+def sample_ids(logits: Tensor, requests: Sequence[Asked]) -> list[int]:
+    return sample(logits, requests).token_ids.tolist()
+
+
+def entry_of(tensors: LogprobsTensors, row: int, num_top: int) -> dict[int, Logprob]:
+    return to_logprobs(*tensors.tolist()[row], num_top)
 
 
 def random_logits(num_rows: int, seed: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
@@ -43,7 +93,7 @@ def random_logits(num_rows: int, seed: int, vocab_size: int = VOCAB_SIZE) -> Ten
 
 
 def definition(logits: list[float], params: SamplingParams) -> list[float]:
-    """Probabilities of one row after temperature, top-k and top-p, in plain Python; not normalised after top-p.
+    """Probabilities of one row after temperature, top-k and top-p, in plain Python; not normalized after top-p.
 
     Of equally likely tokens at the edge of top-p the first ones stay, which is one of the right answers.
     """
@@ -81,9 +131,9 @@ CHOICES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_batch_is_each_row_by_the_definition(seed: int) -> None:
-    logits, requests = random_logits(len(CHOICES), seed), [request_for(**fields) for fields in CHOICES]
+    logits, requests = random_logits(len(CHOICES), seed), [asked(**fields) for fields in CHOICES]
     before = logits.clone()
-    got = probabilities(logits, requests)
+    got = probabilities(logits, states(*requests))
     for row, (fields, request) in enumerate(zip(CHOICES, requests, strict=True)):
         expected = torch.tensor(definition(logits[row].tolist(), request.params))
         kept, wanted = ((probs > TINY).nonzero().flatten().tolist() for probs in (got[row], expected))
@@ -97,16 +147,17 @@ def test_a_batch_is_each_row_by_the_definition(seed: int) -> None:
 
 @pytest.mark.parametrize("fields", CHOICES, ids=str)
 def test_a_batch_of_one(fields: dict[str, Any]) -> None:
-    logits, request = random_logits(1, 9), request_for(**fields)
-    got, expected = probabilities(logits, [request])[0], torch.tensor(definition(logits[0].tolist(), request.params))
+    logits, request = random_logits(1, 9), asked(**fields)
+    got = probabilities(logits, states(request))[0]
+    expected = torch.tensor(definition(logits[0].tolist(), request.params))
     assert torch.allclose(got, expected, atol=1e-5), f"{fields} alone: expected {expected}, got {got}. {LOOK_PROBS}"
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ties(seed: int) -> None:
     """Equal logits everywhere. Top-k keeps all that equal the k-th; top-p as few as reach it, no matter which."""
-    logits, requests = random_logits(len(CHOICES), seed).round(), [request_for(**fields) for fields in CHOICES]
-    got = probabilities(logits, requests)
+    logits, requests = random_logits(len(CHOICES), seed).round(), [asked(**fields) for fields in CHOICES]
+    got = probabilities(logits, states(*requests))
     for row, (fields, request) in enumerate(zip(CHOICES, requests, strict=True)):
         expected = definition(logits[row].tolist(), request.params)
         wanted = sorted((value for value in expected if value > TINY), reverse=True)
@@ -139,18 +190,24 @@ def test_ties(seed: int) -> None:
     ],
     ids=str,
 )
-def test_who_stays_by_hand(fields: dict[str, Any], expected: list[int]) -> None:
+def test_which_tokens_stay_by_hand(fields: dict[str, Any], expected: list[int]) -> None:
     logits = torch.tensor([[0.1, 0.15, 0.3, 0.4500001]]).log()
-    got = probabilities(logits, [request_for(**fields)])[0].nonzero().flatten().tolist()
+    got = probabilities(logits, states(asked(**fields)))[0].nonzero().flatten().tolist()
     assert got == expected, (
         f"probabilities .1 .15 .3 .45, {fields}: expected tokens {expected}, got {got}. {LOOK_PROBS}"
     )
 
 
+def test_top_p_that_is_reached_exactly() -> None:
+    """Four tokens of 0.25 each: two of them reach 0.5, and the third is not needed."""
+    got = probabilities(torch.zeros(1, 4), states(asked(top_p=0.5))).count_nonzero()
+    assert int(got) == 2, f"probabilities .25 four times, top_p=0.5: expected 2 tokens, got {int(got)}. {LOOK_PROBS}"
+
+
 def test_tokens_that_are_held_back_stay_so() -> None:
     logits = random_logits(3, 0)
     logits[:, :20] = -torch.inf
-    got = probabilities(logits, [request_for(), request_for(top_p=0.999), request_for(top_k=40)])
+    got = probabilities(logits, states(asked(), asked(top_p=0.999), asked(top_k=40)))
     assert not got[:, :20].any() and not got.isnan().any(), (
         f"-inf must become a probability of 0, got {got}. {LOOK_PROBS}"
     )
@@ -164,11 +221,9 @@ def test_greedy_and_drawn_rows() -> None:
     logits = random_logits(5, 1)
     best = logits.argmax(dim=-1).tolist()
     drawn: list[set[int]] = [set() for _ in fields]
-    requests = [request_for(**each) for each in fields]
-    for _ in range(30):
-        token_ids = Sampler(EOS).sample(logits.clone(), requests).token_ids
-        assert all(type(token_id) is int for token_id in token_ids), f"expected plain ints, got {token_ids}."
-        for row, token_id in enumerate(token_ids):
+    for step in range(30):
+        requests = [asked(output=[5] * step, **each) for each in fields]
+        for row, token_id in enumerate(sample_ids(logits.clone(), requests)):
             drawn[row].add(token_id)
     for row in (0, 2, 3):
         assert drawn[row] == {best[row]}, f"{fields[row]}: expected always {best[row]}, got {drawn[row]}. {LOOK_CHOOSE}"
@@ -178,11 +233,13 @@ def test_greedy_and_drawn_rows() -> None:
 
 def test_a_batch_that_is_all_greedy_draws_nothing() -> None:
     before = torch.get_rng_state()
-    got = Sampler(EOS).sample(random_logits(4, 2), [request_for(temperature=0)] * 4).token_ids
+    got = sample_ids(random_logits(4, 2), [asked(temperature=0)] * 4)
     assert got == random_logits(4, 2).argmax(dim=-1).tolist(), (
         f"expected the likeliest tokens, got {got}. {LOOK_CHOOSE}"
     )
-    assert torch.equal(torch.get_rng_state(), before), f"greedy requests moved torch's global generator. {LOOK_CHOOSE}"
+    assert torch.equal(torch.get_rng_state(), before), (
+        f"greedy requests drew from torch's global generator. {LOOK_CHOOSE}"
+    )
 
 
 # Seeds
@@ -190,52 +247,64 @@ def test_a_batch_that_is_all_greedy_draws_nothing() -> None:
 SEEDED = dict(temperature=1.3, top_p=0.95)
 
 
-def draws_of(seed: int, neighbours: list[dict[str, Any]], row: int, vocab_size: int, num_draws: int = 25) -> list[int]:
+def draws_of(seed: int, neighbors: list[dict[str, Any]], row: int, vocab_size: int, num_draws: int = 25) -> list[int]:
     """What a seeded request draws at a row of a batch; its logits differ from step to step."""
-    request = request_for(seed=seed, **SEEDED)
-    others = [request_for(**fields) for fields in neighbours]
-    requests, drawn = [*others[:row], request, *others[row:]], []
+    others, drawn = [asked(**fields) for fields in neighbors], list[int]()
     for step in range(num_draws):
+        requests = [*others[:row], asked(output=drawn, seed=seed, **SEEDED), *others[row:]]
         logits = random_logits(len(requests), 1_000 + step, vocab_size)
         logits[row] = random_logits(1, step, vocab_size)[0]
-        drawn.append(Sampler(EOS).sample(logits, requests).token_ids[row])
+        drawn.append(sample_ids(logits, requests)[row])
     return drawn
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 333])
-def test_a_seed_draws_the_same_whatever_shares_the_batch(vocab_size: int) -> None:
+def test_a_seed_draws_the_same_in_every_batch(vocab_size: int) -> None:
     alone = draws_of(7, [], 0, vocab_size)
-    crowds: list[tuple[list[dict[str, Any]], int]] = [
+    batches: list[tuple[list[dict[str, Any]], int]] = [
         ([{}], 0),
         ([{}], 1),
         ([{"temperature": 0}, {"seed": 7}, {"seed": 8}], 2),
         ([{"temperature": 0}] * 3, 1),
         ([{"top_k": 3}, {"top_p": 0.5}, {"seed": 1, "temperature": 3.0}, {}], 4),
     ]
-    for neighbours, row in crowds:
+    for neighbors, row in batches:
         torch.manual_seed(row)
-        got = draws_of(7, neighbours, row, vocab_size)
-        assert got == alone, f"seed 7 in row {row} beside {neighbours}: expected {alone}, got {got}. {LOOK_DRAW}"
+        got = draws_of(7, neighbors, row, vocab_size)
+        assert got == alone, f"seed 7 in row {row} beside {neighbors}: expected {alone}, got {got}. {LOOK_DRAW}"
     assert draws_of(8, [], 0, vocab_size) != alone, f"seeds 7 and 8 draw the same. {LOOK_DRAW}"
 
 
-def test_neighbours_may_come_and_go() -> None:
-    expected, request, drawn = draws_of(7, [], 0, VOCAB_SIZE), request_for(seed=7, **SEEDED), []
-    rng = random.Random(0)
+def test_a_seed_draws_the_same_in_other_rows_and_beside_others_each_step() -> None:
+    expected, drawn, rng = draws_of(7, [], 0, VOCAB_SIZE), list[int](), random.Random(0)
     for step in range(25):
         row, num_rows = rng.randrange(4), 4
         logits = random_logits(num_rows, 500 + step)
         logits[row] = random_logits(1, step)[0]
-        others = [request_for(**rng.choice([{}, {"seed": step}, {"temperature": 0}])) for _ in range(3)]
-        drawn.append(Sampler(EOS).sample(logits, [*others[:row], request, *others[row:]]).token_ids[row])
+        others = [asked(**rng.choice([{}, {"seed": step}, {"temperature": 0}])) for _ in range(3)]
+        requests = [*others[:row], asked(output=drawn, seed=7, **SEEDED), *others[row:]]
+        drawn.append(sample_ids(logits, requests)[row])
     assert drawn == expected, f"a seeded request in other rows each step: expected {expected}, got {drawn}. {LOOK_DRAW}"
 
 
-def test_unseeded_rows_draw_each_their_own() -> None:
+def test_a_seeded_draw_can_be_repeated() -> None:
+    """It depends on the seed and the position of the token, and on no state: as after a preemption."""
+    logits, first = random_logits(1, 0, 333), list[int]()
+    for length in (3, 4, 5, 4, 3):
+        first += sample_ids(logits.clone(), [asked([7] * length, seed=5, temperature=5.0)])
+    assert first[:2] == first[:2:-1] and len(set(first)) == 3, (
+        f"one seed, positions 3, 4, 5, 4, 3: expected three tokens, then the second and the first again, got {first}. "
+        f"{LOOK_DRAW}"
+    )
+    split = sample_ids(logits.clone(), [asked([7], [7] * 3, seed=5, temperature=5.0)])
+    assert split == [first[1]], f"position 4 with an output of 3 tokens: expected {first[1]}, got {split}. {LOOK_DRAW}"
+
+
+def test_unseeded_rows_draw_different_tokens() -> None:
     logits = random_logits(1, 3).repeat(2, 1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pairs = [Sampler(EOS).sample(logits.clone(), [request_for(), request_for()]).token_ids for _ in range(40)]
+        pairs = [sample_ids(logits.clone(), [asked(), asked()]) for _ in range(40)]
     assert any(one != other for one, other in pairs), f"two unseeded rows always drew the same: {pairs}. {LOOK_DRAW}"
     assert len(set(map(tuple, pairs))) > 5, f"40 unseeded draws gave only {set(map(tuple, pairs))}. {LOOK_DRAW}"
 
@@ -250,15 +319,16 @@ def chi_square(counts: Counter[int], expected: list[float], num_draws: int) -> f
 
 @pytest.mark.parametrize("seed", [None, 5])
 @pytest.mark.parametrize("fields", [{}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.8}], ids=str)
-def test_draws_are_distributed_as_they_should(fields: dict[str, Any], seed: int | None) -> None:
-    """Chi-square over 20,000 draws with a fixed seed; 33.7 is passed by chance once in 10,000 times."""
+def test_draws_follow_the_probabilities(fields: dict[str, Any], seed: int | None) -> None:
+    """Chi-square over 20,000 draws with a fixed seed; by chance it exceeds 33.7 once in 10,000 times."""
     num_draws, logits = 20_000, torch.tensor([1.0, 2.0, 0.5, -1.0, 2.5, 0.0, 1.5, -0.5, 1.2, 0.7])
-    request = request_for(seed=seed, **fields)
-    probs = probabilities(logits.unsqueeze(0), [request]).expand(num_draws, -1)
+    params = SamplingParams(seed=seed, **fields)
+    batch = [SamplingState(params, 0, 1, position) for position in range(1, num_draws + 1)]
+    probs = probabilities(logits.unsqueeze(0), batch[:1]).expand(num_draws, -1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        counts = Counter(draw(probs, [request] * num_draws).tolist())
-    expected = definition(logits.tolist(), request.params)
+        counts = Counter(draw(probs, batch).tolist())
+    expected = definition(logits.tolist(), params)
     never = [token_id for token_id in counts if not expected[token_id]]
     assert not never, f"{fields}: tokens {never} have probability 0 and were drawn. {LOOK_DRAW}"
     got = chi_square(counts, expected, num_draws)
@@ -271,14 +341,14 @@ def test_draws_are_distributed_as_they_should(fields: dict[str, Any], seed: int 
 # What is done to the logits
 
 
-def changed(logits: Tensor, request: Request) -> list[float]:
+def changed(logits: Tensor, request: Asked) -> list[float]:
     """One row of logits as they are when the token is chosen."""
     row = logits.clone()
-    Sampler(EOS).sample(row.unsqueeze(0), [request])
+    sample(row.unsqueeze(0), [request])
     return row.tolist()
 
 
-def penalised(logits: list[float], prompt: list[int], output: list[int], params: SamplingParams) -> list[float]:
+def penalized(logits: list[float], prompt: list[int], output: list[int], params: SamplingParams) -> list[float]:
     """The definition, token by token: bias, repetition, then frequency and presence."""
     values = list(logits)
     for token_id, bias in params.logit_bias:
@@ -318,8 +388,8 @@ def penalised(logits: list[float], prompt: list[int], output: list[int], params:
 def test_penalties_and_bias_by_the_definition(prompt: list[int], output: list[int], fields: dict[str, Any]) -> None:
     """Repetition counts the prompt and the output, presence and frequency the output alone."""
     for seed in range(3):
-        logits, request = random_logits(1, seed)[0], request_for(prompt, output, temperature=0, **fields)
-        got, expected = changed(logits, request), penalised(logits.tolist(), prompt, output, request.params)
+        logits, request = random_logits(1, seed)[0], asked(prompt, output, temperature=0, **fields)
+        got, expected = changed(logits, request), penalized(logits.tolist(), prompt, output, request.params)
         wrong = [i for i in range(VOCAB_SIZE) if got[i] != pytest.approx(expected[i], abs=1e-4)]
         assert not wrong, (
             f"{fields}, prompt {prompt}, output {output}: token {wrong[0]} with logit {float(logits[wrong[0]]):.3f} "
@@ -331,12 +401,12 @@ def test_only_the_rows_that_ask_are_changed() -> None:
     logits = random_logits(4, 0)
     before = logits.clone()
     requests = [
-        request_for([5], [6], temperature=0),
-        request_for([5], [6], temperature=0, repetition_penalty=2.0, logit_bias={9: 1.0}),
-        request_for([5], [6]),
-        request_for([5], [6], temperature=0, min_tokens=5),
+        asked([5], [6], temperature=0),
+        asked([5], [6], temperature=0, repetition_penalty=2.0, logit_bias={9: 1.0}),
+        asked([5], [6]),
+        asked([5], [6], temperature=0, min_tokens=5),
     ]
-    Sampler(EOS).sample(logits, requests)
+    sample(logits, requests)
     rows = [row for row in range(4) if not torch.equal(logits[row], before[row])]
     assert rows == [1, 3], f"rows 1 and 3 ask for changes: expected them to change, got {rows}. {LOOK_CHANGE}"
     tokens = (logits[1] != before[1]).nonzero().flatten().tolist()
@@ -346,17 +416,30 @@ def test_only_the_rows_that_ask_are_changed() -> None:
 def test_penalties_change_what_is_chosen() -> None:
     logits = torch.zeros(2, VOCAB_SIZE)
     logits[:, 10], logits[:, 20] = 2.0, 1.5
-    requests = [request_for([1], [10], temperature=0), request_for([1], [10], temperature=0, presence_penalty=1.0)]
-    got = Sampler(EOS).sample(logits, requests).token_ids
+    requests = [asked([1], [10], temperature=0), asked([1], [10], temperature=0, presence_penalty=1.0)]
+    got = sample_ids(logits, requests)
     assert got == [10, 20], f"without and with presence_penalty=1: expected [10, 20], got {got}. {LOOK_CHANGE}"
 
 
-def test_apply_penalties_is_in_place_and_keeps_the_request() -> None:
-    row, request = random_logits(1, 1)[0], request_for([5, 6], [6, 7], repetition_penalty=1.3, frequency_penalty=1.0)
-    expected = penalised(row.tolist(), [5, 6], [6, 7], request.params)
-    apply_penalties(row, request)
-    assert row.tolist() == pytest.approx(expected, abs=1e-4), f"expected {expected}, got {row.tolist()}. {LOOK_CHANGE}"
-    assert request.token_ids == [5, 6, 6, 7], f"the request's tokens became {request.token_ids}. {LOOK_CHANGE}"
+def test_apply_penalties_changes_each_row_by_its_own_request() -> None:
+    """In place, with prompts and answers of different lengths; the token buffer stays as it is."""
+    requests = [
+        asked([5, 6], [6, 7], repetition_penalty=1.3, frequency_penalty=1.0),
+        asked([9], [], presence_penalty=1.0),
+        asked(range(20), [3] * 15, repetition_penalty=0.7, presence_penalty=-1.0),
+        asked([1, 2], [1, 2, 1]),
+        asked([OTHERS_TOKEN], [4], frequency_penalty=-0.5, repetition_penalty=1.1),
+    ]
+    logits, (batch, token_rows) = random_logits(len(requests), 1), states_of(requests)
+    expected = [
+        penalized(row.tolist(), list(request.prompt), list(request.output), request.params)
+        for row, request in zip(logits, requests, strict=True)
+    ]
+    before = token_rows.clone()
+    apply_penalties(logits, batch, token_rows)
+    for number, (got, wanted) in enumerate(zip(logits.tolist(), expected, strict=True)):
+        assert got == pytest.approx(wanted, abs=1e-4), f"request {number}: expected {wanted}, got {got}. {LOOK_CHANGE}"
+    assert torch.equal(token_rows, before), f"the token buffer was changed. {LOOK_CHANGE}"
 
 
 @pytest.mark.parametrize(
@@ -374,7 +457,7 @@ def test_apply_penalties_is_in_place_and_keeps_the_request() -> None:
     ids=str,
 )
 def test_min_tokens(num_output: int, fields: dict[str, Any], expected: list[int]) -> None:
-    got = changed(random_logits(1, 4)[0], request_for([7], [5] * num_output, temperature=0, **fields))
+    got = changed(random_logits(1, 4)[0], asked([7], [5] * num_output, temperature=0, **fields))
     held_back = [token_id for token_id, value in enumerate(got) if value == -math.inf]
     assert held_back == expected, (
         f"{fields}, end-of-sequence tokens 2 and 3, {num_output} tokens are out: expected {expected} held back, got "
@@ -400,12 +483,13 @@ def test_logprobs_are_the_raw_models(num_top: int) -> None:
         dict(temperature=0, presence_penalty=2.0, repetition_penalty=2.0),
         dict(temperature=0, min_tokens=2, logit_bias={2: 100.0}),
     ]
-    logits, requests = random_logits(5, 5), [request_for([7], [8], logprobs=num_top, **each) for each in fields]
+    logits, requests = random_logits(5, 5), [asked([7], [8], logprobs=num_top, **each) for each in fields]
     raw = [reference_logprobs(row) for row in logits.tolist()]
-    output = Sampler(EOS).sample(logits, requests)
-    for each, token_id, entry, expected in zip(fields, output.token_ids, output.logprobs, raw, strict=True):
-        where = f"{each}, logprobs={num_top}"
-        assert entry is not None and next(iter(entry)) == token_id, (
+    output = sample(logits, requests)
+    assert output.logprobs is not None, f"all requests asked for logprobs, got none. {LOOK_LOGPROBS}"
+    for row, (each, token_id, expected) in enumerate(zip(fields, output.token_ids.tolist(), raw, strict=True)):
+        entry, where = entry_of(output.logprobs, row, num_top), f"{each}, logprobs={num_top}"
+        assert next(iter(entry)) == token_id, (
             f"{where}: the sampled token {token_id} comes first, got {entry}. {LOOK_LOGPROBS}"
         )
         ranked = sorted(range(VOCAB_SIZE), key=lambda i: -expected[i])
@@ -420,27 +504,79 @@ def test_logprobs_are_the_raw_models(num_top: int) -> None:
     assert output.token_ids[2] == 31, f"a bias of 50 on token 31, got {output.token_ids[2]}. {LOOK_CHANGE}"
 
 
-def test_logprobs_only_for_those_that_ask() -> None:
-    requests = [request_for(temperature=0), request_for(temperature=0, logprobs=0), request_for(logprobs=2, seed=1)]
-    got = Sampler(EOS).sample(random_logits(3, 6), requests).logprobs
-    counts = [None if entry is None else len(entry) for entry in got]
-    assert counts[:2] == [None, 1] and counts[2] in (2, 3), (
-        f"logprobs None, 0 and 2: expected None, 1 and 2 or 3 entries, got {counts}. {LOOK_LOGPROBS}"
+def test_logprobs_only_if_somebody_asks() -> None:
+    got = sample(random_logits(2, 6), [asked(temperature=0)] * 2).logprobs
+    assert got is None, f"no request asked: expected no logprobs, got {got}. {LOOK_LOGPROBS}"
+    requests = [asked(temperature=0), asked(temperature=0, logprobs=0), asked(logprobs=4, seed=1)]
+    some = sample(random_logits(3, 6), requests).logprobs
+    assert some is not None, f"two requests asked: expected logprobs, got none. {LOOK_LOGPROBS}"
+    counts = [len(entry_of(some, 1, 0)), len(entry_of(some, 2, 1)), len(entry_of(some, 2, 4))]
+    assert counts[0] == 1 and counts[1] in (1, 2) and counts[2] in (4, 5), (
+        f"0, 1 and 4 of the likeliest: expected 1, 1 or 2, and 4 or 5 entries, got {counts}. {LOOK_LOGPROBS}"
     )
-    nobody = Sampler(EOS).sample(random_logits(2, 6), [request_for(temperature=0)] * 2).logprobs
-    assert nobody == [None, None], f"nobody asked: expected no logprobs, got {nobody}. {LOOK_LOGPROBS}"
+
+
+def test_each_request_gets_as_many_logprobs_as_it_asked_for() -> None:
+    fields: list[dict[str, Any]] = [{}, {"logprobs": 0}, {"logprobs": 3}, {"logprobs": 1}]
+    requests = [asked(temperature=0, **each) for each in fields]
+    got = to_step_output(sample(random_logits(4, 6), requests), states(*requests))
+    counts = [None if entry is None else len(entry) for entry in got.logprobs]
+    assert counts == [None, 1, 3, 1], f"{fields}: expected [None, 1, 3, 1] entries, got {counts}. {LOOK_LOGPROBS}"
+    first = [None if entry is None else next(iter(entry)) for entry in got.logprobs]
+    assert first == [None, *got.token_ids[1:]], f"sampled {got.token_ids}, got entries {got.logprobs}. {LOOK_LOGPROBS}"
+    assert all(type(token_id) is int for token_id in got.token_ids), f"expected ints, got {got.token_ids}."
 
 
 def test_top_logprobs_by_hand() -> None:
-    row = torch.tensor([-3.0, -0.5, -2.0, -1.5])
-    for token_id, num_top, expected in (
+    cases: list[tuple[int, int, dict[int, Logprob]]] = [
         (1, 0, {1: Logprob(-0.5, 1)}),
         (0, 0, {0: Logprob(-3.0, 4)}),
         (1, 2, {1: Logprob(-0.5, 1), 3: Logprob(-1.5, 2)}),
         (2, 2, {2: Logprob(-2.0, 3), 1: Logprob(-0.5, 1), 3: Logprob(-1.5, 2)}),
-    ):
-        got = top_logprobs(row, token_id, num_top)
+    ]
+    logprobs = torch.tensor([[-3.0, -0.5, -2.0, -1.5]]).repeat(len(cases), 1)
+    tensors = top_logprobs(logprobs, torch.tensor([token_id for token_id, _, _ in cases]), num_top=2)
+    for row, (token_id, num_top, expected) in enumerate(cases):
+        got = entry_of(tensors, row, num_top)
         assert (got, list(got)) == (expected, list(expected)), (
-            f"log-probabilities {row.tolist()}, token {token_id} sampled, {num_top} asked for: expected {expected}, "
-            f"got {got}. {LOOK_LOGPROBS}"
+            f"log-probabilities {logprobs[row].tolist()}, token {token_id} sampled, {num_top} asked for: expected "
+            f"{expected}, got {got}. {LOOK_LOGPROBS}"
         )
+
+
+# The cost
+
+
+class CountCalls(TorchDispatchMode):
+    """How often each operator of torch is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("seed", "limit"), [(None, 120), (3, 160)], ids=["unseeded", "seeded"])
+def test_the_number_of_operator_calls_does_not_grow_with_the_rows(seed: int | None, limit: int) -> None:
+    """Every request has penalties, bias, min_tokens, top-k, top-p and logprobs."""
+    params = SamplingParams(
+        repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, logit_bias={5: 1.0, 6: -1.0},
+        min_tokens=8, stop_token_ids=[9], top_k=20, top_p=0.9, logprobs=5, seed=seed,
+    )  # fmt: skip
+    counts = {}
+    for num_rows in (2, 64):
+        batch, token_rows = states_of([Asked([5] * (3 + i % 7), [6] * (i % 5), params) for i in range(num_rows)])
+        logits = random_logits(num_rows, 0, 333)
+        with CountCalls() as counter:
+            to_step_output(Sampler(EOS).sample(logits, batch, token_rows), batch)
+        counts[num_rows] = counter.calls
+    look = "Look at worker/sampler.py for a loop over rows with tensors in it."
+    assert counts[2] == counts[64], (
+        f"expected as many operator calls for 64 rows as for 2; more often with 64: {dict(counts[64] - counts[2])}, "
+        f"with 2: {dict(counts[2] - counts[64])}. {look}"
+    )
+    total = sum(counts[64].values())
+    assert total < limit, f"64 rows: expected fewer than {limit} operator calls, got {total}: {counts[64]}. {look}"

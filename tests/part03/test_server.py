@@ -1,6 +1,6 @@
 """Part 3 over HTTP, end to end: the API gives what LLM.generate gives, and a client that goes away frees its blocks.
 
-What the API takes and refuses is tested in tests/common; here it stands on this part's engine.
+What the API takes and refuses is tested in tests/common; here it runs over this part's engine.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from typing import Any
 
 import httpx
 import pytest
-from torch import Tensor
 
 from common.outputs import CompletionOutput
 from common.prompts import encode_prompt
 from common.sampling_params import SamplingParams
-from common.serve import running_app
+from common.serve import ServerConfig, running_app
+from part03_paged_attention.api.async_engine import AsyncLLM
 from part03_paged_attention.api.server import create_app
 from part03_paged_attention.config import EngineConfig
-from part03_paged_attention.core.engine import LLM, LLMEngine
+from part03_paged_attention.core.engine import LLMEngine
+from part03_paged_attention.llm import LLM
+from part03_paged_attention.messages import StepInput, StepOutput
 from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints, until
 
 LOOK = 'Look at api/server.py::create_app and api/async_engine.py::AsyncLLM; README "What changed".'
 LOOK_GONE = 'Look at api/async_engine.py::AsyncLLM.abort; README of part 2, "When the client goes away".'
+LOOK_FAIL = "Look at api/async_engine.py::AsyncLLM._step and core/engine.py::LLMEngine.fail."
 FLAGS: dict[str, Any] = dict(model="tiny", device="cpu", num_kv_blocks=64, max_num_seqs=4)
 TEXTS = ["Once upon a time there was", "What is a KV cache?", "Hi", "a b a b a"]
 
 
-class SteppedEngine(LLMEngine):
-    """A forward pass waits for a permit."""
+class Steps:
+    """In front of an engine's executor: a step waits for a permit, and can be made to fail."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
+    def __init__(self, engine: LLMEngine) -> None:
         self.permits, self.is_open, self.fails = threading.Semaphore(0), False, False
-        self.execute, self.runner.execute = self.runner.execute, self.wait_and_execute  # type: ignore[method-assign]
+        self.execute, engine.executor.execute = engine.executor.execute, self.wait_and_execute  # type: ignore
 
-    def wait_and_execute(self, *args: Any) -> Tensor:
+    def wait_and_execute(self, step: StepInput) -> StepOutput:
         if not self.is_open and not self.permits.acquire(timeout=DEADLINE_S):
             raise TimeoutError("no permit for this step; did it run on the event loop's thread?")
         if self.fails:
             raise ZeroDivisionError("the cat sat on it")
-        return self.execute(*args)
+        return self.execute(step)
 
     def open(self) -> None:
         self.is_open = True
@@ -55,8 +57,13 @@ class SteppedEngine(LLMEngine):
 
 @dataclass
 class Server:
-    engine: LLMEngine
+    llm: AsyncLLM
+    steps: Steps
     client: httpx.Client
+
+    @property
+    def engine(self) -> LLMEngine:
+        return self.llm.engine
 
     def ask(self, path: str, **fields: Any) -> dict[str, Any]:
         """A whole answer."""
@@ -80,36 +87,35 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(engine: LLMEngine, **flags: Any) -> Iterator[Server]:
-    with running_app(create_app(engine, EngineConfig(**{**FLAGS, **flags}))) as url:
+def serving(is_open: bool = True, api_key: str | None = None, **flags: Any) -> Iterator[Server]:
+    """is_open: steps need no permits."""
+    llm = AsyncLLM(EngineConfig(**{**FLAGS, **flags}))
+    steps = Steps(llm.engine)
+    if is_open:
+        steps.open()
+    with running_app(create_app(llm, ServerConfig(api_key=api_key))) as url:
         try:
             with httpx.Client(base_url=url, timeout=DEADLINE_S, trust_env=False) as client:
-                yield Server(engine, client)
+                yield Server(llm, steps, client)
         finally:
-            if isinstance(engine, SteppedEngine):
-                engine.open()  # so that whatever still runs ends
+            steps.open()  # so that whatever still runs ends
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(LLMEngine(EngineConfig(**FLAGS))) as server:
+    with serving() as server:
         yield server
 
 
 @pytest.fixture
 def stepped() -> Iterator[Server]:
-    with serving(SteppedEngine(EngineConfig(**FLAGS))) as server:
+    with serving(is_open=False) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(EngineConfig(**FLAGS))
-
-
-def steps(server: Server) -> SteppedEngine:
-    assert isinstance(server.engine, SteppedEngine)
-    return server.engine
 
 
 def body_for(path: str, text: str) -> dict[str, Any]:
@@ -162,13 +168,13 @@ def test_logprobs(server: Server, llm: LLM) -> None:
 
 def test_a_chat_needs_no_max_tokens(server: Server) -> None:
     """Also where the KV cache is smaller than the context."""
-    assert server.engine.num_kv_tokens < server.engine.max_model_len
+    assert server.llm.limits.num_kv_tokens < server.llm.max_model_len
     server.ask(CHAT, messages=[{"role": "user", "content": "Hi"}], temperature=0)
 
 
 @both_endpoints
 def test_two_answers_to_one_prompt(server: Server, llm: LLM, path: str) -> None:
-    """They run in one batch; a seed gives each its own."""
+    """They run in one batch, each with a seed of its own."""
     body, fields = body_for(path, TEXTS[0]), {"max_tokens": 8, "temperature": 1.5, "ignore_eos": True}
     choices = server.ask(path, **body, **fields, n=2, seed=7)["choices"]
     got = [choice["message"]["content"] if path == CHAT else choice["text"] for choice in choices]
@@ -198,9 +204,8 @@ def test_penalties_and_bias_reach_the_sampler(server: Server, llm: LLM) -> None:
         assert got != plain or "logit_bias" not in change, f"{change} changes nothing: {got!r}. {LOOK}"
 
 
-def test_what_can_never_fit_is_refused(server: Server) -> None:
-    limited = LLMEngine(EngineConfig(**{**FLAGS, "num_kv_blocks": 1 + 2}))
-    with serving(limited) as small:
+def test_a_request_that_can_never_fit_is_refused() -> None:
+    with serving(num_kv_blocks=1 + 2) as small:
         response = small.client.post(COMPLETIONS, json={"prompt": "Hi", "max_tokens": 100})
         assert response.status_code == 400, f"a pool of 32 tokens: expected status 400, got {response.text}. {LOOK}"
         message = response.json()["error"]["message"]
@@ -210,8 +215,8 @@ def test_what_can_never_fit_is_refused(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_goes_away_frees_its_blocks(stepped: Server, stream: bool) -> None:
-    """Within two steps; and who shares its batch goes on."""
-    engine = steps(stepped)
+    """Within two steps."""
+    engine, steps = stepped.engine, stepped.steps
     body = {"prompt": TEXTS[0], "max_tokens": 100, "temperature": 0, "ignore_eos": True, "stream": stream}
     content = json.dumps(body).encode()
     url = stepped.client.base_url
@@ -219,19 +224,21 @@ def test_a_client_that_goes_away_frees_its_blocks(stepped: Server, stream: bool)
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content)
         until(lambda: engine.running, f"the request to run. {LOOK}")
-        engine.permits.release(3)
+        steps.permits.release(3)
         until(lambda: engine.num_steps == 3, f"three steps. {LOOK}")
         assert engine.blocks.num_used_blocks > 0, "a request that runs holds blocks"
     until(lambda: stepped.metric("request_aborted_total") == 1, f"the server to notice the client. {LOOK_GONE}")
-    engine.permits.release(2)
+    steps.permits.release(2)
     check_all_free(stepped)
-    assert engine.num_steps <= 5, f"a client that is gone: expected at most 2 more steps, got {engine.num_steps - 3}."
-    engine.open()
+    assert engine.num_steps <= 5, (
+        f"the client is gone: expected at most 2 more steps, got {engine.num_steps - 3}. {LOOK_GONE}"
+    )
+    steps.open()
     assert stepped.ask(COMPLETIONS, prompt="Hi", max_tokens=3)["choices"], f"the server goes on. {LOOK}"
 
 
 def test_metrics_while_requests_run_and_wait(stepped: Server) -> None:
-    engine, number = steps(stepped), 7
+    engine, number = stepped.engine, 7
     body = {"prompt": [100] * 20, "max_tokens": 3, "temperature": 0, "ignore_eos": True}
     threads = [threading.Thread(target=stepped.ask, args=(COMPLETIONS,), kwargs=body) for _ in range(number)]
     threads[0].start()
@@ -244,7 +251,7 @@ def test_metrics_while_requests_run_and_wait(stepped: Server) -> None:
         f"one request of 20 tokens in a pool of 63 blocks of 16: expected 1 running and a usage of 2/63, got {running} "
         f"and {usage}. Look at api/async_engine.py::AsyncLLM.stats."
     )
-    engine.open()
+    stepped.steps.open()
     for thread in threads:
         thread.join(DEADLINE_S)
     check_all_free(stepped)
@@ -256,21 +263,60 @@ def test_metrics_while_requests_run_and_wait(stepped: Server) -> None:
     assert generated == 3 * number, f"expected {3 * number} generated tokens, got {generated}. {LOOK}"
 
 
-def test_a_failing_step_is_a_500_and_the_next_request_succeeds(stepped: Server) -> None:
-    engine = steps(stepped)
-    engine.open()
-    engine.fails = True
+def test_a_failed_step_is_a_500_and_the_next_request_succeeds(stepped: Server) -> None:
+    stepped.steps.open()
+    for _ in range(2):  # with a good step between the two
+        stepped.steps.fails = True
+        response = stepped.client.post(COMPLETIONS, json={"prompt": "Hi", "max_tokens": 3})
+        assert response.status_code == 500, f"expected 500, got {response.status_code}: {response.text}. {LOOK_FAIL}"
+        error = response.json()["error"]
+        assert "ZeroDivisionError: the cat sat on it" in error["message"], f"got {error}. {LOOK_FAIL}"
+        stepped.steps.fails = False
+        check_all_free(stepped)
+        assert stepped.ask(COMPLETIONS, prompt="Hi", max_tokens=3)["choices"], f"the server goes on. {LOOK_FAIL}"
+        assert stepped.client.get("/health").status_code == 200, f"one failed step ends no engine. {LOOK_FAIL}"
+
+
+def test_two_failed_steps_in_a_row_end_the_engine(stepped: Server) -> None:
+    """Open streams end with an error event, and /health says 503."""
+    streamed: list[str] = []
+
+    def stream(max_tokens: int) -> None:
+        body = {"prompt": TEXTS[0], "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+        streamed.append(stepped.client.post(COMPLETIONS, json=body).text)
+
+    threads = []
+    for number in range(2):
+        threads.append(threading.Thread(target=stream, args=(20 + number,)))
+        threads[-1].start()
+        until(lambda: stepped.engine.running, f"the request to run. {LOOK}")
+        if number == 0:
+            stepped.steps.permits.release(3)
+            until(lambda: stepped.engine.num_steps == 3, f"three good steps. {LOOK}")
+        stepped.steps.fails = True
+        stepped.steps.permits.release(1)
+        threads[-1].join(DEADLINE_S)
+        assert len(streamed) == number + 1, f"stream {number} did not end with its step. {LOOK_FAIL}"
+    for number, text in enumerate(streamed):
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        assert len(events) > 3 * (1 - number), f"stream {number}: the events of good steps come first: {text}."
+        error = next((json.loads(event)["error"] for event in events if event.startswith('{"error"')), None)
+        assert error is not None and "ZeroDivisionError: the cat sat on it" in error["message"], (
+            f"stream {number}: expected an error event with the cause, got {text[-300:]}. {LOOK_FAIL}"
+        )
+    cause = "two steps in a row failed, the second with ZeroDivisionError: the cat sat on it"
+    until(lambda: not stepped.llm.is_alive, f"the engine to end. {LOOK_FAIL}")
+    assert stepped.llm.cause_of_death == cause, f"expected {cause!r}, got {stepped.llm.cause_of_death!r}. {LOOK_FAIL}"
+    assert stepped.client.get("/health").status_code == 503, (
+        f"/health of an engine that has ended: expected 503. {LOOK_FAIL}"
+    )
     response = stepped.client.post(COMPLETIONS, json={"prompt": "Hi", "max_tokens": 3})
-    assert response.status_code == 500, f"expected 500, got {response.status_code}: {response.text}. {LOOK}"
-    assert "error" in response.json(), f"an error has OpenAI's form, got {response.text}. {LOOK}"
-    engine.fails = False
+    assert response.status_code == 503, f"a request to an engine that has ended: got {response.text}. {LOOK_FAIL}"
     check_all_free(stepped)
-    assert stepped.ask(COMPLETIONS, prompt="Hi", max_tokens=3)["choices"], f"the server goes on. {LOOK}"
-    assert stepped.client.get("/health").status_code == 200, f"one failed step does not end the engine. {LOOK}"
 
 
-def test_api_key(llm: LLM) -> None:
-    with serving(LLMEngine(EngineConfig(**FLAGS)), api_key="secret") as server:
+def test_api_key() -> None:
+    with serving(api_key="secret") as server:
         body = {"prompt": "Hi", "max_tokens": 2}
         for headers, status in (
             ({}, 401),

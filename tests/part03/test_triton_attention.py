@@ -1,6 +1,6 @@
 """worker/triton_attention.py: right in Triton's interpreter, and it compiles for GPUs. No GPU is needed for either.
 
-Whether a kernel is interpreted is settled when it is decorated, so each mode runs this file in a process of its own.
+Whether a kernel is interpreted is decided when it is decorated, so each mode runs this file in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from part03_paged_attention.worker import triton_attention
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = 'Look at worker/triton_attention.py::_paged_decode_kernel; README "Attention through a table".'
 CONTEXT_LENS = [1, 15, 16, 17, 33]
-NOWHERE = 10**6  # a stale table entry: no pool is that large
+NOWHERE = 10**6  # a table entry past the end of a context: no pool is that large
 CASES: dict[str, dict[str, Any]] = {
     "1 query head a KV head": dict(group_size=1),
     "2 query heads a KV head": dict(group_size=2),
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one KV head": dict(num_kv_heads=1),
     "a scale of its own": dict(scale=1.5),
     "large scores": dict(scale=60.0),
-    "key and value side by side": dict(is_interleaved=True),
+    "keys apart from values": dict(is_separate=True),
     "a query that is a view": dict(is_query_view=True),
     "a long context": dict(context_lens=[97], group_size=1),
 }
@@ -54,16 +54,16 @@ TYPES = {"scale": "fp32", "block_tables_ptr": "*i32", "context_lens_ptr": "*i32"
 
 def compare(
     group_size: int = 2, num_kv_heads: int = 2, head_dim: int = 16, block_size: int = 16, dtype: str = "float32",
-    context_lens: list[int] = CONTEXT_LENS, scale: float | None = None, is_interleaved: bool = False,
+    context_lens: list[int] = CONTEXT_LENS, scale: float | None = None, is_separate: bool = False,
     is_query_view: bool = False, device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
-    """Run the kernel on a shuffled pool where everything that no sequence owns is NaN; compare with dense attention."""
+    """Run the kernel on a shuffled pool, with NaN in every slot that no sequence owns; compare with dense attention."""
     torch.manual_seed(0)
     scale = head_dim**-0.5 if scale is None else scale
     counts = [-(-length // block_size) for length in context_lens]
-    pool = torch.randperm(sum(counts) + 2).tolist()  # two blocks nobody owns
-    memory = torch.full((len(pool), 2, block_size, num_kv_heads, head_dim), float("nan"), dtype=getattr(torch, dtype))
-    if is_interleaved:
+    pool = torch.randperm(sum(counts) + 2).tolist()  # two blocks that no sequence owns
+    memory = torch.full((len(pool), block_size, 2, num_kv_heads, head_dim), float("nan"), dtype=getattr(torch, dtype))
+    if is_separate:  # in memory: all keys of a block, then all its values
         memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
     tables = torch.full((len(counts), max(counts) + 2), NOWHERE, dtype=torch.int32)
     query = torch.randn(len(counts), num_kv_heads * group_size, head_dim).to(memory.dtype)
@@ -71,10 +71,10 @@ def compare(
     for seq, (length, count) in enumerate(zip(context_lens, counts, strict=True)):
         blocks = [pool.pop() for _ in range(count)]
         tables[seq, :count] = torch.tensor(blocks)
-        keys_and_values = torch.randn(2, length, num_kv_heads, head_dim).to(memory.dtype)
+        keys_and_values = torch.randn(length, 2, num_kv_heads, head_dim).to(memory.dtype)
         for position in range(length):
-            memory[blocks[position // block_size], :, position % block_size] = keys_and_values[:, position]
-        expected[seq] = dense(query[seq].float(), *keys_and_values.float(), scale)
+            memory[blocks[position // block_size], position % block_size] = keys_and_values[position]
+        expected[seq] = dense(query[seq].float(), *keys_and_values.float().unbind(1), scale)
     if is_query_view:
         query = torch.cat((query, query), dim=1)[:, : query.shape[1]]
     before, lens = memory.clone(), torch.tensor(context_lens, dtype=torch.int32)
@@ -88,13 +88,15 @@ def compare(
 
 
 def compare_far() -> dict[str, Any]:
-    """One block that starts 2³¹ elements into the pool; memory that nobody touches costs nothing."""
+    """One block that starts 2³¹ elements into the pool; memory that is never touched costs nothing."""
     torch.manual_seed(0)
-    memory = torch.empty(2**31 + 2 * 4 * 16, dtype=torch.float16).as_strided((3, 2, 4, 1, 16), (2**30, 64, 16, 16, 1))
-    memory[2] = torch.randn(2, 4, 1, 16)
+    memory = torch.empty(2**31 + 2 * 4 * 16, dtype=torch.float16).as_strided((3, 4, 2, 1, 16), (2**30, 32, 16, 16, 1))
+    memory[2] = torch.randn(4, 2, 1, 16)
     query, tables, lens = torch.randn(1, 1, 16).half(), *(torch.tensor(x, dtype=torch.int32) for x in ([[2]], [4]))
     got = triton_attention.paged_decode(query, memory, tables, lens, 0.25)
-    return {"difference": float((got[0].float() - dense(query[0].float(), *memory[2].float(), 0.25)).abs().max())}
+    return {
+        "difference": float((got[0].float() - dense(query[0].float(), *memory[2].float().unbind(1), 0.25)).abs().max())
+    }
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -106,7 +108,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 def compile_for(architecture: int, group_size: int, head_dim: int, block_size: int, dtype: str) -> dict[str, Any]:
-    """Compile down to machine code, as a launch with these shapes would; no GPU takes part."""
+    """Compile down to machine code, as a launch with these shapes would; no GPU is needed."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -172,7 +174,7 @@ def test_offsets_do_not_overflow(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the interpreter stands in for it above")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the interpreter is used instead, above")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("group_size", [1, 3, 4])
 def test_on_a_gpu(dtype: str, group_size: int) -> None:
@@ -188,7 +190,7 @@ def test_the_kernel_compiles(name: str, architecture: int, compiled: dict[str, A
     result = compiled[f"{name} on sm_{architecture}"]
     assert "error" not in result, f"{name}, sm_{architecture}: {result['error']}. {WHERE}"
     assert result["cubin_bytes"] > 0, f"{name}, sm_{architecture}: no machine code came out"
-    limit = 99 * 1024  # the least that a GPU of these families grants a program (sm_86, sm_89)
+    limit = 99 * 1024  # the smallest limit of a GPU of these families (sm_86, sm_89)
     assert result["shared_bytes"] <= limit, (
         f"{name}, sm_{architecture}: {result['shared_bytes']} bytes of shared memory, expected at most {limit}. {WHERE}"
     )
@@ -202,7 +204,7 @@ def test_without_triton_the_module_imports_and_says_what_is_missing(monkeypatch:
     assert module.triton is None
     tables, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="triton.*not installed"):
-        module.paged_decode(torch.zeros(1, 2, 16), torch.zeros(1, 2, 16, 1, 16), tables, lens, 0.25)
+        module.paged_decode(torch.zeros(1, 2, 16), torch.zeros(1, 16, 2, 1, 16), tables, lens, 0.25)
 
 
 def main(mode: str) -> None:

@@ -1,10 +1,10 @@
-"""worker/weights.py: every tensor of a checkpoint lands in its place, and one that is missing, strange or broken is named."""  # noqa: E501
+"""worker/weights.py and worker/linear.py: layers load every tensor of a checkpoint; an error names the tensor."""
 
 from __future__ import annotations
 
-import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import checkpoint as checkpoints
 from common.checkpoint import PRESETS, load_model, resolve_checkpoint
+from common.checkpoint_reader import SafetensorsReader
 from common.errors import FieldError
 from common.testing import FAMILIES, small_model
-from part03_paged_attention.worker import weights
 from part03_paged_attention.worker.model import DecoderModel
-from part03_paged_attention.worker.weights import fill_parameters, load_decoder, load_weights, parameter_places
+from part03_paged_attention.worker.weights import load_decoder, load_layers
 
-WHERE = 'Look at worker/weights.py::parameter_places and fill_parameters; README "A model of our own".'
+WHERE = 'Look at worker/linear.py and worker/weights.py::load_layers; README "A model of our own".'
 NANO = dict(
     model_type="qwen3", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     intermediate_size=64, vocab_size=4096, max_position_embeddings=128, tie_word_embeddings=True,
@@ -64,27 +64,45 @@ def test_merged_projections_hold_queries_then_keys_then_values(family: str, rand
                 )
 
 
+class Recorder:
+    """A reader that keeps what layers ask for, and answers with ones."""
+
+    source = "a test"
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.shapes, self.unread = device, dict[str, list[int]](), set[str]()
+
+    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
+        assert name not in self.shapes, f"{name} is read twice. {WHERE}"
+        self.shapes[name] = list(shape)
+        return torch.ones(shape, device=self.device)[index]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_places_cover_every_parameter_and_have_transformers_names(family: str, random_model: Any) -> None:
+def test_layers_read_transformers_tensors_and_fill_every_parameter(family: str, random_model: Any) -> None:
     for seed in (0, 1):
         reference = random_model(family, seed)
-        model = DecoderModel(reference.config)
-        got = {name: list(place.shape) for name, place in parameter_places(model).items()}
+        model, reader = DecoderModel(reference.config), Recorder()
+        for parameter in model.parameters():
+            parameter.data.fill_(torch.nan)
+        load_layers(model, reader)
         expected = {name: list(parameter.shape) for name, parameter in reference.named_parameters()}
-        assert got == expected, f"{family}: (name, shape) in one and not in the other: {odd(got, expected)}. {WHERE}"
-        covered = sum(place.numel() for place in parameter_places(model).values())
-        total = sum(parameter.numel() for parameter in model.parameters())
-        assert covered == total, f"{family}: the places cover {covered} of {total} numbers. {WHERE}"
+        assert reader.shapes == expected, (
+            f"{family}: tensors (name, shape) that only the layers read or only transformers has: "
+            f"{odd(reader.shapes, expected)}. {WHERE}"
+        )
+        unfilled = [name for name, parameter in model.named_parameters() if not (parameter == 1).all()]
+        assert not unfilled, f"{family}: expected every parameter to be loaded, {unfilled} are not. {WHERE}"
 
 
 @pytest.mark.parametrize("preset", [name for name, shape in PRESETS.items() if shape["model_type"] in FAMILIES])
 def test_the_shapes_of_the_presets(preset: str) -> None:
-    config = resolve_checkpoint(f"random:{preset}").config
+    config, reader = resolve_checkpoint(f"random:{preset}").config, Recorder("meta")
     with torch.device("meta"):
-        places, reference = parameter_places(DecoderModel(config)), AutoModelForCausalLM.from_config(config)
-    got = {name: list(place.shape) for name, place in places.items()}
+        model, reference = DecoderModel(config), AutoModelForCausalLM.from_config(config)
+    load_layers(model, reader)
     expected = {name: list(parameter.shape) for name, parameter in reference.named_parameters()}
-    assert got == expected, f"{preset}: (name, shape) in one and not in the other: {odd(got, expected)}. {WHERE}"
+    assert reader.shapes == expected, f"{preset}: (name, shape) in one only: {odd(reader.shapes, expected)}. {WHERE}"
 
 
 def odd(got: dict[str, list[int]], expected: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
@@ -120,21 +138,22 @@ def test_a_loaded_model_is_ready_for_inference(directory: Path, load_directory: 
     model = load_directory(directory)
     assert not model.training, "expected eval mode: look at worker/weights.py::load_decoder"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert tensor.device.type == "cpu", f"{name} lies on {tensor.device}: look at worker/weights.py::load_decoder"
-        assert not tensor.requires_grad, f"{name} wants gradients: look at worker/weights.py::load_decoder"
-        assert bool(tensor.isfinite().all()), f"{name} holds memory that nobody wrote: worker/weights.py::load_decoder"
+        assert tensor.device.type == "cpu", f"{name} is on {tensor.device}: look at worker/weights.py::load_decoder"
+        assert not tensor.requires_grad, f"{name} requires gradients: look at worker/weights.py::load_decoder"
+        assert bool(tensor.isfinite().all()), f"{name} was never written: look at worker/weights.py::load_decoder"
 
 
 def test_weights_load_into_a_model_that_was_built_directly(directory: Path, load_directory: Any) -> None:
     model = DecoderModel(AutoConfig.from_pretrained(directory))
-    load_weights(model, directory)
-    same_parameters(model, load_directory(directory), "load_weights() against load_decoder()")
+    with ExitStack() as stack:
+        load_layers(model, SafetensorsReader(directory, stack))
+    same_parameters(model, load_directory(directory), "load_layers() against load_decoder()")
     assert torch.equal(model.rotary_embedding.table, load_directory(directory).rotary_embedding.table), (
         "the table of a model that was moved off the meta device differs: look at worker/weights.py::load_decoder"
     )
 
 
-def test_what_old_checkpoints_carry_along_is_ignored(tmp_path: Path, random_model: Any, load_directory: Any) -> None:
+def test_leftovers_of_old_checkpoints_are_ignored(tmp_path: Path, random_model: Any, load_directory: Any) -> None:
     reference = random_model("llama", seed=0)  # tied
     reference.save_pretrained(tmp_path)
     expected = load_directory(tmp_path)
@@ -151,7 +170,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], dict[str, Ten
 def refused(load: Callable[[], Any], *words: str) -> None:
     with pytest.raises(FieldError) as caught:
         load()
-    assert caught.value.field == "model", f"the error blames {caught.value.field!r}, expected 'model'"
+    assert caught.value.field == "model", f"expected the error to name 'model', got {caught.value.field!r}"
     message = str(caught.value)
     assert "\n" not in message, f"an error is one line: {message!r}"
     for word in words:
@@ -175,7 +194,7 @@ def test_a_missing_tensor_or_one_of_another_shape_is_named(
 ) -> None:
     original = load_file(directory / "model.safetensors")
     rewrite(directory, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
-    refused(lambda: load_directory(directory), name, shape, str(directory), "lacks 1 ")
+    refused(lambda: load_directory(directory), f"lacks the tensor {name}", shape, str(directory))
     wrong = torch.cat([original[name], original[name][:1]])
     rewrite(directory, lambda tensors: original | {name: wrong})
     refused(lambda: load_directory(directory), name, shape, str(list(wrong.shape)), str(directory))
@@ -196,28 +215,23 @@ def test_a_missing_tensor_or_one_of_another_shape_is_named(
 )
 def test_an_unknown_tensor_is_named(name: str, directory: Path, load_directory: Any) -> None:
     rewrite(directory, lambda tensors: tensors | {name: torch.ones(7, 3)})
-    refused(lambda: load_directory(directory), name, "unknown", "[7, 3]", str(directory))
+    refused(lambda: load_directory(directory), f"unknown tensor {name}", str(directory))
 
 
-def test_a_tensor_in_two_shards_is_named(tmp_path: Path, random_model: Any, load_directory: Any) -> None:
-    random_model("llama", seed=0).save_pretrained(tmp_path, max_shard_size="30KB")
-    last = sorted(tmp_path.glob("*.safetensors"))[-1]
-    save_file(load_file(last) | {"model.embed_tokens.weight": torch.ones(320, 48)}, last)
-    refused(lambda: load_directory(tmp_path), "model.embed_tokens.weight", "twice")
+def test_a_tied_checkpoint_with_an_untied_config_lacks_its_output_layer(tmp_path: Path, load_directory: Any) -> None:
+    small_model("llama", seed=1).save_pretrained(tmp_path)  # untied
+    rewrite(tmp_path, lambda tensors: {name: t for name, t in tensors.items() if name != "lm_head.weight"})
+    refused(lambda: load_directory(tmp_path), "lacks the tensor lm_head.weight")
 
 
-def test_missing_and_broken_files(directory: Path, load_directory: Any) -> None:
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    content = single.read_bytes()
-    single.write_bytes(content[: len(content) // 2])
-    refused(lambda: load_directory(directory), str(single), "corrupt")
-    single.rename(directory / "weights.safetensors").write_bytes(content)
-    refused(lambda: load_directory(directory), "neither model.safetensors nor model.safetensors.index.json")
-    for broken in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"model.norm.weight": 3}}', "\udcff"):
-        index.write_bytes(broken.encode("utf-8", "surrogateescape"))
-        refused(lambda: load_directory(directory), str(index), "weight_map")
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "part-2.safetensors"}}))
-    refused(lambda: load_directory(directory), str(index), "part-2.safetensors")
+@pytest.mark.parametrize(("stored", "expected"), [("int8", "I8"), ("float8_e4m3fn", "F8_E4M3"), ("int64", "I64")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_quantized_tensor_is_named(
+    name: str, stored: str, expected: str, directory: Path, load_directory: Any
+) -> None:
+    """Its numbers mean something only together with their scales: a silent cast would load a model of noise."""
+    rewrite(directory, lambda tensors: tensors | {name: tensors[name].to(getattr(torch, stored))})
+    refused(lambda: load_directory(directory), f"tensor {name} is stored as {expected}", "F32, F16, BF16")
 
 
 def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path: Path, load_directory: Any) -> None:
@@ -226,20 +240,20 @@ def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path: P
     refused(lambda: load_decoder(resolve_checkpoint("random:moe-small"), torch.float32, "cpu"), "qwen3_moe")
 
 
-def test_a_tensor_is_let_go_before_the_next_is_read() -> None:
+def test_a_tensor_is_freed_before_the_next_is_read() -> None:
     reference = small_model("llama", seed=1)
-    alive: list[weakref.ref] = []
+    tensors, alive = dict(reference.named_parameters()), list[weakref.ref]()
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in reference.named_parameters():
+    class Watched(Recorder):
+        def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
             held = sum(ref() is not None for ref in alive)
             assert held <= 1, f"{held} tensors are held while {name} is read: two models in memory. {WHERE}"
-            tensor = parameter.detach().clone()
+            tensor = tensors[name].detach().clone()
             alive.append(weakref.ref(tensor))
-            yield name, tensor
-            del tensor
+            return tensor
 
-    fill_parameters(DecoderModel(reference.config), tensors(), "a test")
+    load_layers(DecoderModel(reference.config), Watched())
+    assert len(alive) == len(tensors), f"expected {len(tensors)} tensors to be read, got {len(alive)}"
 
 
 @pytest.fixture
@@ -254,25 +268,9 @@ def test_random_weights_are_part_1s(nano: str, dtype: torch.dtype, dense_attend:
     found = resolve_checkpoint(nano)
     reference, model, again = load_model(found, dtype, "cpu"), *(load_decoder(found, dtype, "cpu") for _ in range(2))
     same_parameters(again, model, "the same preset loaded twice")
-    expected = dict(reference.named_parameters())
-    for name, place in parameter_places(model).items():
-        assert torch.equal(place, expected[name]), f"{nano}: {name} differs from part 1's model. {WHERE}"
     token_ids, positions = torch.arange(100, 120), torch.arange(20)
-    got, wanted = model.compute_logits(model(token_ids, positions, dense_attend([20]))), reference(token_ids[None])
-    difference = float((got - wanted.logits[0].float()).abs().max())
+    logits, wanted = model.compute_logits(model(token_ids, positions, dense_attend([20]))), reference(token_ids[None])
+    difference = float((logits - wanted.logits[0].float()).abs().max())
     assert difference < (1e-4 if dtype == torch.float32 else 0.05), (
         f"{nano}: logits differ by {difference:.2e}. {WHERE}"
     )
-
-
-def test_random_weights_are_not_held_twice(nano: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = []
-
-    def recording(*arguments: Any) -> Any:
-        sources.append(load_model(*arguments))
-        return sources[-1]
-
-    monkeypatch.setattr(weights, "load_model", recording)
-    load_decoder(resolve_checkpoint(nano), torch.float32, "cpu")
-    left = sum(parameter.numel() for parameter in sources[0].parameters())
-    assert left == 0, f"{left} numbers of transformers' model are still held: look at worker/weights.py::random_tensors"

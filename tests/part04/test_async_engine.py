@@ -1,4 +1,4 @@
-"""AsyncLLM: streams, abort, failure and shutdown, with a model that takes a step only when it is told to."""
+"""AsyncLLM: streams, abort, failure and shutdown, with a worker that takes a step only when it is told to."""
 
 from __future__ import annotations
 
@@ -7,70 +7,68 @@ import functools
 import random
 import threading
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from common.errors import FieldError
-from common.outputs import CompletionOutput
+from common.outputs import CompletionOutput, join_outputs
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError, QueueFullError
 from part04_continuous_batching.api.async_engine import AsyncLLM, RequestStream
-from part04_continuous_batching.core.block_manager import BlockManager
-from part04_continuous_batching.core.engine import LLMEngine, join_outputs
-from part04_continuous_batching.core.request import Request
+from part04_continuous_batching.config import EngineConfig
+from part04_continuous_batching.core.engine import LLMEngine
+from part04_continuous_batching.messages import StepInput, StepOutput
 from tests.async_checks import DEADLINE_S, read_error, shut_down_at_the_end, until, within_deadline
+from tests.part04.scripted import ScriptedWorker
 
 LOOK_QUEUE = 'Look at api/async_engine.py::AsyncLLM.generate; README "Between two threads".'
 LOOK_ABORT = 'Look at api/async_engine.py::AsyncLLM.abort and _take_inbox; README "Between two threads".'
 LOOK_STREAM = 'Look at api/async_engine.py::RequestStream; README "Between two threads".'
 LOOK_RUN = 'Look at api/async_engine.py::AsyncLLM._run and _deliver; README "Between two threads".'
-LOOK_FAIL = 'Look at api/async_engine.py::AsyncLLM._run and _fail; README "Between two threads".'
+LOOK_FAIL = (
+    "Look at api/async_engine.py::AsyncLLM._step and _deliver, and core/engine.py::LLMEngine.fail; "
+    'README "Between two threads".'
+)
 LOOK_SHUTDOWN = 'Look at api/async_engine.py::AsyncLLM.shutdown; README "Between two threads".'
 NUM_TOKENS = 6  # of an answer, and of a prompt
-MakeEngine = Callable[..., LLMEngine]
+MakeConfig = Callable[..., EngineConfig]
 
 
-def next_token(token_ids: list[int]) -> int:
-    """The scripted model: an ordinary word out of all tokens so far."""
-    return 1_000 + zlib.crc32(str(token_ids).encode()) % 1_000
+def next_token(token_ids: Sequence[int]) -> int:
+    """The scripted model: an ordinary word that depends on all tokens so far."""
+    return 1_000 + zlib.crc32(str(list(token_ids)).encode()) % 1_000
 
 
 class Gate:
-    """Stands in the model's place: each step waits for a permit, and the tokens follow the script."""
+    """In the worker's place: each step waits for a permit, and the tokens follow the script."""
 
-    def __init__(self, engine: LLMEngine) -> None:
-        self.vocab_size, self.tokenizer = engine.vocab_size, engine.tokenizer
+    def __init__(self, engine: AsyncLLM) -> None:
+        self.scheduler, self.tokenizer = engine.engine.scheduler, engine.tokenizer
+        self.worker = ScriptedWorker(engine.block_size, next_token)
         self.permits = threading.Semaphore(0)
         self.is_open = False
-        self.begun: list[list[str]] = []  # of each step: who is in it
-        self.num_done = 0
+        self.begun: list[list[str]] = []  # the requests of each step
         self.threads: set[str] = set()
-        self.error: Exception | None = None  # raised by the next step
-        engine.runner.execute = self.execute  # type: ignore[method-assign]
+        self.errors: list[Exception] = []  # raised by the next steps
+        engine.engine.executor.execute = self.execute  # type: ignore[method-assign]
 
-    def execute(self, requests: list[Request], blocks: BlockManager) -> Tensor:
+    def execute(self, step: StepInput) -> StepOutput:
         self.threads.add(threading.current_thread().name)
-        self.begun.append([request.request_id for request in requests])
+        by_row = {request.row: request.request_id for request in self.scheduler.running}
+        self.begun.append([by_row[request.row] for request in step.requests])
         if not self.is_open and not self.permits.acquire(timeout=DEADLINE_S):
             raise TimeoutError("no permit for this step; did this run on the event loop's thread?")
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-        logits = torch.zeros(len(requests), self.vocab_size)
-        for row, request in zip(logits, requests, strict=True):
-            row[next_token(request.token_ids)] = 10.0
-        self.num_done += 1
-        return logits
+        if self.errors:
+            raise self.errors.pop(0)
+        return self.worker.execute(step)
 
     def allow(self, num_steps: int) -> None:
         self.permits.release(num_steps)
 
     def open(self) -> None:
-        """As many steps as anybody wants, from now on."""
+        """From now on no step waits."""
         self.is_open = True
         self.permits.release()
 
@@ -86,14 +84,14 @@ def prompt_of(name: int) -> list[int]:
     return [100 + name] * NUM_TOKENS
 
 
-def on_an_event_loop(max_queued_requests: int = 64, **flags: Any) -> Callable:
+def on_an_event_loop(**flags: Any) -> Callable:
     """The decorated coroutine is a test; it gets a Gate and a running AsyncLLM behind it, which always end."""
 
-    def decorate(test: Callable[[Gate, AsyncLLM], Awaitable[None]]) -> Callable[[MakeEngine], None]:
+    def decorate(test: Callable[[Gate, AsyncLLM], Awaitable[None]]) -> Callable[[MakeConfig], None]:
         @functools.wraps(test)
-        def run(make_engine: MakeEngine) -> None:
-            inner = make_engine(**flags)
-            gate, engine = Gate(inner), AsyncLLM(inner, max_queued_requests)
+        def run(make_config: MakeConfig) -> None:
+            engine = AsyncLLM(make_config(**flags))
+            gate = Gate(engine)
 
             async def start_and_test() -> None:
                 engine.start()
@@ -134,7 +132,7 @@ async def tokens_and_error(stream: RequestStream, what: str) -> tuple[list[int],
 
 
 async def until_idle(engine: AsyncLLM) -> None:
-    """Nobody runs, nobody waits, nothing is held: also nothing that nobody would ever be told about."""
+    """No request runs or waits, no block is held, and no stream is open that would never end."""
     inner = engine.engine
     await until(lambda: not inner.has_unfinished_requests, f"the engine to become idle. {LOOK_ABORT}")
     await until(lambda: not engine._streams, f"no open streams, got {list(engine._streams)}. {LOOK_RUN}")
@@ -176,14 +174,14 @@ async def test_each_reader_gets_its_own_answer(gate: Gate, engine: AsyncLLM) -> 
 
 
 @on_an_event_loop(max_num_seqs=4)
-async def test_who_comes_during_a_step_joins_the_next(gate: Gate, engine: AsyncLLM) -> None:
+async def test_a_request_that_arrives_during_a_step_joins_the_next(gate: Gate, engine: AsyncLLM) -> None:
     first = generate(engine, 1)
     await until(lambda: gate.begun, f"the first step to begin. {LOOK_RUN}")
     second = generate(engine, 2)
     gate.allow(1)
     await until(lambda: len(gate.begun) == 2, f"the second step to begin. {LOOK_RUN}")
     expected = [[first.request_id], [first.request_id, second.request_id]]
-    assert gate.begun == expected, f"who was in which step: expected {expected}, got {gate.begun}. {LOOK_QUEUE}"
+    assert gate.begun == expected, f"the requests of each step: expected {expected}, got {gate.begun}. {LOOK_QUEUE}"
     gate.open()
     assert await read(second, "the second request") == gate.answer(2)
 
@@ -197,13 +195,13 @@ async def test_an_idle_engine_takes_no_steps(gate: Gate, engine: AsyncLLM) -> No
     engine.abort(generate(engine, 4))
     await until_idle(engine)
     await asyncio.sleep(0.02)
-    assert [] not in gate.begun, f"a step with nobody in it: {gate.begun}. {LOOK_RUN}"
+    assert [] not in gate.begun, f"a step without a request: {gate.begun}. {LOOK_RUN}"
     assert len(gate.begun) <= 3 * NUM_TOKENS + 1, f"an idle engine has taken steps: {gate.begun}. {LOOK_RUN}"
 
 
 @on_an_event_loop()
 async def test_a_slow_reader_finds_one_output(gate: Gate, engine: AsyncLLM) -> None:
-    """What came since its last look, merged: tokens, text, logprobs, and how it ended."""
+    """What arrived since it last looked, joined: tokens, text, logprobs, and how it ended."""
     text, token_ids = gate.answer(3, 12)
     stream = generate(engine, 3, max_tokens=12, logprobs=1)
     gate.allow(2)
@@ -233,7 +231,7 @@ async def drain(outputs: Any) -> list[CompletionOutput]:
 
 
 @on_an_event_loop(block_size=4, num_kv_blocks=1 + 9)
-async def test_a_preempted_stream_shows_nothing_twice(gate: Gate, engine: AsyncLLM) -> None:
+async def test_a_preempted_request_streams_no_token_twice(gate: Gate, engine: AsyncLLM) -> None:
     names = range(4)
     streams = [generate(engine, name, max_tokens=24) for name in names]
     gate.open()
@@ -249,8 +247,8 @@ async def test_a_preempted_stream_shows_nothing_twice(gate: Gate, engine: AsyncL
 
 
 @pytest.mark.parametrize("max_queued_requests", [0, 2])
-def test_the_queue_is_bounded(make_engine: MakeEngine, max_queued_requests: int) -> None:
-    @on_an_event_loop(max_queued_requests, max_num_seqs=2)
+def test_the_queue_is_bounded(make_config: MakeConfig, max_queued_requests: int) -> None:
+    @on_an_event_loop(max_queued_requests=max_queued_requests, max_num_seqs=2)
     async def check(gate: Gate, engine: AsyncLLM) -> None:
         limit = f"max_num_seqs=2, max_queued_requests={max_queued_requests}"
         streams = [generate(engine, name) for name in range(2 + max_queued_requests)]
@@ -265,7 +263,7 @@ def test_the_queue_is_bounded(make_engine: MakeEngine, max_queued_requests: int)
         try:
             streams.append(generate(engine, 60))
         except QueueFullError:
-            pytest.fail(f"{limit}: a request was aborted, and its place is not free. {LOOK_ABORT}")
+            pytest.fail(f"{limit}: a request was aborted, and still counts. {LOOK_ABORT}")
         with pytest.raises(QueueFullError):
             generate(engine, 52)
         gate.open()
@@ -275,11 +273,11 @@ def test_the_queue_is_bounded(make_engine: MakeEngine, max_queued_requests: int)
         await until_idle(engine)
         assert await read(generate(engine, 70), "a request when there is room again") == gate.answer(70)
 
-    check(make_engine)
+    check(make_config)
 
 
 @on_an_event_loop(max_num_seqs=1, max_queued_requests=0)
-async def test_who_has_the_whole_answer_may_ask_again_at_once(gate: Gate, engine: AsyncLLM) -> None:
+async def test_a_reader_with_the_whole_answer_may_ask_again_at_once(gate: Gate, engine: AsyncLLM) -> None:
     """The request has ended when its reader gets the last output, not some time later."""
     gate.open()
     for name in range(4):
@@ -304,8 +302,8 @@ async def test_what_can_never_be_served_is_refused_at_once(gate: Gate, engine: A
 
 
 @pytest.mark.parametrize("state", ["in the inbox", "waiting", "running", "preempted", "ended"])
-def test_abort_wherever_it_is(make_engine: MakeEngine, state: str) -> None:
-    """Its name is 1. Four blocks of 4 let two prompts of 6 in; when both have nine tokens, it has to leave."""
+def test_abort_wherever_it_is(make_config: MakeConfig, state: str) -> None:
+    """It is request 1. Four blocks of 4 let two prompts of 6 in; when both have nine tokens, it is preempted."""
     flags: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 1 + (4 if state == "preempted" else 100)}
     if state == "waiting":
         flags["max_num_seqs"] = 1
@@ -324,7 +322,7 @@ def test_abort_wherever_it_is(make_engine: MakeEngine, state: str) -> None:
         elif state == "preempted":
             gate.allow(4)
             await until(lambda: len(gate.begun) == 5, f"the fifth step to begin. {LOOK_RUN}")
-            assert name in gate.begun[0] and name not in gate.begun[-1], f"1 must have left: {gate.begun}"
+            assert name in gate.begun[0] and name not in gate.begun[-1], f"1 must have been preempted: {gate.begun}"
         elif state == "ended":
             gate.allow(2)
             assert await read(stream, "the request") == gate.answer(1, 2)
@@ -334,21 +332,23 @@ def test_abort_wherever_it_is(make_engine: MakeEngine, state: str) -> None:
         num_begun = len(gate.begun)
         gate.open()
         for number, other in ((0, first), (2, last)):
-            got, expected = await read(other, f"request {number}, which nobody aborted"), gate.answer(number, 10)
+            got, expected = await read(other, f"request {number}, which was not aborted"), gate.answer(number, 10)
             assert got == expected, f"1 was aborted, {state}: request {number} expects {expected}, got {got}."
         await until_idle(engine)
-        late = [step for step in gate.begun[num_begun:] if name in step]
-        assert not late, f"aborted, {state}: it leaves before the next step, and was in {len(late)} more. {LOOK_ABORT}"
+        later = [step for step in gate.begun[num_begun:] if name in step]
+        assert not later, (
+            f"aborted, {state}: it leaves before the next step, and was in {len(later)} more. {LOOK_ABORT}"
+        )
         again = generate(engine, 3)
         engine.abort(stream)
         assert await read(again, "a later request") == gate.answer(3), f"an old abort hit a new request. {LOOK_ABORT}"
 
-    check(make_engine)
+    check(make_config)
 
 
 @on_an_event_loop(block_size=4, num_kv_blocks=1 + 16, max_num_seqs=5, max_queued_requests=100)
 async def test_many_requests_and_aborts(gate: Gate, engine: AsyncLLM) -> None:
-    """Whenever an abort comes: what was read is right, and nothing stays."""
+    """Whenever an abort arrives: what was read is right, and nothing remains."""
     rng, gate.is_open = random.Random(0), True
 
     async def use(name: int) -> None:
@@ -373,37 +373,45 @@ async def test_many_requests_and_aborts(gate: Gate, engine: AsyncLLM) -> None:
 # Failure
 
 
-@pytest.mark.parametrize("where", ["runner.execute", "sampler.sample", "scheduler.schedule", "_append"])
-def test_a_failed_step_fails_those_in_it(make_engine: MakeEngine, where: str) -> None:
-    """Also one that ends in this very step, before the other one fails. Those who wait have lost nothing."""
+FAIL_AT = ["executor.execute", "scheduler.schedule", "_append"]
+
+
+@pytest.mark.parametrize("where", FAIL_AT)
+def test_a_failed_step_fails_all_requests_in_the_engine(make_config: MakeConfig, where: str) -> None:
+    """Running and waiting ones, and one that would have ended in this very step. One in the inbox is not in yet."""
 
     @on_an_event_loop(max_num_seqs=2)
     async def check(gate: Gate, engine: AsyncLLM) -> None:
         streams = [generate(engine, name, max_tokens=3 if name == 0 else 9) for name in range(4)]
         gate.allow(2)
         await until(lambda: len(gate.begun) == 3, f"the third step to begin. {LOOK_RUN}")
-        if where == "runner.execute":  # which has begun
-            gate.error = ZeroDivisionError("the cat sat on it")
+        if where == "executor.execute":  # which has begun
+            gate.errors.append(ZeroDivisionError("the cat sat on it"))
         else:
             fail_in(engine.engine, where, call=2 if where == "_append" else 1)
         late = generate(engine, 4)
+        is_next_step = where == "scheduler.schedule"  # the fourth: by then request 4 is in the engine, 0 has ended
         gate.open()
-        for name in (0, 1):
-            if where == "scheduler.schedule" and name == 0:  # by then it has ended
+        for name in range(4):
+            if is_next_step and name == 0:
                 assert await read(streams[0], "request 0") == gate.answer(0, 3)
                 continue
-            token_ids, message = await tokens_and_error(streams[name], f"request {name}, which was in the step")
-            expected = gate.answer(name, 9)[1][: 3 if where == "scheduler.schedule" else 2]
+            token_ids, message = await tokens_and_error(streams[name], f"request {name}, which was in the engine")
+            num_tokens = 0 if name > 1 else 3 if is_next_step else 2
+            expected = gate.answer(name, 9)[1][:num_tokens]
             assert token_ids == expected, f"{where}, request {name}: before, {expected}; got {token_ids}. {LOOK_FAIL}"
-            for word in ("ZeroDivisionError", "the cat sat on it"):
-                assert word in message, f"the error names the cause: expected {word!r} in {message!r}. {LOOK_FAIL}"
-        for name, stream in ((2, streams[2]), (3, streams[3])):
-            assert await read(stream, f"request {name}, which waited") == gate.answer(name, 9), f"{where}. {LOOK_FAIL}"
-        assert await read(late, "the request in the inbox") == gate.answer(4), f"{where}. {LOOK_FAIL}"
+            assert message == "ZeroDivisionError: the cat sat on it", (
+                f"expected the cause, got {message!r}. {LOOK_FAIL}"
+            )
+        if is_next_step:
+            await tokens_and_error(late, "request 4, which was in the engine")
+        else:
+            assert await read(late, "the request in the inbox") == gate.answer(4), f"{where}. {LOOK_FAIL}"
         await until_idle(engine)
-        assert engine.is_alive, f"a failed step ended the engine's thread. {LOOK_FAIL}"
+        assert await read(generate(engine, 5), "the next request") == gate.answer(5), f"{where}. {LOOK_FAIL}"
+        assert engine.is_alive, f"one failed step ended the engine's thread. {LOOK_FAIL}"
 
-    check(make_engine)
+    check(make_config)
 
 
 def fail_in(engine: LLMEngine, where: str, call: int) -> None:
@@ -421,23 +429,57 @@ def fail_in(engine: LLMEngine, where: str, call: int) -> None:
 
 
 @on_an_event_loop(block_size=4, num_kv_blocks=1 + 4)
-async def test_a_preempted_request_outlives_a_failed_step(gate: Gate, engine: AsyncLLM) -> None:
+async def test_a_failed_step_fails_a_preempted_request_too(gate: Gate, engine: AsyncLLM) -> None:
     first, second = generate(engine, 0, max_tokens=10), generate(engine, 1, max_tokens=10)
     gate.allow(4)
     await until(lambda: len(gate.begun) == 5, f"the fifth step to begin. {LOOK_RUN}")
     assert gate.begun[-1] == [first.request_id], f"request 1 must have been preempted: {gate.begun}"
-    gate.error = ValueError("the dog ate it")
+    gate.errors.append(ValueError("the dog ate it"))
     gate.open()
-    _, message = await tokens_and_error(first, "request 0, which was in the step")
-    assert "the dog ate it" in message, f"got {message!r}. {LOOK_FAIL}"
-    got, expected = await read(second, "request 1, which waited"), gate.answer(1, 10)
-    assert got == expected, f"request 1 had waited, preempted: expected {expected}, got {got}. {LOOK_FAIL}"
+    for name, stream, num_tokens in ((0, first, 4), (1, second, 3)):
+        token_ids, message = await tokens_and_error(stream, f"request {name}, which was in the engine")
+        assert "the dog ate it" in message, f"request {name}: got {message!r}. {LOOK_FAIL}"
+        expected = gate.answer(name, num_tokens)[1]
+        assert token_ids == expected, f"request {name}: expected {expected} before, got {token_ids}. {LOOK_FAIL}"
     await until_idle(engine)
+    assert await read(generate(engine, 2, max_tokens=10), "the next request") == gate.answer(2, 10)
+
+
+@on_an_event_loop(max_num_seqs=1)
+async def test_two_failed_steps_in_a_row_end_the_engine(gate: Gate, engine: AsyncLLM) -> None:
+    """All streams get the cause, also those that arrive in between, and so does every request afterwards."""
+    streams = [generate(engine, name) for name in range(3)]
+    await until(lambda: gate.begun, f"the first step to begin. {LOOK_RUN}")
+    gate.errors += [ZeroDivisionError("the cat sat on it"), ValueError("the dog ate it")]
+    late = [generate(engine, name) for name in (3, 4)]
+    gate.open()
+    for name, stream in enumerate(streams):
+        token_ids, message = await tokens_and_error(stream, f"request {name}, which was in the engine")
+        assert (token_ids, message) == ([], "ZeroDivisionError: the cat sat on it"), f"got {message!r}. {LOOK_FAIL}"
+    for stream in late:
+        _, message = await tokens_and_error(stream, "a request of the second step")
+        assert "the dog ate it" in message, f"expected the second step's cause, got {message!r}. {LOOK_FAIL}"
+    await until(lambda: not engine._thread.is_alive(), f"the engine's thread to end. {LOOK_FAIL}")
+    expected = "two steps in a row failed, the second with ValueError: the dog ate it"
+    assert engine.cause_of_death == expected and not engine.is_alive, f"got {engine.cause_of_death!r}. {LOOK_FAIL}"
+    with pytest.raises(GenerationError, match="the dog ate it"):
+        generate(engine, 5)
+    assert len(gate.begun) == 2, f"a dead engine takes no steps: {gate.begun}. {LOOK_FAIL}"
+
+
+@on_an_event_loop(max_num_seqs=1)
+async def test_a_good_step_between_two_failed_ones_keeps_the_engine_alive(gate: Gate, engine: AsyncLLM) -> None:
+    gate.is_open = True
+    for name in range(3):
+        gate.errors.append(ValueError("the dog ate it"))
+        await tokens_and_error(generate(engine, name), f"request {name}, whose first step fails")
+        assert await read(generate(engine, name), "the next request") == gate.answer(name), f"{LOOK_FAIL}"
+    assert engine.is_alive, f"three failed steps, none after another: {engine.cause_of_death}. {LOOK_FAIL}"
 
 
 @on_an_event_loop()
 async def test_a_reader_whose_event_loop_is_closed(gate: Gate, engine: AsyncLLM) -> None:
-    """Its outputs go nowhere; the engine's thread goes on."""
+    """Its outputs are dropped; the engine's thread goes on."""
 
     async def ask() -> None:
         generate(engine, 1)
@@ -470,7 +512,7 @@ async def test_stats(gate: Gate, engine: AsyncLLM) -> None:
 
 
 @on_an_event_loop(max_num_seqs=2)
-async def test_shutdown_ends_what_runs_and_waits(gate: Gate, engine: AsyncLLM) -> None:
+async def test_shutdown_ends_running_and_waiting_requests(gate: Gate, engine: AsyncLLM) -> None:
     streams = [generate(engine, name, max_tokens=1_000) for name in range(4)]
     gate.allow(1)
     await until(lambda: len(gate.begun) == 2, f"the second step to begin. {LOOK_RUN}")
@@ -488,7 +530,7 @@ async def test_shutdown_ends_what_runs_and_waits(gate: Gate, engine: AsyncLLM) -
     assert len(gate.begun) == 2, f"shutdown takes no more steps: {len(gate.begun) - 2} more. {LOOK_SHUTDOWN}"
     blocks = engine.engine.blocks
     assert blocks.num_used_blocks == 0 and not engine.engine.has_unfinished_requests, (
-        f"something stays. {LOOK_SHUTDOWN}"
+        f"requests or blocks remain after shutdown. {LOOK_SHUTDOWN}"
     )
 
 

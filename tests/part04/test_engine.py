@@ -1,4 +1,4 @@
-"""LLMEngine and LLM: whoever joins, leaves or is thrown out, an answer stays the same and the blocks add up."""
+"""LLMEngine and LLM: whichever requests join, end or are preempted, an answer stays the same and the blocks add up."""
 
 from __future__ import annotations
 
@@ -7,34 +7,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from common.errors import FieldError
-from common.outputs import CompletionOutput
+from common.outputs import CompletionOutput, join_outputs
 from common.sampling_params import SamplingParams
 from common.testing import assert_same_greedy, reference_greedy
-from part04_continuous_batching.core.block_manager import BlockManager
-from part04_continuous_batching.core.engine import LLM, LLMEngine, join_outputs
+from part04_continuous_batching.api.output_processor import OutputProcessor
+from part04_continuous_batching.core.engine import LLMEngine
 from part04_continuous_batching.core.request import Request, RequestStatus
 from part04_continuous_batching.lab.static_batches import use_static_batches
+from part04_continuous_batching.lab.step_times import PARTS, step_timer
+from part04_continuous_batching.llm import LLM
+from part04_continuous_batching.messages import EngineCoreOutput, NewRequest, ScheduledRequest, StepInput, StepOutput
+from part04_continuous_batching.worker.model_runner import ModelRunner
+from part04_continuous_batching.worker.sampler import SamplerOutput, SamplingState
 
-LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner.execute and _metadata; README "One pass for both kinds".'
+LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner._prepare and _metadata; README "One pass for both kinds".'
 LOOK_PASS = (
     'Look at worker/model_runner.py::ModelRunner._metadata and worker/attention.py; README "One pass for both kinds".'
 )
-LOOK_UPDATE = 'Look at core/engine.py::LLMEngine._update; README "One number for all work".'
+LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "One number for all work".'
 LOOK_STEP = 'Look at core/engine.py::LLMEngine.step and core/scheduler.py; README "The idea".'
+LOOK_FAIL = (
+    'Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset; README "Between two threads".'
+)
 LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README "The running come first".'
 LOOK_KEPT = (
     "Look at what a preempted request keeps, core/scheduler.py::Scheduler.preempt, and at worker/sampler.py::Sampler; "
     'README "One pass for both kinds".'
 )
 LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "Between two threads".'
-LOOK_CHECK = 'Look at core/engine.py::LLMEngine.__init__ and check_request; README "Who may join".'
-LOOK_STOP = 'Look at core/engine.py::LLMEngine._append and check_stop; README of part 1, "When to stop".'
-LOOK_LLM = "Look at core/engine.py::LLM.generate."
+LOOK_CHECK = 'Look at core/validation.py::check_request and config.py::resolve_config; README "Who may join".'
+LOOK_STOP = (
+    'Look at core/engine.py::LLMEngine._append and core/request.py::check_stop; README of part 1, "When to stop".'
+)
+LOOK_LLM = "Look at llm.py::LLM.generate."
 MAX_STEPS = 1_000  # far more than any of these tests needs
 
 MakeEngine = Callable[..., LLMEngine]
@@ -46,12 +57,16 @@ def greedy(num_tokens: int, **fields: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "max_tokens": num_tokens, "ignore_eos": True, **fields})
 
 
+def runner_of(engine: LLMEngine) -> ModelRunner:
+    return engine.executor.worker.runner
+
+
 def ids(requests: Sequence[Request]) -> list[str]:
     return [request.request_id for request in requests]
 
 
 def check_invariant(engine: LLMEngine, where: str) -> None:
-    """Between two steps: the blocks add up, nobody shares one, and who runs lacks the newest token alone."""
+    """Between two steps: the blocks add up, no two requests share one, and a running request has one new token."""
     blocks, scheduler = engine.blocks, engine.scheduler
     used, free, total = blocks.num_used_blocks, blocks.num_free_blocks, blocks.num_blocks - 1
     assert used + free == total, f"{where}: used {used} + free {free} blocks, expected {total} together. {LOOK_STEP}"
@@ -65,7 +80,7 @@ def check_invariant(engine: LLMEngine, where: str) -> None:
         name, expected = request.request_id, request.num_tokens - 1
         assert request.num_computed_tokens == expected, (
             f"{where}: request {name} has {request.num_tokens} tokens, the newest has just been sampled: expected "
-            f"num_computed_tokens {expected}, got {request.num_computed_tokens}. {LOOK_UPDATE}"
+            f"num_computed_tokens {expected}, got {request.num_computed_tokens}. {LOOK_APPEND}"
         )
         held = len(blocks.block_tables[name])
         assert held == blocks.num_blocks_for(expected), (
@@ -73,50 +88,64 @@ def check_invariant(engine: LLMEngine, where: str) -> None:
             f"{blocks.num_blocks_for(expected)} blocks, got {held}. {LOOK_STEP}"
         )
         assert request.status is RequestStatus.RUNNING, (
-            f"{where}: request {name} is still among the running, as {request.status}: who ends leaves at once. "
-            f"{LOOK_UPDATE}"
+            f"{where}: request {name} is still among the running, as {request.status!r}: a request that ends leaves at "
+            f"once. "
+            f"{LOOK_APPEND}"
         )
+    rows = [*scheduler.free_rows, *(request.row for request in scheduler.running)]
+    assert sorted(rows) == list(range(scheduler.max_num_seqs)), (  # type: ignore[type-var]
+        f"{where}: each row is free or has one owner: free {scheduler.free_rows}, all {rows}. {LOOK_STEP}"
+    )
     for request in scheduler.waiting:
-        state = (request.status, request.num_computed_tokens)
-        assert state == (RequestStatus.WAITING, 0), f"{where}: {request.request_id} waits as {state}. {LOOK_PREEMPT}"
+        state = (request.status, request.num_computed_tokens, request.row)
+        status = RequestStatus.PREEMPTED if request.output_token_ids else RequestStatus.WAITING
+        assert state == (status, 0, None), f"{where}: {request.request_id} waits as {state}. {LOOK_PREEMPT}"
 
 
 @dataclass
 class Run:
-    """What came of stepping until nothing was left: an answer for each request, and whose outputs each step gave."""
+    """What came of stepping until nothing was left: each request's outputs as one, and the requests of each step."""
 
-    answers: dict[str, CompletionOutput]
+    answers: dict[str, EngineCoreOutput]
     batches: list[list[str]]
 
 
+def merge(pieces: list[EngineCoreOutput]) -> EngineCoreOutput:
+    """The outputs of one request as one."""
+    token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
+    logprobs = [entry for piece in pieces for entry in piece.logprobs or []]
+    return msgspec.structs.replace(pieces[-1], token_ids=token_ids, logprobs=logprobs or None)
+
+
 def finish(engine: LLMEngine, on_step: Callable[[int], object] = lambda number: None) -> Run:
-    """Step until nothing is left; on_step(number) is called before each step and may return True: somebody comes."""
-    pieces: dict[str, list[CompletionOutput]] = {}
+    """Step until nothing is left. on_step(number) is called before each step; True means that a request is to come."""
+    pieces: dict[str, list[EngineCoreOutput]] = {}
     batches: list[list[str]] = []
     while on_step(len(batches)) or engine.has_unfinished_requests:
         number = len(batches)
         where = f"after step {number}"
-        assert number < MAX_STEPS, f"{number} steps, and {ids(engine.scheduler.running)} still run. {LOOK_UPDATE}"
+        assert number < MAX_STEPS, f"{number} steps, and {ids(engine.scheduler.running)} still run. {LOOK_APPEND}"
         outputs = engine.step() if engine.has_unfinished_requests else []
         assert outputs or not engine.has_unfinished_requests, f"{where}: no output, though some wait. {LOOK_STEP}"
-        for request_id, output in outputs:
-            assert len(output.token_ids) == 1, f"{where}: a step gives one token a request, got {output}. {LOOK_UPDATE}"
+        for output in outputs:
+            request_id = output.request_id
+            assert len(output.token_ids) == 1, f"{where}: a step gives one token a request, got {output}. {LOOK_APPEND}"
             before = pieces.setdefault(request_id, [])
             assert not before or before[-1].finish_reason is None, (
-                f"{where}: request {request_id} had ended and got another token. Who ends leaves at once. {LOOK_UPDATE}"
+                f"{where}: request {request_id} had ended and got another token. {LOOK_APPEND}"
             )
             before.append(output)
         check_invariant(engine, where)
-        batches.append([request_id for request_id, _ in outputs])
+        batches.append([output.request_id for output in outputs])
     blocks = engine.blocks
     assert blocks.num_free_blocks == blocks.num_blocks - 1, (
-        f"all have ended: expected {blocks.num_blocks - 1} free blocks, got {blocks.num_free_blocks}. {LOOK_UPDATE}"
+        f"all have ended: expected {blocks.num_blocks - 1} free blocks, got {blocks.num_free_blocks}. {LOOK_APPEND}"
     )
-    return Run({request_id: join_outputs(outputs) for request_id, outputs in pieces.items()}, batches)
+    return Run({request_id: merge(outputs) for request_id, outputs in pieces.items()}, batches)
 
 
 class Lost:
-    """Counts the keys and values that preemptions threw away."""
+    """Counts the positions whose keys and values were lost by preemption."""
 
     def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_tokens = 0
@@ -133,7 +162,7 @@ class Lost:
 
 LENGTHS = [17, 1, 2, 33, 15, 16, 60, 1, 31, 5]
 MAX_TOKENS = [12, 9, 3, 10, 1, 12, 5, 12, 9, 10]
-ARRIVALS = [0, 0, 1, 2, 2, 3, 7, 8, 8, 30]  # at which step each comes; by 30 some pools are idle again
+ARRIVALS = [0, 0, 1, 2, 2, 3, 7, 8, 8, 30]  # the step at which each arrives; by 30 some pools are idle again
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +185,7 @@ def expected_tokens(reference: Any, prompt_of: PromptOf) -> list[list[int]]:
     ],
     ids=str,
 )
-def test_greedy_equals_transformers_whenever_a_request_comes(
+def test_greedy_equals_transformers_whenever_a_request_arrives(
     make_engine: MakeEngine,
     reference: Any,
     prompt_of: PromptOf,
@@ -202,7 +231,7 @@ def test_static_and_continuous(
     )
     if not is_static:
         batches = [["0", "1", "2", "3"]] * 2 + [["3", "4", "5", "6"]] * 2 + [["3", "7"]] * 16 + [["7"]] * 4
-        assert got.batches == batches, f"whose outputs each step gave: expected {batches}, got {got.batches}."
+        assert got.batches == batches, f"the requests of each step: expected {batches}, got {got.batches}. {LOOK_STEP}"
     for number, alone in enumerate(llm.generate(prompts, each)):
         tokens = got.answers[str(number)].token_ids
         assert tokens == alone.outputs[0].token_ids, (
@@ -210,7 +239,7 @@ def test_static_and_continuous(
         )
 
 
-def test_who_comes_joins_the_next_step_and_who_ends_leaves_at_once(
+def test_a_request_joins_the_next_step_and_leaves_as_soon_as_it_ends(
     make_engine: MakeEngine, prompt_of: PromptOf
 ) -> None:
     engine = make_engine(max_num_seqs=2)
@@ -225,8 +254,8 @@ def test_who_comes_joins_the_next_step_and_who_ends_leaves_at_once(
     got = finish(engine, arrive).batches
     expected = [["a"], ["a"], ["a", "b"], ["a", "b"], ["a", "c"], ["c"], ["c"]]
     assert got == expected, (
-        f"two slots; a (5 tokens) comes at step 0, b (2) at step 2, c (3) at step 3: whose outputs each step gave, "
-        f"expected {expected}, got {got}. {LOOK_UPDATE}"
+        f"two slots; a (5 tokens) arrives at step 0, b (2) at step 2, c (3) at step 3: the requests of each step, "
+        f"expected {expected}, got {got}. {LOOK_APPEND}"
     )
 
 
@@ -242,35 +271,40 @@ def test_an_idle_engine_has_nothing_to_do(make_engine: MakeEngine, prompt_of: Pr
     assert engine.num_steps == 2, f"idle steps are none: expected 2 in all, got {engine.num_steps}. {LOOK_STEP}"
 
 
-def test_the_pieces_of_an_answer(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
+def test_the_pieces_of_an_answer(make_llm: Callable[..., LLM], prompt_of: PromptOf) -> None:
     """One token a step; only the last piece says why it ended; the pieces' text is the tokens' text."""
-    engine = make_engine()
+    llm = make_llm()
+    engine, processor = llm.engine, llm.processor
     for number, count in enumerate((9, 1, 4)):
-        engine.add_request(str(number), prompt_of(7, number), greedy(count, logprobs=1 if number == 2 else None))
+        params = greedy(count, logprobs=1 if number == 2 else None)
+        processor.add_request(str(number), params)
+        engine.add_request(str(number), prompt_of(7, number), params)
     pieces: dict[str, list[CompletionOutput]] = {"0": [], "1": [], "2": []}
     while engine.has_unfinished_requests:
-        for request_id, output in engine.step():
+        answers, stopped = processor.process(engine.step())
+        assert not stopped, f"no request has a stop string, {stopped} stopped. Look at api/output_processor.py."
+        for request_id, output in answers:
             pieces[request_id].append(output)
-            assert len(pieces[request_id]) <= 9, f"request {request_id} does not end. {LOOK_UPDATE}"
+            assert len(pieces[request_id]) <= 9, f"request {request_id} does not end. {LOOK_APPEND}"
     for (request_id, outputs), count in zip(pieces.items(), (9, 1, 4), strict=True):
         reasons = [output.finish_reason for output in outputs]
         expected = [None] * (count - 1) + ["length"]
-        assert reasons == expected, f"request {request_id}: expected reasons {expected}, got {reasons}. {LOOK_UPDATE}"
-        text = engine.tokenizer.decode([output.token_ids[0] for output in outputs], skip_special_tokens=True)
+        assert reasons == expected, f"request {request_id}: expected reasons {expected}, got {reasons}. {LOOK_APPEND}"
+        text = llm.tokenizer.decode([output.token_ids[0] for output in outputs], skip_special_tokens=True)
         joined = "".join(output.text for output in outputs)
-        assert joined == text, f"request {request_id}: its tokens say {text!r}, got {joined!r}. {LOOK_UPDATE}"
+        assert joined == text, f"request {request_id}: its tokens say {text!r}, got {joined!r}. {LOOK_APPEND}"
         for output in outputs:
             has_logprobs = output.logprobs is not None and [*output.logprobs[0]][:1] == output.token_ids
-            assert has_logprobs is (request_id == "2"), f"request {request_id}: logprobs {output}. {LOOK_UPDATE}"
+            assert has_logprobs is (request_id == "2"), f"request {request_id}: logprobs {output}. {LOOK_APPEND}"
 
 
-def test_the_next_step_has_slot_and_blocks_of_who_ended(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
+def test_the_next_step_has_row_and_blocks_of_a_request_that_ended(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
     engine = make_engine(max_num_seqs=1, num_kv_blocks=1 + 2)
     for name in "ab":
         engine.add_request(name, prompt_of(30), greedy(2))
     batches = finish(engine).batches
     assert batches == [["a"], ["a"], ["b"], ["b"]], (
-        f"one slot, two blocks: a has both of them for two steps, then b. Got {batches}. {LOOK_UPDATE}"
+        f"one slot, two blocks: a has both of them for two steps, then b. Got {batches}. {LOOK_APPEND}"
     )
 
 
@@ -282,10 +316,10 @@ def test_positions_computed(make_engine: MakeEngine, prompt_of: PromptOf, block_
         engine.add_request(str(number), prompt_of(length, number), greedy(count))
     finish(engine)
     expected = sum(length + count - 1 for length, count in zip(lengths, counts, strict=True))
-    got = engine.runner.num_tokens_computed
+    got = runner_of(engine).num_tokens_computed
     assert got == expected, (
         f"prompts of {lengths}, answers of {counts}: expected sum(P + G - 1) = {expected} positions, got {got}. "
-        f"{LOOK_UPDATE}"
+        f"{LOOK_APPEND}"
     )
 
 
@@ -298,13 +332,15 @@ def test_positions_computed_with_a_preemption_by_hand(make_engine: MakeEngine, p
     kept = list(engine.scheduler.running[1].output_token_ids)
     engine.step()
     queues = (ids(engine.scheduler.running), ids(list(engine.scheduler.waiting)))
-    assert queues == (["0"], ["1"]), f"0 takes the last block, 1 goes back: (running, waiting) is {queues}. {LOOK_STEP}"
+    assert queues == (["0"], ["1"]), (
+        f"0 takes the last block, 1 is preempted: (running, waiting) is {queues}. {LOOK_STEP}"
+    )
     assert engine.scheduler.waiting[0].output_token_ids == kept, f"1 had {kept} and loses it. {LOOK_PREEMPT}"
     finish(engine)
-    counters = (engine.scheduler.num_preemptions, engine.num_steps, engine.runner.num_tokens_computed)
+    counters = (engine.scheduler.num_preemptions, engine.num_steps, runner_of(engine).num_tokens_computed)
     assert counters == (1, 6 + 5, (4 + 5) + (4 + 5 + 4)), (
-        f"(preemptions, steps, positions): expected (1, 11, 22) – request 1 computes its 4 tokens again, together with "
-        f"the one it had sampled – got {counters}. {LOOK_PREEMPT}"
+        f"(preemptions, steps, positions): expected (1, 11, 22), since request 1 computes its 4 tokens again, with "
+        f"the one it had sampled; got {counters}. {LOOK_PREEMPT}"
     )
 
 
@@ -319,9 +355,9 @@ def test_what_is_computed_again_is_what_was_lost(
     finish(engine)
     assert engine.scheduler.num_preemptions > 3, f"got {engine.scheduler.num_preemptions} preemptions. {LOOK_STEP}"
     once = sum(length + count - 1 for length, count in zip(lengths, counts, strict=True))
-    got = engine.runner.num_tokens_computed
+    got = runner_of(engine).num_tokens_computed
     assert got == once + lost.num_tokens, (
-        f"{engine.scheduler.num_preemptions} preemptions threw {lost.num_tokens} positions away: expected {once} + "
+        f"{engine.scheduler.num_preemptions} preemptions lost {lost.num_tokens} positions: expected {once} + "
         f"{lost.num_tokens} computed, got {got}. {LOOK_PREEMPT}"
     )
 
@@ -329,22 +365,39 @@ def test_what_is_computed_again_is_what_was_lost(
 # One pass for both kinds
 
 
+Pass = list[tuple[str, int, list[int], Tensor]]  # of each request: id, number of new tokens, tokens, logits
+
+
+def record_passes(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
+    """Notes what goes through the model in each step from here on."""
+    passes: list[Pass] = []
+    execute, sample = engine.executor.execute, runner_of(engine).sampler.sample
+    found: list[Tensor] = []
+
+    def record_logits(logits: Tensor, states: Sequence[SamplingState], token_rows: Tensor) -> SamplerOutput:
+        assert logits.shape == (len(states), engine.limits.vocab_size), f"got {tuple(logits.shape)}. {LOOK_PASS}"
+        assert logits.dtype is torch.float32, f"expected float32, got {logits.dtype}. {LOOK_PASS}"
+        found[:] = logits.clone()  # the sampler changes them
+        return sample(logits, states, token_rows)
+
+    def record_step(step: StepInput) -> StepOutput:
+        output = execute(step)
+        by_row = {request.row: request for request in engine.scheduler.running}
+        requests = [by_row[share.row] for share in step.requests]
+        rows = zip(requests, step.requests, found, strict=True)
+        passes.append([(r.request_id, share.num_scheduled_tokens, r.token_ids, row) for r, share, row in rows])
+        return output
+
+    monkeypatch.setattr(runner_of(engine).sampler, "sample", record_logits)
+    monkeypatch.setattr(engine.executor, "execute", record_step)
+    return passes
+
+
 def test_a_pass_over_both_kinds_gives_each_the_logits_it_gets_alone(
     make_engine: MakeEngine, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, alone = make_engine(block_size=4), make_engine()
-    passes: list[list[tuple[str, int, list[int], Tensor]]] = []  # of each: (id, lacks, tokens, logits) of each request
-    execute = engine.runner.execute
-
-    def record(requests: list[Request], blocks: BlockManager) -> Tensor:
-        logits = execute(requests, blocks)
-        assert logits.shape == (len(requests), engine.vocab_size), f"got {tuple(logits.shape)}. {LOOK_PASS}"
-        assert logits.dtype is torch.float32, f"expected float32, got {logits.dtype}. {LOOK_PASS}"
-        rows = zip(requests, logits.clone(), strict=True)  # the sampler changes them
-        passes.append([(r.request_id, r.num_tokens - r.num_computed_tokens, r.token_ids, row) for r, row in rows])
-        return logits
-
-    monkeypatch.setattr(engine.runner, "execute", record)
+    passes, alone_passes = record_passes(engine, monkeypatch), list[Tensor]()
 
     def arrive(step: int) -> bool:
         for number in {0: (0, 1, 2), 3: (3, 4), 5: (5, 6, 7)}.get(step, ()):
@@ -353,30 +406,37 @@ def test_a_pass_over_both_kinds_gives_each_the_logits_it_gets_alone(
             engine.scheduler.preempt(engine.scheduler.running[1])  # comes back in this step, before the new ones
         return step < 5
 
+    def record_alone(logits: Tensor, *rest: Any) -> SamplerOutput:
+        alone_passes.append(logits[0].clone())
+        return sample(logits, *rest)
+
     finish(engine, arrive)
-    lacks = [(name, count) for name, count, _, _ in passes[5]]
+    num_new_tokens = [(name, count) for name, count, _, _ in passes[5]]
     expected = [("0", 1), ("2", 1), ("3", 1), ("4", 1), ("1", 1 + 5), ("5", 5), ("6", 1), ("7", 4)]
-    assert lacks == expected, (
-        f"(request, tokens) of the pass that holds all kinds: {expected}, got {lacks}. {LOOK_PASS}"
+    assert num_new_tokens == expected, (
+        f"(request, tokens) of the pass that holds all kinds: {expected}, got {num_new_tokens}. {LOOK_PASS}"
     )
+    sample = runner_of(alone).sampler.sample
+    monkeypatch.setattr(runner_of(alone).sampler, "sample", record_alone)
     for number in (0, 3, 5, 6):
-        for name, lacks_tokens, token_ids, logits in passes[number]:
-            request = Request("x", token_ids, greedy(1), detokenizer=None)  # type: ignore[arg-type]
-            assert alone.blocks.allocate("x", len(token_ids))
-            expected_logits = alone.runner.execute([request], alone.blocks)[0]
-            alone.blocks.free("x")
-            difference = float((logits - expected_logits).abs().max())
+        for name, num_computed, token_ids, logits in passes[number]:
+            blocks = list(range(1, 2 + len(token_ids) // 16))
+            new = NewRequest(0, token_ids, len(token_ids), greedy(1))
+            alone.executor.execute(StepInput([new], [ScheduledRequest(0, 0, len(token_ids), blocks)]))
+            difference = float((logits - alone_passes[-1]).abs().max())
             assert difference < 1e-4, (
                 f"pass {number} over {[(n, c) for n, c, _, _ in passes[number]]} (request, tokens): the logits of "
-                f"request {name}, {lacks_tokens} of its {len(token_ids)} tokens computed here, differ by "
+                f"request {name}, {num_computed} of its {len(token_ids)} tokens computed here, differ by "
                 f"{difference:.1e} from those it gets alone. {LOOK_PASS}"
             )
 
 
 def test_what_others_left_in_the_cache_is_never_read(make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf) -> None:
-    """Every slot that a request does not own may hold anything."""
+    """Every slot that a request has not written may hold anything, those of the null block too."""
     engine = make_engine(block_size=4)
-    engine.runner.kv_cache.data[:, 1:] = torch.nan
+    attention = runner_of(engine).attention
+    assert attention is not None
+    attention.kv_cache.data.fill_(torch.nan)
     lengths = [5, 1, 18, 4]
     for number, length in enumerate(lengths):
         engine.add_request(str(number), prompt_of(length, number), greedy(6))
@@ -387,9 +447,9 @@ def test_what_others_left_in_the_cache_is_never_read(make_engine: MakeEngine, ll
         assert tokens == expected, f"prompt of {length}, NaN in the free slots: {tokens}, not {expected}. {LOOK_PASS}"
 
 
-# Interactions: what a request asks for × who shares its steps × preemption
+# Interactions: sampling params × the other requests of a step × preemption
 
-# A bias: answers of so few words repeat themselves, whatever the model, so that penalties have something to change.
+# A bias: answers of so few words repeat themselves, whatever the model, so penalties have something to change.
 TEN_WORDS = {100 + number: 40.0 for number in range(10)}
 MIXED: list[dict[str, Any]] = [
     dict(),
@@ -419,14 +479,14 @@ def mixed_alone(llm: LLM, prompt_of: PromptOf) -> list[CompletionOutput]:
 @pytest.mark.parametrize(
     "flags", [dict(), dict(block_size=4, num_kv_blocks=1 + 13), dict(max_num_seqs=3), dict(is_static=True)], ids=str
 )
-def test_neighbours_and_preemption_change_no_answer(
+def test_other_requests_and_preemption_change_no_answer(
     make_engine: MakeEngine,
     mixed_alone: list[CompletionOutput],
     prompt_of: PromptOf,
     flags: dict[str, Any],
     order: str,
 ) -> None:
-    """Penalties count tokens from before a preemption, and a seed's draws go on where they were."""
+    """Penalties count tokens from before a preemption, and a seeded draw depends on its position alone."""
     engine = make_engine(**{name: value for name, value in flags.items() if name != "is_static"})
     if "is_static" in flags:
         use_static_batches(engine)
@@ -435,15 +495,15 @@ def test_neighbours_and_preemption_change_no_answer(
         random.Random(0).shuffle(numbers)
 
     def arrive(step: int) -> bool:
-        come, numbers[:] = (numbers[:], []) if order == "at once" else (numbers[:1], numbers[1:])
-        for number in come:
+        arriving, numbers[:] = (numbers[:], []) if order == "at once" else (numbers[:1], numbers[1:])
+        for number in arriving:
             engine.add_request(str(number), prompt_of(6 + number % 3, number % 3), mixed(number))
         return bool(numbers)
 
     got = finish(engine, arrive).answers
     for number, expected in enumerate(mixed_alone):
         answer, where = got[str(number)], f"{MIXED[number]} among others with {flags}, {order}"
-        assert (answer.token_ids, answer.text) == (expected.token_ids, expected.text), (
+        assert answer.token_ids == expected.token_ids, (
             f"{where}: expected what the request gets alone, {expected.token_ids}, got {answer.token_ids}. {LOOK_KEPT}"
         )
         for entry, alone in zip(answer.logprobs or [], expected.logprobs or [], strict=True):
@@ -471,32 +531,45 @@ def test_stop_strings_in_a_batch(make_engine: MakeEngine, llm: LLM, prompt_of: P
     Some end in the beginning of one: it is held back, and shown at the end.
     """
     engine, prompts = make_engine(**flags), [prompt_of(6 + number, number) for number in range(8)]
+    processor, step, texts = OutputProcessor(llm.tokenizer), engine.step, dict[str, list[CompletionOutput]]()
     whole = [result.outputs[0].text for result in llm.generate(prompts, greedy(24))]
     stops = [text[12 + 5 * number :][:9] if number % 4 else f"{text[-4:]}¤" for number, text in enumerate(whole)]
 
     def arrive(step: int) -> bool:
         if step < len(prompts):
-            engine.add_request(str(step), prompts[step], greedy(24, stop=[stops[step]]))
+            params = greedy(24, stop=[stops[step]])
+            processor.add_request(str(step), params)
+            engine.add_request(str(step), prompts[step], params)
         return step < len(prompts)
 
-    got = finish(engine, arrive).answers
+    def step_and_process() -> list[EngineCoreOutput]:
+        outputs = step()
+        answers, stopped = processor.process(outputs)
+        engine.abort_requests(stopped)
+        for request_id, answer in answers:
+            texts.setdefault(request_id, []).append(answer)
+        return outputs
+
+    engine.step = step_and_process  # type: ignore[method-assign]
+    finish(engine, arrive)
     for number, (text, stop) in enumerate(zip(whole, stops, strict=True)):
         expected = (text[: text.find(stop)], "stop", stop) if stop in text else (text, "length", None)
-        answer = got[str(number)]
+        answer = join_outputs(texts[str(number)])
         actual = (answer.text, answer.finish_reason, answer.stop_reason)
         assert actual == expected, f"request {number}, stop={stop!r}, {flags}: {expected}, got {actual}. {LOOK_STOP}"
     assert (engine.scheduler.num_preemptions > 2) is bool(flags), f"{engine.scheduler.num_preemptions} preemptions."
 
 
-def scripted(engine: LLMEngine, token_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model wants this token, always; a second choice is token 100."""
+def want_always(engine: LLMEngine, token_id: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's likeliest token is always this one; the second is token 100."""
+    sample = runner_of(engine).sampler.sample
 
-    def execute(requests: list[Request], blocks: BlockManager) -> Tensor:
-        logits = torch.zeros(len(requests), engine.vocab_size)
+    def sample_scripted(logits: Tensor, states: Sequence[SamplingState], token_rows: Tensor) -> SamplerOutput:
+        logits.zero_()
         logits[:, token_id], logits[:, 100] = 10.0, 5.0
-        return logits
+        return sample(logits, states, token_rows)
 
-    monkeypatch.setattr(engine.runner, "execute", execute)
+    monkeypatch.setattr(runner_of(engine).sampler, "sample", sample_scripted)
 
 
 @pytest.mark.parametrize("flags", [dict(), dict(block_size=1, num_kv_blocks=1 + 20)], ids=str)
@@ -506,7 +579,7 @@ def test_how_answers_end_in_a_batch(
     """min_tokens, ignore_eos, stop tokens and the end of the context, each for its own request."""
     engine = make_engine(max_model_len=16, **flags)
     [eos] = engine.eos_token_ids
-    scripted(engine, eos, monkeypatch)
+    want_always(engine, eos, monkeypatch)
     cases: dict[str, tuple[dict[str, Any], tuple[int, str, int | None]]] = {  # fields → tokens, finish and stop reason
         "EOS": ({}, (1, "stop", None)),
         "EOS at max_tokens": ({"max_tokens": 1}, (1, "stop", None)),
@@ -535,16 +608,16 @@ def test_how_answers_end_in_a_batch(
 
 def abort(engine: LLMEngine, *request_ids: str) -> None:
     engine.abort_requests(request_ids)
-    left = ids([*engine.scheduler.running, *engine.scheduler.waiting])
+    remaining = ids([*engine.scheduler.running, *engine.scheduler.waiting])
     for request_id in request_ids:
-        assert request_id not in left, f"request {request_id} was aborted and is still there: {left}. {LOOK_ABORT}"
+        assert request_id not in remaining, f"request {request_id} was aborted, and is among {remaining}. {LOOK_ABORT}"
         assert request_id not in engine.blocks.block_tables, f"aborted request {request_id} holds blocks. {LOOK_ABORT}"
     check_invariant(engine, f"after the abort of {request_ids}")
 
 
-@pytest.mark.parametrize("which", ["0", "1", "2", "13", "0123", "ended", "nobody"])
+@pytest.mark.parametrize("which", ["0", "1", "2", "13", "0123", "ended", "unknown"])
 def test_abort_and_preemption(make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf, which: str) -> None:
-    """0 runs, 1 was preempted, 2 and 3 wait: the others never notice, and all blocks come back."""
+    """0 runs, 1 was preempted, 2 and 3 wait: the other answers stay the same, and all blocks are freed."""
     engine = make_engine(block_size=4, num_kv_blocks=1 + 3)
     prompts = [prompt_of(4, number) for number in range(4)]
     engine.add_request("ended", prompts[0], greedy(1))
@@ -555,7 +628,7 @@ def test_abort_and_preemption(make_engine: MakeEngine, llm: LLM, prompt_of: Prom
     engine.step()
     queues = (ids(engine.scheduler.running), ids(list(engine.scheduler.waiting)))
     assert queues == (["0"], ["1", "2", "3"]), f"this test needs 1 to be preempted, got {queues}. {LOOK_PREEMPT}"
-    aborted = [which] if which in ("ended", "nobody") else list(which)
+    aborted = [which] if which in ("ended", "unknown") else list(which)
     abort(engine, *aborted)
     left = [number for number in range(4) if str(number) not in aborted]
     requests = {int(r.request_id): r for r in [*engine.scheduler.running, *engine.scheduler.waiting]}
@@ -567,7 +640,7 @@ def test_abort_and_preemption(make_engine: MakeEngine, llm: LLM, prompt_of: Prom
 
 
 def test_aborts_at_random(make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf) -> None:
-    """Requests come and go in a small pool; whoever stays gets the answer it gets alone."""
+    """Requests arrive and are aborted in a small pool; each that stays gets the answer it gets alone."""
     rng, engine = random.Random(0), make_engine(block_size=4, num_kv_blocks=1 + 14, max_num_seqs=5)
     prompts = [prompt_of(rng.randint(1, 20), number) for number in range(30)]
     each = [greedy(rng.randint(1, 16)) for _ in prompts]
@@ -595,32 +668,65 @@ def test_aborts_at_random(make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf
 # Errors
 
 
+FAIL_AT = ["executor.execute", "executor.worker.runner.sampler.sample", "scheduler.schedule", "_append"]
+
+
 @pytest.mark.parametrize("at_step", [0, 1, 4])
-@pytest.mark.parametrize("where", ["runner.execute", "sampler.sample", "scheduler.schedule", "_append"])
-def test_an_error_inside_a_step(
+@pytest.mark.parametrize("where", FAIL_AT)
+def test_a_failed_step_ends_all_requests(
     make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch, where: str, at_step: int
 ) -> None:
-    """Whoever catches it aborts those in the step; then the next requests get their answers."""
+    """Those that run and those that wait; then the next request gets its answer."""
     engine = make_engine(max_num_seqs=2)
     for number in range(3):
         engine.add_request(str(number), prompt_of(5 + number, number), greedy(6))
     for _ in range(at_step):
         engine.step()
-    owner, _, name = where.rpartition(".")
+    *owners, name = where.split(".")
+    target: Any = engine
+    for owner in owners:
+        target = getattr(target, owner)
 
     def fail(*args: Any) -> None:
         raise ZeroDivisionError("the cat sat on it")
 
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(getattr(engine, owner) if owner else engine, name, fail)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as caught:
+        patch.setattr(target, name, fail)
         engine.step()
-    abort(engine, "0", "1")
-    assert engine.blocks.num_used_blocks == 0, (
-        f"{where} failed, both in the step were aborted, {engine.blocks.num_used_blocks} blocks are used. {LOOK_ABORT}"
+    outputs = engine.fail(caught.value)
+    got = {output.request_id: (output.token_ids, output.error) for output in outputs}
+    expected = dict.fromkeys("012", ([], "ZeroDivisionError: the cat sat on it"))
+    assert got == expected and len(outputs) == 3, f"{where}: expected {expected}, got {outputs}. {LOOK_FAIL}"
+    blocks = engine.blocks
+    assert (blocks.num_used_blocks, blocks.num_free_blocks) == (0, blocks.num_blocks - 1), (
+        f"{where}: {blocks.num_used_blocks} blocks are used, {blocks.num_free_blocks} are free. {LOOK_FAIL}"
     )
-    got = finish(engine).answers["2"].token_ids
-    expected = llm.generate([prompt_of(7, 2)], greedy(6))[0].outputs[0].token_ids
-    assert got == expected, f"{where} failed before: request 2 expects {expected}, got {got}. {LOOK_STEP}"
+    assert not engine.has_unfinished_requests and engine.num_failures == 1, f"{engine.num_failures=}. {LOOK_FAIL}"
+    engine.add_request("next", prompt_of(7, 2), greedy(6))
+    got_next = finish(engine).answers["next"].token_ids
+    expected_next = llm.generate([prompt_of(7, 2)], greedy(6))[0].outputs[0].token_ids
+    assert got_next == expected_next, f"{where}: the next request expects {expected_next}, got {got_next}. {LOOK_FAIL}"
+    assert engine.num_failures == 0, f"a good step ends the count of failures: {engine.num_failures}. {LOOK_FAIL}"
+
+
+def test_failures_in_a_row_are_counted(
+    make_engine: MakeEngine, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two in a row end the engine, for its owner reads num_failures."""
+    engine = make_engine()
+
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("the cat sat on it")
+
+    monkeypatch.setattr(engine.executor, "execute", fail)
+    for count in (1, 2):
+        engine.add_request(str(count), prompt_of(5), greedy(3))
+        with pytest.raises(ZeroDivisionError) as caught:
+            engine.step()
+        ended = [output.request_id for output in engine.fail(caught.value)]
+        assert (ended, engine.num_failures) == ([str(count)], count), (
+            f"failure {count} in a row: (ended, num_failures) is {(ended, engine.num_failures)}. {LOOK_FAIL}"
+        )
 
 
 # What can never be served
@@ -641,7 +747,7 @@ def refuse(engine: LLMEngine, prompt: list[int], params: SamplingParams, field: 
 def test_the_largest_request_that_fits(
     make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf, block_size: int, length: int, num_tokens: int
 ) -> None:
-    """48 slots hold prompt and answer of 49 tokens together: the last token is never stored. Others come and wait."""
+    """48 slots hold prompt and answer of 49 tokens together: the last token is never stored. Other requests wait."""
     engine = make_engine(block_size=block_size, num_kv_blocks=1 + 48 // block_size)
     refuse(engine, prompt_of(length), greedy(num_tokens + 1), "prompt", f"{length} tokens", "48 tokens")
     refuse(engine, prompt_of(length + 1), greedy(num_tokens), "prompt", f"{length + 1} tokens", "48 tokens")
@@ -702,8 +808,8 @@ def test_a_step_must_have_room_for_the_longest_prompt(make_engine: MakeEngine) -
         (dict(max_num_batched_tokens=3_000), 3_000),
     ):
         engine = make_engine(**flags)
-        got = (engine.max_num_batched_tokens, engine.scheduler.max_num_batched_tokens)
-        assert got == (expected, expected), f"{flags}: expected a budget of {expected}, got {got}. {LOOK_CHECK}"
+        got = engine.scheduler.max_num_batched_tokens
+        assert got == expected, f"{flags}: expected a budget of {expected}, got {got}. {LOOK_CHECK}"
 
 
 # LLM.generate
@@ -747,18 +853,41 @@ def test_generate_leaves_nothing_behind_when_a_step_fails(
 ) -> None:
     """Else the next call would get tokens of this one's requests."""
     llm = make_llm(max_num_seqs=2)
-    expected = llm.generate([prompt_of(5)], greedy(6))
-    execute = llm.engine.runner.execute
+    expected = llm.generate([prompt_of(5)], greedy(6))[0].outputs
+    execute = llm.engine.executor.execute
 
-    def fail(requests: list[Request], blocks: BlockManager) -> Tensor:
-        if len(requests[0].output_token_ids) == 2:
+    def fail(step: StepInput) -> StepOutput:
+        if not step.new_requests:  # the second step
             raise error("the cat sat on it")
-        return execute(requests, blocks)
+        return execute(step)
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(llm.engine.runner, "execute", fail)
+        patch.setattr(llm.engine.executor, "execute", fail)
         llm.generate([prompt_of(3, number) for number in range(3)], greedy(6))
     check_invariant(llm.engine, "after a step that failed")
     assert not llm.engine.has_unfinished_requests, f"a step failed, and its requests are still there. {LOOK_LLM}"
-    got = llm.generate([prompt_of(5)], greedy(6))
+    got = llm.generate([prompt_of(5)], greedy(6))[0].outputs
     assert got == expected, f"after a failed call: expected {expected}, got {got}. {LOOK_LLM}"
+
+
+# Where a step's time goes (bench.py)
+
+
+def test_the_parts_of_a_step_add_up(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
+    """Every function is timed once, and its time does not count for the one that calls it; then the timers are gone."""
+    engine = make_engine()
+    forward = runner_of(engine).model.norm.forward
+    engine.add_request("0", prompt_of(5), greedy(3))
+    engine.step()
+    engine.add_request("1", prompt_of(9), greedy(1))
+    with step_timer(engine) as timer:
+        whole = timer.timed("rest of the step", engine.step)
+        outputs = whole()
+    assert [output.request_id for output in outputs] == ["0", "1"], f"a decode and a prefill, got {outputs}."
+    look = "Look at lab/step_times.py::step_timer."
+    assert list(timer.seconds) == list(PARTS), f"got {list(timer.seconds)}. {look}"
+    assert min(timer.seconds.values()) > 0, f"a part was never timed: {timer.seconds}. {look}"
+    assert runner_of(engine).model.norm.forward == forward, f"the timers stay after the block. {look}"
+    before = dict(timer.seconds)
+    finish(engine)
+    assert timer.seconds == before, f"the timers stay after the block. {look}"

@@ -10,7 +10,7 @@ from part04_continuous_batching.core import scheduler
 from tests.exercise_checks import check_body, check_names, check_task, read_tasks
 
 PART_DIR = Path(scheduler.__file__).parents[1]
-NAMES = {"schedule_running", "schedule_waiting", "admit", "preempt", "update"}
+NAMES = {"schedule_running", "grow_or_preempt", "schedule_waiting", "admit", "preempt", "append"}
 
 
 def test_part_4_has_its_exercises() -> None:

@@ -15,7 +15,7 @@ PART_DIR = Path(config.__file__).parent
 COMPLETIONS = "/v1/completions"
 LOOK = 'Look at __main__.py and common/serve.py; README "What you will see".'
 LOOK_DRAIN = 'Look at api/async_engine.py::AsyncLLM.shutdown and common/serve.py; README "Between two threads".'
-READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, 300 tokens of context, 40 KV blocks of 8 tokens\)\n"
+READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, context of 300 tokens, 40 KV blocks of 8 tokens\)\n"
 
 
 def test_it_serves_drains_and_leaves_a_complete_trace(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Three hundred requests of all kinds over HTTP, a third cut off by their clients: nothing is left of any of them."""
+"""300 requests of all kinds over HTTP, a third of them cut off by their clients: nothing remains of any of them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import pytest
 
 from common.load_client import SseParser
 from common.sampling_params import SamplingParams
-from common.serve import running_app
+from common.serve import ServerConfig, running_app
 from part04_continuous_batching.api import server
 from part04_continuous_batching.api.async_engine import AsyncLLM, RequestStream
 from part04_continuous_batching.config import EngineConfig
-from part04_continuous_batching.core.engine import LLM, LLMEngine
 from part04_continuous_batching.core.request import Request
+from part04_continuous_batching.llm import LLM
 from tests.http_checks import Watched
 
 LOOK = 'Look at api/async_engine.py and core/scheduler.py::Scheduler.abort; README "Between two threads".'
 DEADLINE_S = 120  # for what takes milliseconds; only a leak makes the test wait this long
 NUM_REQUESTS, NUM_AT_ONCE = 300, 12
-ENDLESS = 80  # tokens, so that whoever is cut off is so in the middle
+ENDLESS = 80  # tokens, so that an answer is cut off in the middle
 MIXED: list[dict[str, Any]] = [
     {},
     {"stop": [" the", "a"]},
@@ -39,7 +39,7 @@ MIXED: list[dict[str, Any]] = [
     {"logprobs": 2},
     {"temperature": 0.8, "seed": 12, "top_p": 0.9, "presence_penalty": 1.0, "stop": ["."]},
     {"min_tokens": 3, "ignore_eos": False},
-    {"temperature": 1.0},  # no seed: nobody knows what comes
+    {"temperature": 1.0},  # no seed: its answer is not known in advance
 ]
 
 
@@ -66,7 +66,7 @@ class Answer:
 
 
 def census(app: Watched) -> tuple[Counter[str], Counter[str]]:
-    """Threads and tasks by name. Threads of asyncio's pool are left out: it keeps up to a fixed number of them."""
+    """Threads and tasks by name, without the threads of asyncio's pool, which keeps up to a fixed number of them."""
     assert app.loop is not None
     threads = (thread.name for thread in threading.enumerate() if not thread.name.startswith("asyncio_"))
     tasks = (task.get_coro().__qualname__ for task in asyncio.all_tasks(app.loop))  # type: ignore[union-attr]
@@ -93,7 +93,7 @@ def make_asks(prompt_of: Callable[..., list[int]]) -> list[Ask]:
         asks.append(Ask(prompt_of(length, number % 40), rng.random() < 0.5, rng.choice([4, 6, 12]), fields))
         if number % 3 == 2:
             asks[-1].max_tokens, asks[-1].fields, asks[-1].cut_after = ENDLESS, {}, rng.randrange(4)
-            asks[-1].prompt = [100 + number, *asks[-1].prompt]  # by which it is known
+            asks[-1].prompt = [100 + number, *asks[-1].prompt]  # to tell it from the others
     return asks
 
 
@@ -144,37 +144,33 @@ def count_logprobs(choice: dict[str, Any]) -> int:
     return len((choice.get("logprobs") or {}).get("tokens", []))
 
 
-# It collects garbage, and so hears the last words of what earlier tests left: those are not this test's.
+# It collects garbage, and with it objects of earlier tests, whose warnings are not this test's.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_nothing_is_left_of_many_requests(
-    make_engine: Callable[..., LLMEngine],
-    llm: LLM,
-    prompt_of: Callable[..., list[int]],
-    monkeypatch: pytest.MonkeyPatch,
+def test_nothing_remains_of_many_requests(
+    make_config: Callable[..., EngineConfig], llm: LLM, prompt_of: Callable[..., list[int]]
 ) -> None:
     asks = make_asks(prompt_of)
     params = [SamplingParams(**ask.sampling) for ask in asks]
     whole = [number for number, ask in enumerate(asks) if ask.cut_after is None]
     known = [number for number in whole if params[number].temperature == 0 or params[number].seed is not None]
     expected = llm.generate([asks[n].prompt for n in known], [params[n] for n in known])
-    inner = make_engine(block_size=4, num_kv_blocks=1 + 27, max_num_seqs=8)
-    opened: list[AsyncLLM] = []
-    monkeypatch.setattr(server, "AsyncLLM", lambda *args: opened.append(AsyncLLM(*args)) or opened[-1])
+    config = make_config(block_size=4, num_kv_blocks=1 + 27, max_num_seqs=8, max_queued_requests=300)
+    engine = AsyncLLM(config)
+    inner = engine.engine
     threads_before, alive_before = set(threading.enumerate()), num_alive()
-    app = Watched(server.create_app(inner, EngineConfig(model="tiny", device="cpu", max_queued_requests=300)))
-    [engine] = opened
+    app = Watched(server.create_app(engine, ServerConfig()))
 
     def is_idle() -> bool:
         return not (inner.has_unfinished_requests or engine._streams or engine._inbox or engine._aborted)
 
     with running_app(app) as url:
-        before = census(app)  # nobody has asked anything yet: no task of a request that just ends is among them
+        before = census(app)  # before the first request: no task of one that just ends is among them
         answers = asyncio.run(talk(url, engine, asks))
         until(is_idle, lambda: f"{inner.scheduler.running} run, {inner.scheduler.waiting} wait, {engine._streams}")
         assert inner.blocks.num_free_blocks == inner.blocks.num_blocks - 1, (
             f"idle, and blocks are held: {inner.blocks.block_tables}. {LOOK}"
         )
-        until(  # what other tests left behind may go at any time
+        until(  # what other tests left may go at any time
             lambda: all(now <= then for now, then in zip(census(app), before, strict=True)),
             lambda: f"threads and tasks: expected at most {before}, got {census(app)}",
         )
@@ -184,11 +180,11 @@ def test_nothing_is_left_of_many_requests(
         )
         gauges = httpx.get(f"{url}/metrics", timeout=DEADLINE_S, trust_env=False).text
         assert re.search(r"num_requests_running\S* 0\.0\n", gauges), f"idle, and /metrics says {gauges}"
-    left = set(threading.enumerate()) - threads_before
-    assert not left, f"the server has ended and its threads have not: {left}. {LOOK}"
+    remaining = set(threading.enumerate()) - threads_before
+    assert not remaining, f"the server has ended and its threads have not: {remaining}. {LOOK}"
     assert inner.scheduler.num_preemptions > 0, f"this test needs preemptions, got {inner.scheduler.num_preemptions}"
     num_cut = sum(answer is None for answer in answers)
-    assert num_cut == NUM_REQUESTS // 3, f"{num_cut} clients left, expected {NUM_REQUESTS // 3}. {LOOK}"
+    assert num_cut == NUM_REQUESTS // 3, f"{num_cut} requests were cut off, expected {NUM_REQUESTS // 3}. {LOOK}"
     for number, result in zip(known, expected, strict=True):
         ask, answer, output = asks[number], answers[number], result.outputs[0]
         want = Answer(output.text, output.finish_reason, len(output.token_ids) if params[number].logprobs else 0)

@@ -13,9 +13,11 @@ from common.errors import FieldError
 from common.sampling_params import SamplingParams
 from common.trace import Phase, RequestTrace, Trace, read_trace, step_phases
 from part04_continuous_batching.api.async_engine import AsyncLLM
+from part04_continuous_batching.config import EngineConfig
 from part04_continuous_batching.core.engine import LLMEngine
 from part04_continuous_batching.core.request import Request
 from part04_continuous_batching.core.step_tracer import PART
+from part04_continuous_batching.messages import StepInput, StepOutput
 
 LOOK = 'Look at core/step_tracer.py::StepTracer; README "What you will see".'
 MakeEngine = Callable[..., LLMEngine]
@@ -37,30 +39,33 @@ def watch_steps(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, on_step: Cal
     """Step until nothing is left. Returns what each line of the trace should say, as the engine itself counts."""
     expected: list[dict] = []
     scheduled: list[RequestTrace] = []
-    execute, preempt, preempted = engine.runner.execute, engine.scheduler.preempt, list[str]()
-    tables = engine.blocks.block_tables
+    execute, preempt, preempted = engine.executor.execute, engine.scheduler.preempt, list[str]()
+    runner, tables = engine.executor.worker.runner, engine.blocks.block_tables
 
-    def note_requests(requests: list[Request], blocks: Any) -> Any:
-        for r in requests:
-            lacks, held = r.num_tokens - r.num_computed_tokens, len(tables[r.request_id])
+    def note_requests(step: StepInput) -> StepOutput:
+        for request in engine.scheduler.running:  # all of them are in the step, in this order
+            num_new, held = request.num_tokens - request.num_computed_tokens, len(tables[request.request_id])
             scheduled.append(
                 RequestTrace(
-                    id=r.request_id, num_computed=r.num_computed_tokens, num_scheduled=lacks, num_blocks=held
-                )  # fmt: skip
+                    id=request.request_id,
+                    num_computed=request.num_computed_tokens,
+                    num_scheduled=num_new,
+                    num_blocks=held,
+                )
             )
-        return execute(requests, blocks)
+        return execute(step)
 
     def note_victim(request: Request) -> None:
         preempted.append(request.request_id)
         preempt(request)
 
-    monkeypatch.setattr(engine.runner, "execute", note_requests)
+    monkeypatch.setattr(engine.executor, "execute", note_requests)
     monkeypatch.setattr(engine.scheduler, "preempt", note_victim)
     while engine.has_unfinished_requests:
         aborted = list(on_step(len(expected)) or [])
         scheduled.clear()
         preempted.clear()
-        num_computed = engine.runner.num_tokens_computed
+        num_computed = runner.num_tokens_computed
         outputs = engine.step()
         expected.append(
             {
@@ -72,8 +77,8 @@ def watch_steps(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, on_step: Cal
                 "num_blocks_free": engine.blocks.num_free_blocks,
                 "preempted": list(preempted),
                 "aborted": aborted,
-                "finished": [request_id for request_id, output in outputs if output.finish_reason],
-                "tokens": engine.runner.num_tokens_computed - num_computed,
+                "finished": [output.request_id for output in outputs if output.finish_reason],
+                "tokens": runner.num_tokens_computed - num_computed,
             }
         )
     return expected
@@ -91,13 +96,13 @@ def test_each_line_says_what_the_engine_counts(
     was_preempted: list[str] = []
 
     def on_step(step: int) -> list[str]:
-        victims = {2: ["0", "6"], 9: ["nobody"]}.get(step, [])
+        victims = {2: ["0", "6"], 9: ["unknown"]}.get(step, [])
         waiting = [request.request_id for request in engine.scheduler.waiting if request.output_token_ids]
         if waiting and not was_preempted and step > 3:
             was_preempted.extend(waiting[:1])
             victims = [*victims, *waiting[:1]]
         engine.abort_requests(victims)
-        return [victim for victim in victims if victim != "nobody"]
+        return [victim for victim in victims if victim != "unknown"]
 
     expected = watch_steps(engine, monkeypatch, on_step)
     trace = close(engine, path)
@@ -113,10 +118,14 @@ def test_each_line_says_what_the_engine_counts(
                 got, value = sorted(got), sorted(value)
             assert got == value, f"step {step.step}, {name}: the engine says {value}, the trace {got}. {LOOK}"
     times = [(step.schedule_s, step.execute_s, step.update_s) for step in trace.steps]
-    assert all(seconds >= 0 for step in times for seconds in step), f"a part of a step took less than 0 s: {times}."
+    assert all(seconds >= 0 for step in times for seconds in step), (
+        f"a part of a step took less than 0 s: {times}. {LOOK}"
+    )
     starts = [step.start_s for step in trace.steps]
     ends = [0.0, *(step.end_s for step in trace.steps)]
-    assert all(end <= start for end, start in zip(ends, starts, strict=False)), f"steps overlap: {starts}, {ends}."
+    assert all(end <= start for end, start in zip(ends, starts, strict=False)), (
+        f"steps overlap: {starts}, {ends}. {LOOK}"
+    )
 
 
 def test_a_reader_sees_prefills_decodes_and_resumptions(
@@ -143,15 +152,16 @@ def test_a_failed_step_leaves_the_trace_readable(
     for name in "01":
         engine.add_request(name, prompt_of(4), greedy(3))
     engine.step()
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(engine.runner, "execute", None)
+    with monkeypatch.context() as patch, pytest.raises(TypeError) as caught:
+        patch.setattr(engine.executor, "execute", None)
         engine.step()
-    engine.abort_requests(["0"])
+    engine.fail(caught.value)
+    engine.add_request("2", prompt_of(4), greedy(2))
     while engine.has_unfinished_requests:
         engine.step()
     steps = close(engine, path).steps
     got = [(step.step, [r.id for r in step.requests], step.aborted, step.finished) for step in steps]
-    expected = [(1, ["0"], [], []), (2, ["1"], ["0"], []), (3, ["1"], [], []), (4, ["1"], [], ["1"])]
+    expected = [(1, ["0"], [], []), (2, ["2"], ["0", "1"], []), (3, ["2"], [], ["2"])]
     assert got == expected, f"(step, requests, aborted, finished): expected {expected}, got {got}. {LOOK}"
 
 
@@ -174,10 +184,10 @@ def test_a_file_that_cannot_be_written_is_refused(make_engine: MakeEngine, tmp_p
 
 
 def test_the_trace_is_complete_when_the_server_ends(
-    make_engine: MakeEngine, prompt_of: PromptOf, tmp_path: Path
+    make_config: Callable[..., EngineConfig], prompt_of: PromptOf, tmp_path: Path
 ) -> None:
     path = tmp_path / "trace.jsonl"
-    engine = AsyncLLM(make_engine(trace=str(path)), max_queued_requests=10)
+    engine = AsyncLLM(make_config(trace=str(path)))
 
     async def ask() -> int:
         engine.start()

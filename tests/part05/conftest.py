@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from part05_async_scheduling.core.engine import LLM
+from part05_async_scheduling.llm import LLM
 from tests.part05.scripted import checks
 from tests.shipped_model import llm, loaded_once, make_engine, prompt_of, reference  # noqa: F401 - fixtures
 

@@ -1,4 +1,4 @@
-"""Notices when somebody asks a tensor for its values: on a GPU that waits for all that was launched before."""
+"""Notices when code reads a tensor's values: on a GPU that waits for all that was launched before."""
 
 from __future__ import annotations
 

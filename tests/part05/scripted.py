@@ -1,38 +1,29 @@
-"""Part 5's engine over the scripted model, and what holds of it."""
+"""Part 5's engine over the scripted worker, and what holds of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from part05_async_scheduling.core.engine import LLMEngine
 from part05_async_scheduling.core.request import Request, RequestStatus
-from part05_async_scheduling.core.scheduler import SchedulerOutput
 from tests.engine_checks import EngineChecks
-from tests.scripted import Part, ScriptedRunner, make_scripted_engine, next_token
+from tests.scripted import Part, ScriptedExecutor, make_scripted_engine, next_token
 
 PART = Part("part05_async_scheduling")
-
-
-class WholeRunner(ScriptedRunner):
-    """Every request computes all that it lacks and gets a token."""
-
-    def shares(self, scheduled: SchedulerOutput) -> Iterator[tuple[Request, int, int, int]]:
-        for request, start in zip(scheduled.requests, scheduled.num_computed_tokens, strict=True):
-            yield request, start, request.num_computed_tokens, 1
 
 
 def scripted_engine(
     max_model_len: int = 64, script: Callable[[Sequence[int]], int] = next_token, **flags: Any
 ) -> LLMEngine:
-    """A real LLMEngine over the scripted model; flags are EngineConfig's."""
-    return make_scripted_engine(PART, WholeRunner, max_model_len, script, **flags)
+    """A real LLMEngine over the scripted worker; flags are EngineConfig's."""
+    return make_scripted_engine(PART, ScriptedExecutor, max_model_len, script, **flags)
 
 
 class Checks(EngineChecks):
     LOOK_STEP = 'Look at core/engine.py::LLMEngine.step, _append and core/scheduler.py; README "One step ahead".'
     LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README "A token too late".'
-    LOOK_ROWS = 'Look at worker/token_buffer.py::TokenBuffer and core/scheduler.py::Scheduler._release; README "A token too late".'  # noqa: E501
+    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README "A token too late".'
 
     def check_running(self, request: Request, where: str) -> None:
         state = (request.status, request.num_computed_tokens)
@@ -40,7 +31,7 @@ class Checks(EngineChecks):
         assert state == expected, (
             f"{where}: request {request.request_id} has {request.num_tokens} tokens and "
             f"{request.num_output_placeholders} placeholders: expected (status, num_computed_tokens) {expected}, got "
-            f'{state}. Look at core/scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
+            f'{state}. Look at core/scheduler.py::Scheduler._add; README "Tokens that nobody has seen yet".'
         )
 
     def check_placeholders(self, engine: LLMEngine, request: Request, where: str) -> None:

@@ -29,13 +29,13 @@ from common.checkpoint import load_tokenizer, resolve_checkpoint
 from part05_async_scheduling import __main__ as part
 from part05_async_scheduling.api import async_engine, core_client
 from part05_async_scheduling.core import engine, engine_core
-from part05_async_scheduling.worker import model_runner
+from part05_async_scheduling.worker import model_runner, worker
 
 POISON = 4_000  # a prompt with this token makes a step of the model fail
 FORK = multiprocessing.get_context("fork")
 TINY = resolve_checkpoint("tiny")
 TOKENIZER = load_tokenizer(TINY)
-DECODER = model_runner.load_decoder(TINY, torch.float32, "cpu")
+DECODER = worker.load_decoder(TINY, torch.float32, "cpu")
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def serve(order: dict[str, Any]) -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 about forks beside threads
     tempfile.tempdir = order["temporary"]
     sys.argv = ["part05_async_scheduling", *order["argv"]]
-    run, load = model_runner.ModelRunner._run, engine_core.LLMEngine
+    run, load = model_runner.ModelRunner.run, engine_core.LLMEngine
 
     def poisoned(self: Any, batch: Any) -> Any:
         if any(POISON in token_ids for _, token_ids in batch.new_rows):
@@ -135,9 +135,9 @@ def serve(order: dict[str, Any]) -> None:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(core_client.multiprocessing, "get_context", lambda _: FORK))
-        stack.enter_context(mock.patch.object(model_runner.ModelRunner, "_run", poisoned))
-        stack.enter_context(mock.patch.object(model_runner, "load_decoder", lambda *_: DECODER))
-        for module in (async_engine, engine):
+        stack.enter_context(mock.patch.object(model_runner.ModelRunner, "run", poisoned))
+        stack.enter_context(mock.patch.object(worker, "load_decoder", lambda *_: DECODER))
+        for module in (async_engine, engine, worker):
             stack.enter_context(mock.patch.object(module, "resolve_checkpoint", find))
         stack.enter_context(mock.patch.object(async_engine, "load_tokenizer", lambda _: TOKENIZER))
         stack.enter_context(mock.patch.object(core_client, "SHUTDOWN_TIMEOUT_S", order["timeout"]))

@@ -13,12 +13,12 @@ import httpx
 
 from common.load_client import SseParser
 from common.sampling_params import SamplingParams
-from part05_async_scheduling.core.engine import LLM
+from part05_async_scheduling.llm import LLM
 
 LOOK = 'Look at api/async_engine.py and core/engine_core.py; README "Two processes".'
 DEADLINE_S = 300  # for what takes milliseconds; only a leak makes the test wait this long
 NUM_REQUESTS, NUM_AT_ONCE = 100, 12
-ENDLESS = 80  # tokens, so that whoever is cut off is so in the middle
+ENDLESS = 80  # tokens, so that a request that is cut off has not ended
 MIXED: list[dict[str, Any]] = [
     {},
     {"stop": [" the", "a"]},
@@ -27,13 +27,13 @@ MIXED: list[dict[str, Any]] = [
     {"logprobs": 2},
     {"temperature": 0.8, "seed": 12, "top_p": 0.9, "presence_penalty": 1.0, "stop": ["."]},
     {"min_tokens": 3, "ignore_eos": False},
-    {"temperature": 1.0},  # no seed: nobody knows what comes
+    {"temperature": 1.0},  # no seed: its text is not known
 ]
 
 
 @dataclass
 class Ask:
-    """cut_after: how many events its client reads before it leaves; without a stream it leaves after so many ms."""
+    """cut_after: how many events its client reads before it hangs up; without a stream it hangs up after so many ms."""
 
     prompt: list[int]
     stream: bool
@@ -114,10 +114,10 @@ def count_logprobs(choice: dict[str, Any]) -> int:
 
 
 def check_answers(asks: list[Ask], answers: list[Answer | None], llm: LLM) -> None:
-    """Those whom nobody cut off got what LLM.generate answers, a step at a time."""
+    """Requests that were not cut off got what LLM.generate answers, a step at a time."""
     params = [SamplingParams(**ask.sampling) for ask in asks]
     num_cut = sum(answer is None for answer in answers)
-    assert num_cut == NUM_REQUESTS // 3, f"{num_cut} clients left, expected {NUM_REQUESTS // 3}. {LOOK}"
+    assert num_cut == NUM_REQUESTS // 3, f"{num_cut} clients hung up, expected {NUM_REQUESTS // 3}. {LOOK}"
     whole = [number for number, ask in enumerate(asks) if ask.cut_after is None]
     known = [number for number in whole if params[number].temperature == 0 or params[number].seed is not None]
     expected = llm.generate([asks[n].prompt for n in known], [params[n] for n in known])

@@ -12,25 +12,24 @@ from typing import Any
 import pytest
 
 from common.errors import FieldError
-from common.outputs import CompletionOutput, Logprob
+from common.outputs import CompletionOutput, Logprob, join_outputs
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError, QueueFullError
 from part05_async_scheduling.api import async_engine
 from part05_async_scheduling.api.async_engine import AsyncLLM, RequestStream
 from part05_async_scheduling.api.core_client import CoreClient
-from part05_async_scheduling.api.output_processor import join_outputs
 from tests import gated
 from tests.async_checks import read_error, until, within_deadline
 from tests.gated import NUM_TOKENS, CoreThread, Gate, gated_engine, prompt_of
 from tests.part05.scripted import PART, check_engine, scripted_engine
-from tests.scripted import ids, runner_of
+from tests.scripted import executor_of, ids
 
 LESSON = 'README "Two processes"'
 LOOK_QUEUE = f"Look at api/async_engine.py::AsyncLLM.generate; {LESSON}."
 LOOK_ABORT = f"Look at api/async_engine.py::AsyncLLM.abort and core/engine_core.py::EngineCore.handle; {LESSON}."
 LOOK_STREAM = f"Look at api/async_engine.py::RequestStream; {LESSON}."
 LOOK_DELIVER = f"Look at api/async_engine.py::AsyncLLM._deliver and _read_outputs; {LESSON}."
-LOOK_FAIL = 'Look at api/async_engine.py::AsyncLLM._deliver and core/engine_core.py::EngineCore.step; README "A token too late".'  # noqa: E501
+LOOK_FAIL = 'Look at api/async_engine.py::AsyncLLM._deliver and core/engine_core.py::EngineCore.step; README "When one of them dies".'  # noqa: E501
 LOOK_DEATH = 'Look at api/async_engine.py::AsyncLLM._core_died and _die; README "When one of them dies".'
 LOOK_SHUTDOWN = 'Look at api/async_engine.py::AsyncLLM.shutdown; README "When one of them dies".'
 LOOK_START = 'Look at api/core_client.py::CoreClient; README "When one of them dies".'
@@ -70,12 +69,12 @@ async def tokens_and_error(stream: RequestStream, what: str, look: str) -> tuple
 
 
 async def until_idle(gate: Gate, engine: AsyncLLM) -> None:
-    """Nobody runs, nobody waits, nothing is held, here or there, and both know."""
+    """No request runs or waits, nothing is held, in either process, and the gauges say so."""
     inner = gate.engine
     await until(lambda: not inner.has_unfinished_requests, f"the core to become idle. {LOOK_ABORT}")
     assert not engine._streams, f"no open streams, got {list(engine._streams)}. {LOOK_DELIVER}"
     assert not engine.processor._detokenizers, (
-        f"something is kept of {list(engine.processor._detokenizers)}. {LOOK_ABORT}"
+        f"detokenizers are kept of {list(engine.processor._detokenizers)}. {LOOK_ABORT}"
     )
     check_engine(inner, "idle")
     idle = {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0}
@@ -88,7 +87,7 @@ async def until_idle(gate: Gate, engine: AsyncLLM) -> None:
 
 
 @on_an_event_loop()
-async def test_each_output_comes_when_its_step_is_done(gate: Gate, engine: AsyncLLM) -> None:
+async def test_each_output_arrives_when_its_step_is_done(gate: Gate, engine: AsyncLLM) -> None:
     (text, token_ids), got = gate.answer(7), ""
     outputs = generate(engine, 7).__aiter__()
     for number in range(NUM_TOKENS):
@@ -114,7 +113,7 @@ async def test_each_reader_gets_its_own_answer(gate: Gate, engine: AsyncLLM) -> 
 
 @on_an_event_loop()
 async def test_a_slow_reader_finds_one_output(gate: Gate, engine: AsyncLLM) -> None:
-    """What came since its last look, merged: tokens, text, and how it ended."""
+    """What has arrived since it last read, joined: tokens, text, and how it ended."""
     text, token_ids = gate.answer(3, 12)
     stream = generate(engine, 3, max_tokens=12)
     gate.allow(2)
@@ -128,7 +127,7 @@ async def test_a_slow_reader_finds_one_output(gate: Gate, engine: AsyncLLM) -> N
 
     pieces += await within_deadline(drain(), f"the stream to end. {LOOK_STREAM}")
     assert len(pieces) == 2, (
-        f"the reader looked after at most 2 of 12 steps, and after the end: expected 2 outputs, got {len(pieces)}: "
+        f"it read after at most 2 of 12 steps, and after the end: expected 2 outputs, got {len(pieces)}: "
         f"{pieces}. {LOOK_STREAM}"
     )
     joined = join_outputs(pieces)
@@ -139,8 +138,8 @@ async def test_a_slow_reader_finds_one_output(gate: Gate, engine: AsyncLLM) -> N
     assert reasons == [None, "length"], f"expected [None, 'length'], got {reasons}. {LOOK_STREAM}"
 
 
-def test_what_waits_for_a_reader_is_one_output() -> None:
-    """Also its logprobs; and an error comes after what came before it."""
+def test_outputs_that_wait_are_joined() -> None:
+    """Their logprobs too. An error is raised after the outputs that arrived before it."""
 
     async def check() -> None:
         stream, first, second = RequestStream("1"), {5: Logprob(-0.5, 1)}, {6: Logprob(-0.25, 2)}
@@ -167,8 +166,8 @@ async def test_a_preempted_stream_shows_nothing_twice(gate: Gate, engine: AsyncL
 
 
 @on_an_event_loop()
-async def test_a_stop_string_ends_a_request_that_the_core_goes_on_with(gate: Gate, engine: AsyncLLM) -> None:
-    """The core is told, and stops; what it has computed until then goes nowhere."""
+async def test_a_stop_string_ends_a_request_that_the_core_still_computes(gate: Gate, engine: AsyncLLM) -> None:
+    """The request is aborted in the core; tokens that it sampled until then are dropped."""
     _, token_ids = gate.answer(3, 20)
     stop = f" w{token_ids[4]}"
     stream = generate(engine, 3, max_tokens=20, stop=[stop])
@@ -179,12 +178,12 @@ async def test_a_stop_string_ends_a_request_that_the_core_goes_on_with(gate: Gat
     expected = ("".join(f" w{token_id}" for token_id in token_ids[:first]), "stop", stop, token_ids[: first + 1])
     got = (answer.text, answer.finish_reason, answer.stop_reason, answer.token_ids)
     assert got == expected, f"stop={stop!r}: expected {expected}, got {got}. {LOOK_DELIVER}"
-    assert await read(other, "its neighbour") == gate.answer(4, 20)
+    assert await read(other, "the other request") == gate.answer(4, 20)
     await until_idle(gate, engine)
 
 
 @on_an_event_loop()
-async def test_the_core_stops_with_a_request_that_a_stop_string_ended(gate: Gate, engine: AsyncLLM) -> None:
+async def test_the_core_aborts_a_request_that_a_stop_string_ended(gate: Gate, engine: AsyncLLM) -> None:
     _, token_ids = gate.answer(3, 50)
     stream = generate(engine, 3, max_tokens=50, stop=[f" w{token_ids[0]}"])
     gate.allow(1)
@@ -193,7 +192,7 @@ async def test_the_core_stops_with_a_request_that_a_stop_string_ended(gate: Gate
     gate.must_hear = gate.num_sent
     gate.allow(3)
     await until(
-        lambda: not gate.engine.has_unfinished_requests, f"the core to be told that it has ended. {LOOK_DELIVER}"
+        lambda: not gate.engine.has_unfinished_requests, f"the request to be aborted in the core. {LOOK_DELIVER}"
     )
     await until_idle(gate, engine)
 
@@ -219,7 +218,7 @@ def test_the_queue_is_bounded(max_queued_requests: int) -> None:
         try:
             streams.append(generate(engine, 60))
         except QueueFullError:
-            pytest.fail(f"{limit}: a request was aborted, and its place is not free. {LOOK_ABORT}")
+            pytest.fail(f"{limit}: a request was aborted, and there is still no room. {LOOK_ABORT}")
         with pytest.raises(QueueFullError):
             generate(engine, 52)
         gate.open()
@@ -233,7 +232,7 @@ def test_the_queue_is_bounded(max_queued_requests: int) -> None:
 
 
 @on_an_event_loop(max_num_seqs=1, max_queued_requests=0)
-async def test_who_has_the_whole_answer_may_ask_again_at_once(gate: Gate, engine: AsyncLLM) -> None:
+async def test_a_client_with_its_whole_answer_may_ask_again_at_once(gate: Gate, engine: AsyncLLM) -> None:
     gate.open()
     for name in range(4):
         try:
@@ -244,8 +243,8 @@ async def test_who_has_the_whole_answer_may_ask_again_at_once(gate: Gate, engine
 
 
 @on_an_event_loop(num_kv_blocks=1 + 2)
-async def test_what_can_never_be_served_is_refused_at_once(gate: Gate, engine: AsyncLLM) -> None:
-    """Here, without asking the core: it has told its limits."""
+async def test_a_request_that_can_never_be_served_is_refused_at_once(gate: Gate, engine: AsyncLLM) -> None:
+    """In this process, without asking the core: its limits came with Ready."""
     for max_tokens, fields in ((100, {}), (3, {"stop_token_ids": [9_999]})):
         with pytest.raises(FieldError):
             generate(engine, 1, max_tokens=max_tokens, **fields)
@@ -256,7 +255,7 @@ async def test_what_can_never_be_served_is_refused_at_once(gate: Gate, engine: A
 
 
 @on_an_event_loop()
-async def test_what_the_core_refuses_is_an_error_of_that_request(gate: Gate, engine: AsyncLLM) -> None:
+async def test_a_request_that_the_core_refuses_gets_an_error(gate: Gate, engine: AsyncLLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(async_engine, "check_request", lambda *_: None)
         refused = engine.generate([], SamplingParams(max_tokens=3))
@@ -272,7 +271,7 @@ async def test_what_the_core_refuses_is_an_error_of_that_request(gate: Gate, eng
 
 @pytest.mark.parametrize("state", ["just sent", "waiting", "in flight", "preempted", "last token in flight", "ended"])
 def test_abort_at_every_point_of_a_request_s_life(state: str) -> None:
-    """Its name is 1. Four blocks of 4 let two prompts of 6 in; when both have nine tokens, it has to leave."""
+    """It is request 1. Four blocks of 4 hold two prompts of 6; when both have nine tokens, it is preempted."""
     flags: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 1 + (4 if state == "preempted" else 100)}
     if state == "waiting":
         flags["max_num_seqs"] = 1
@@ -298,10 +297,10 @@ def test_abort_at_every_point_of_a_request_s_life(state: str) -> None:
         engine.abort(stream)
         engine.abort(stream)
         num_launched = len(gate.launched)
-        gate.must_hear = gate.num_sent  # the abort too: ZeroMQ's own threads carry it over
+        gate.must_hear = gate.num_sent  # the abort too: ZeroMQ's threads deliver it
         gate.open()
         for number, other in ((0, first), (2, last)):
-            got, expected = await read(other, f"request {number}, which nobody aborted"), gate.answer(number, 10)
+            got, expected = await read(other, f"request {number}, which was not aborted"), gate.answer(number, 10)
             assert got == expected, f"1 was aborted, {state}: request {number} expects {expected}, got {got}."
         await until_idle(gate, engine)
         late = [step for step in gate.launched[num_launched + 2 :] if name in step]
@@ -315,7 +314,7 @@ def test_abort_at_every_point_of_a_request_s_life(state: str) -> None:
 
 @on_an_event_loop(block_size=4, num_kv_blocks=1 + 16, max_num_seqs=5, max_queued_requests=100)
 async def test_many_requests_and_aborts(gate: Gate, engine: AsyncLLM) -> None:
-    """Whenever an abort comes: what was read is right, and nothing stays."""
+    """Whenever a request is aborted: what was read is right, and nothing is kept."""
     rng = random.Random(0)
     gate.open()
 
@@ -342,70 +341,81 @@ async def test_many_requests_and_aborts(gate: Gate, engine: AsyncLLM) -> None:
 
 
 @pytest.mark.parametrize("where", ["launch_error", "result_error"])
-def test_a_failed_step_fails_those_in_it(where: str) -> None:
+def test_a_failed_step_ends_all_requests(where: str) -> None:
+    """Two run, two wait. Later requests are served."""
+
     @on_an_event_loop(max_num_seqs=2)
     async def check(gate: Gate, engine: AsyncLLM) -> None:
         gate.must_hear = 4
         streams = [generate(engine, name, max_tokens=9) for name in range(4)]
         gate.allow(2)
         await until(lambda: len(gate.begun) == 3, f"the third step to begin. {LOOK_DELIVER}")
-        setattr(runner_of(gate.engine), where, ZeroDivisionError("the cat sat on it"))
+        setattr(executor_of(gate.engine), where, ZeroDivisionError("the cat sat on it"))
         gate.open()
-        for name in (0, 1):
-            token_ids, message = await tokens_and_error(streams[name], f"request {name}, in the failed step", LOOK_FAIL)
+        for name, stream in enumerate(streams):
+            token_ids, message = await tokens_and_error(stream, f"request {name}, in the engine", LOOK_FAIL)
             expected = gate.answer(name, 9)[1]
-            assert token_ids == expected[: len(token_ids)] and len(token_ids) >= 2, (
+            assert token_ids == expected[: len(token_ids)] and (len(token_ids) >= 2) is (name < 2), (
                 f"{where}, request {name}: expected the beginning of {expected} before, got {token_ids}. {LOOK_FAIL}"
             )
-            for word in ("ZeroDivisionError", "the cat sat on it"):
-                assert word in message, f"the error names the cause: expected {word!r} in {message!r}. {LOOK_FAIL}"
-        for name in (2, 3):
-            got = await read(streams[name], f"request {name}, which waited")
-            assert got == gate.answer(name, 9), f"{where}: request {name} got {got}. {LOOK_FAIL}"
+            assert message == "ZeroDivisionError: the cat sat on it", (
+                f"{where}, request {name}: expected the cause, got {message!r}. {LOOK_FAIL}"
+            )
         await until_idle(gate, engine)
-        assert engine.is_alive, f"a failed step ended the engine. {LOOK_FAIL}"
+        assert engine.is_alive, f"one failed step ended the engine. {LOOK_FAIL}"
+        got = await read(generate(engine, 5), "a request after a failed step")
+        assert got == gate.answer(5), f"{where}, the next request: got {got}. {LOOK_FAIL}"
 
     check()
+
+
+@on_an_event_loop(max_num_seqs=2)
+async def test_two_failed_steps_in_a_row_end_the_core(gate: Gate, engine: AsyncLLM) -> None:
+    """The requests of the first step get its cause, those of the second theirs, and so do later ones."""
+    gate.must_hear = 1
+    first = generate(engine, 0)
+    gate.engine.scheduler.schedule = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    gate.open()
+    _, message = await tokens_and_error(first, "the first request", LOOK_FAIL)
+    assert message == "ZeroDivisionError: division by zero", f"got {message!r}. {LOOK_FAIL}"
+    _, message = await tokens_and_error(generate(engine, 1), "the second request", LOOK_FAIL)
+    cause = "two steps in a row failed, the second with ZeroDivisionError: division by zero"
+    assert cause in message or message == "ZeroDivisionError: division by zero", f"got {message!r}. {LOOK_FAIL}"
+    await until(lambda: not engine.is_alive, f"the engine to end after two failed steps. {LOOK_DEATH}")
+    assert engine.cause_of_death == f"the engine core has ended: {cause}", f"got {engine.cause_of_death!r}"
+    with pytest.raises(GenerationError, match="two steps in a row failed"):
+        generate(engine, 2)
 
 
 # Death, shutdown
 
 
-@pytest.mark.parametrize(("how", "words"), [("kill", "killed by SIGKILL"), ("raise", "exit status 1")])
-def test_when_the_core_dies_everybody_is_told(how: str, words: str) -> None:
-    """Who runs, who waits, and who comes afterwards."""
-
-    @on_an_event_loop(max_num_seqs=2)
-    async def check(gate: Gate, engine: AsyncLLM) -> None:
-        gate.must_hear = 4
-        streams = [generate(engine, name, max_tokens=50) for name in range(4)]
-        gate.allow(1)
-        await until(lambda: len(gate.begun) == 2, f"the second step to begin. {LOOK_DELIVER}")
-        assert engine.is_alive and engine.cause_of_death is None
-        if how == "kill":
-            engine.core.process.kill()
-        else:
-            gate.engine.scheduler.schedule = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
-            gate.open()
-        for name, stream in enumerate(streams):
-            token_ids, message = await tokens_and_error(stream, f"request {name} of a dead core", LOOK_DEATH)
-            assert token_ids == gate.answer(name, 50)[1][: len(token_ids)], f"request {name}: {token_ids}"
-            assert "engine core has died" in message and words in message, (
-                f"request {name} is told how the core ended: expected {words!r}, got {message!r}. {LOOK_DEATH}"
-            )
-        assert not engine.is_alive and words in str(engine.cause_of_death), f"{engine.cause_of_death}. {LOOK_DEATH}"
-        with pytest.raises(GenerationError, match=words):
-            generate(engine, 5)
-        engine.abort(streams[0])
-        assert not engine._streams and not engine.processor._detokenizers, f"something is kept. {LOOK_DEATH}"
-        assert engine.stats()["num_requests_waiting"] == 0, f"got {engine.stats()}. {LOOK_STATS}"
-
-    check()
+@on_an_event_loop(max_num_seqs=2)
+async def test_when_the_core_dies_all_requests_get_the_cause(gate: Gate, engine: AsyncLLM) -> None:
+    """Those that run, those that wait, and later ones."""
+    gate.must_hear, words = 4, "killed by SIGKILL"
+    streams = [generate(engine, name, max_tokens=50) for name in range(4)]
+    gate.allow(1)
+    await until(lambda: len(gate.begun) == 2, f"the second step to begin. {LOOK_DELIVER}")
+    assert engine.is_alive and engine.cause_of_death is None
+    engine.core.process.kill()
+    for name, stream in enumerate(streams):
+        token_ids, message = await tokens_and_error(stream, f"request {name} of a dead core", LOOK_DEATH)
+        assert token_ids == gate.answer(name, 50)[1][: len(token_ids)], f"request {name}: {token_ids}"
+        assert "engine core has died" in message and words in message, (
+            f"request {name} gets the cause: expected {words!r}, got {message!r}. {LOOK_DEATH}"
+        )
+    assert not engine.is_alive and words in str(engine.cause_of_death), f"{engine.cause_of_death}. {LOOK_DEATH}"
+    with pytest.raises(GenerationError, match=words):
+        generate(engine, 5)
+    engine.abort(streams[0])
+    assert not engine._streams and not engine.processor._detokenizers, f"something is kept. {LOOK_DEATH}"
+    assert engine.stats()["num_requests_waiting"] == 0, f"got {engine.stats()}. {LOOK_STATS}"
 
 
 @on_an_event_loop()
 async def test_the_last_answers_of_a_core_that_dies_arrive(gate: Gate, engine: AsyncLLM) -> None:
-    """They were sent before it died: whoever has the whole answer coming must not be told that it failed."""
+    """They were sent before it died: a request whose whole answer was sent must not end with an error."""
     stream, core = generate(engine, 1, max_tokens=3), engine.core
     receive, arrived = core.receive, []
     core.receive = lambda: arrived.extend(receive()) or []  # type: ignore[func-returns-value, method-assign]
@@ -417,7 +427,7 @@ async def test_the_last_answers_of_a_core_that_dies_arrive(gate: Gate, engine: A
 
 
 @on_an_event_loop(max_num_seqs=2)
-async def test_shutdown_ends_what_runs_and_waits(gate: Gate, engine: AsyncLLM) -> None:
+async def test_shutdown_ends_running_and_waiting_requests(gate: Gate, engine: AsyncLLM) -> None:
     gate.must_hear = 4
     streams = [generate(engine, name, max_tokens=100) for name in range(4)]
     gate.allow(1)
@@ -435,7 +445,7 @@ async def test_shutdown_ends_what_runs_and_waits(gate: Gate, engine: AsyncLLM) -
 
 
 def test_shutdown_without_an_event_loop() -> None:
-    """The app did not start, or has ended."""
+    """start() was not called, or the loop has ended."""
     gate = make_gate()
     with gated_engine(gate) as engine:
         process = engine.core.process
@@ -453,14 +463,14 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_only_this_user_can_enter_the_directory_and_it_goes_at_once(temporary: Path) -> None:
+def test_only_this_user_can_enter_the_directory_and_it_is_removed_at_once(temporary: Path) -> None:
     gate = make_gate()
     with gated_engine(gate) as engine:
         process = engine.core.process
         assert isinstance(process, CoreThread) and Path(process.directory).parent == temporary
         assert process.mode == 0o700, f"the sockets' directory has mode {process.mode:o}, expected 700. {LOOK_START}"
-        left = list(temporary.iterdir())
-        assert not left, f"both ends are connected, and {left} is still there. {LOOK_START}"
+        found = list(temporary.iterdir())
+        assert not found, f"both ends are connected, and {found} is still there. {LOOK_START}"
 
         async def ask() -> None:
             engine.start()
@@ -493,7 +503,7 @@ def test_a_core_that_does_not_start(
 
     monkeypatch.setattr(CoreThread, "__init__", note)
     with pytest.raises(kind) as caught, gated_engine(gate):
-        pytest.fail(f"the core did not start, and nobody was told. {LOOK_START}")
+        pytest.fail(f"the core did not start, and there was no error. {LOOK_START}")
     assert type(caught.value) is kind and str(caught.value) == text, (
         f"expected {text!r}, got {caught.value!r}. {LOOK_START}"
     )
@@ -513,7 +523,7 @@ def test_ctrl_c_while_the_core_loads(temporary: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(CoreClient, "_wait_until_ready", interrupt)
     with pytest.raises(KeyboardInterrupt), gated_engine(gate):
         pytest.fail("not interrupted")
-    assert not processes[0].is_alive(), f"the core goes on without anybody. {LOOK_START}"
+    assert not processes[0].is_alive(), f"the core still runs. {LOOK_START}"
     assert not list(temporary.iterdir()), f"left behind: {list(temporary.iterdir())}. {LOOK_START}"
 
 
@@ -527,9 +537,9 @@ async def test_stats(gate: Gate, engine: AsyncLLM) -> None:
     for name in range(5):
         generate(engine, name)
     waiting = engine.stats()["num_requests_waiting"]
-    assert waiting == 5, f"five were sent, and nothing has come back: {waiting} wait. {LOOK_STATS}"
+    assert waiting == 5, f"five were sent, no output has arrived: expected 5 waiting, got {waiting}. {LOOK_STATS}"
     gate.allow(1)
-    await until(lambda: engine.stats().get("num_requests_running"), f"gauges to come with outputs. {LOOK_STATS}")
+    await until(lambda: engine.stats().get("num_requests_running"), f"gauges to arrive with outputs. {LOOK_STATS}")
     expected = {
         "num_requests_running": 2,
         "num_requests_waiting": 3,

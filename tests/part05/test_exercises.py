@@ -10,9 +10,7 @@ from part05_async_scheduling.core import scheduler
 from tests.exercise_checks import check_body, check_names, check_task, read_tasks
 
 PART_DIR = Path(scheduler.__file__).parents[1]
-NAMES = {
-    "step", "add", "schedule_running", "finish", "append", "prepare", "run", "apply_penalties", "process",
-}  # fmt: skip
+NAMES = {"step", "add", "schedule_running", "finish", "append", "prepare", "run", "process"}
 
 
 def test_part_5_has_its_exercises() -> None:

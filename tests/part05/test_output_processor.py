@@ -1,4 +1,4 @@
-"""api/output_processor.py: tokens become text, stop strings end an answer, and what comes after is ignored."""
+"""api/output_processor.py: tokens become text, stop strings end an answer, and later tokens are ignored."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from common.checkpoint import load_tokenizer, resolve_checkpoint
-from common.outputs import CompletionOutput, FinishReason, Logprob
+from common.outputs import CompletionOutput, FinishReason, Logprob, join_outputs
 from common.sampling_params import SamplingParams
-from part05_async_scheduling.api.output_processor import OutputProcessor, join_outputs
+from part05_async_scheduling.api.output_processor import OutputProcessor
 from part05_async_scheduling.messages import EngineCoreOutput
 
 LOOK = 'Look at api/output_processor.py::OutputProcessor.process; README "A token too late".'
-LOOK_JOIN = "Look at api/output_processor.py::join_outputs."
+LOOK_JOIN = "Look at common/outputs.py::join_outputs."
 WORDS = ["Nora", " met", " a", " fox", " on", " the", " way", " home", ".", " Good", " day", "!"]
 
 
@@ -39,7 +39,7 @@ def output_of(
 
 
 def run(processor: OutputProcessor, outputs: list[EngineCoreOutput]) -> tuple[list[CompletionOutput], list[str]]:
-    """One output after the other; the answers, and the ids that the engine has to be told."""
+    """One output after the other; the answers, and the ids of requests that ended with a stop string."""
     answers, stopped = list[CompletionOutput](), list[str]()
     for output in outputs:
         each, ids = processor.process([output])
@@ -62,7 +62,7 @@ def test_an_answer_is_its_tokens_text(processor: OutputProcessor) -> None:
     check(answers, CompletionOutput(0, "Nora met a fox on", [0, 1, 2, 3, 4], "length", None), "five tokens")
     reasons = [answer.finish_reason for answer in answers]
     assert reasons == [None] * 4 + ["length"], f"only the last says why it ended, got {reasons}. {LOOK}"
-    assert stopped == [], f"the engine knows that it has ended, and is told: {stopped}. {LOOK}"
+    assert stopped == [], f"the engine knows that it has ended: expected no ids, got {stopped}. {LOOK}"
 
 
 def test_one_step_s_outputs_go_to_their_own_requests(processor: OutputProcessor) -> None:
@@ -76,17 +76,17 @@ def test_one_step_s_outputs_go_to_their_own_requests(processor: OutputProcessor)
     assert got == [("a", " met", [1]), ("c", " fox", [3])] and stopped == [], f"got {got}, {stopped}. {LOOK}"
 
 
-def test_a_stop_string_ends_the_answer_and_the_engine_has_to_be_told(processor: OutputProcessor) -> None:
+def test_a_stop_string_ends_the_answer_and_the_request_has_to_be_aborted(processor: OutputProcessor) -> None:
     """ " fox on" is completed by the fifth token; what may begin it is held back until then."""
     processor.add_request("a", SamplingParams(stop=[" fox on"]))
     answers, stopped = run(processor, [output_of("a", number) for number in range(5)])
     check(answers, CompletionOutput(0, "Nora met a", [0, 1, 2, 3, 4], "stop", " fox on"), "a stop string")
     assert [answer.text for answer in answers[3:]] == ["", ""], f"half a stop string was shown: {answers}. {LOOK}"
-    assert stopped == ["a"], f"the engine goes on with it unless it is told: expected ['a'], got {stopped}. {LOOK}"
+    assert stopped == ["a"], f"the engine does not know that it has ended: expected ['a'], got {stopped}. {LOOK}"
 
 
 def test_a_token_too_late_is_ignored(processor: OutputProcessor) -> None:
-    """The engine had launched one step more, or two, before it was told."""
+    """The engine has launched one more step, or two, before the abort arrives."""
     processor.add_request("a", SamplingParams(stop=["fox"]))
     processor.add_request("b", SamplingParams())
     answers, stopped = run(processor, [output_of("a", number) for number in range(4)])
@@ -95,18 +95,18 @@ def test_a_token_too_late_is_ignored(processor: OutputProcessor) -> None:
     assert [(name, answer.text) for name, answer in late] == [("b", "Nora")], (
         f"request a has ended: expected an answer for b alone, got {late}. {LOOK}"
     )
-    assert stopped == [], f"the engine was told already: {stopped}. {LOOK}"
+    assert stopped == [], f"it was reported already: expected no ids, got {stopped}. {LOOK}"
 
 
 def test_a_request_that_is_not_known_is_ignored(processor: OutputProcessor) -> None:
     processor.add_request("a", SamplingParams())
     processor.add_request("b", SamplingParams())
-    processor.remove(iter(["a", "nobody", "a"]))
+    processor.remove(iter(["a", "unknown", "a"]))
     answers, stopped = processor.process([output_of("a", 0, "length"), output_of("x", 1), output_of("b", 2)])
     assert [name for name, _ in answers] == ["b"] and stopped == [], f"got {answers}, {stopped}. {LOOK}"
 
 
-def test_nothing_is_kept_of_who_has_ended(processor: OutputProcessor) -> None:
+def test_nothing_is_kept_of_ended_requests(processor: OutputProcessor) -> None:
     for name, stop in (("length", []), ("stop", []), ("string", ["Nora"]), ("removed", [])):
         processor.add_request(name, SamplingParams(stop=stop))
     processor.process([output_of("length", 0, "length"), output_of("stop", Words.end, "stop"), output_of("string", 0)])
@@ -115,13 +115,13 @@ def test_nothing_is_kept_of_who_has_ended(processor: OutputProcessor) -> None:
 
 
 def test_the_last_token_completes_a_stop_string(processor: OutputProcessor) -> None:
-    """The engine has ended it by length in the same step, so it need not be told."""
+    """The engine has ended it by length in the same step, so it is not reported."""
     processor.add_request("a", SamplingParams(stop=["fox"]))
     answers, stopped = run(
         processor, [output_of("a", number, "length" if number == 3 else None) for number in range(4)]
     )
     check(answers, CompletionOutput(0, "Nora met a ", [0, 1, 2, 3], "stop", "fox"), "stop string and length at once")
-    assert stopped == [], f"the engine knows that it has ended, and is told: {stopped}. {LOOK}"
+    assert stopped == [], f"the engine knows that it has ended, expected no ids, got {stopped}. {LOOK}"
 
 
 def test_half_a_stop_string_is_shown_at_the_end(processor: OutputProcessor) -> None:
@@ -136,7 +136,7 @@ def test_a_stop_token_is_not_shown(processor: OutputProcessor, stop_reason: int 
     processor.add_request("a", SamplingParams(stop=["fox"]))
     answers, stopped = run(processor, [output_of("a", 1), output_of("a", 2), output_of("a", 3, "stop", stop_reason)])
     check(answers, CompletionOutput(0, " met a", [1, 2, 3], "stop", stop_reason), "a stop token, ' fox'")
-    assert stopped == [], f"the engine knows that it has ended, and is told: {stopped}. {LOOK}"
+    assert stopped == [], f"the engine knows that it has ended, expected no ids, got {stopped}. {LOOK}"
 
 
 def test_min_tokens_holds_stop_strings_back(processor: OutputProcessor) -> None:

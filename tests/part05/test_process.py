@@ -35,7 +35,7 @@ LOOK_PARENT = 'Look at core/engine_core.py::run_engine_core and _end_with_parent
 LOOK_START = 'Look at api/core_client.py::CoreClient.__init__; README "When one of them dies".'
 FLAGS = ["--port", "0", "--device", "cpu", "--max-model-len", "300", "--block-size", "8"]
 READY = (
-    r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, 300 tokens of context, [\d,]+ KV blocks of 8 tokens, "
+    r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, context of 300 tokens, [\d,]+ KV blocks of 8 tokens, "
     r"engine core in process (?P<core>\d+)\)\n"
 )
 DEADLINE_S = 60  # for what takes a second at most
@@ -52,7 +52,7 @@ def is_alive(pid: int) -> bool:
 
 
 def sockets_in(temporary: Path) -> list[str]:
-    """What the engine has put there; torch has a folder of its own."""
+    """The engine's files there; torch has a folder of its own."""
     return [str(path) for folder in temporary.glob("llm-engine-*") for path in (folder, *folder.iterdir())]
 
 
@@ -85,7 +85,7 @@ def server(temporary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def marked() -> list[int]:
-    """All processes that come from the server, however far removed."""
+    """All processes that descend from the server."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -100,8 +100,8 @@ def test_it_serves_from_two_processes(server: ServerProcess, temporary: Path) ->
     whole = server.post(COMPLETIONS, {**GREEDY, "prompt": [5] * 7, "max_tokens": 4})
     assert whole.status_code == 200 and whole.json()["usage"]["completion_tokens"] == 4, f"{whole.text}. {LOOK}"
     assert {server.process.pid, core} <= set(marked()), f"{server.process.pid} and {core} are to run, got {marked()}"
-    left = sockets_in(temporary)
-    assert not left, f"both ends are connected, and {left} is still there. {LOOK_START}"
+    found = sockets_in(temporary)
+    assert not found, f"both ends are connected, and {found} is still there. {LOOK_START}"
     for pid in (server.process.pid, core):
         shared = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm" in line]
         assert not shared, f"process {pid} has shared memory: {shared}. {LOOK}"
@@ -112,8 +112,8 @@ def test_a_chat_needs_no_max_tokens(server: ServerProcess) -> None:
     server.check_a_chat_needs_no_max_tokens("Look at api/async_engine.py::AsyncLLM.__init__.")
 
 
-def test_nothing_is_left_of_many_requests(server: ServerProcess, llm: Any, prompt_of: Any) -> None:
-    """A hundred of all kinds, a third cut off by their clients: see soak.py."""
+def test_many_requests_of_all_kinds(server: ServerProcess, llm: Any, prompt_of: Any) -> None:
+    """A hundred, a third of them cut off by their clients: see soak.py. Afterwards everything is free."""
     from tests.part05.soak import check_answers, make_asks, talk_to
 
     two = server.post(COMPLETIONS, {**GREEDY, "prompt": [[5] * 40, [6] * 40], "max_tokens": 60})  # 26 blocks
@@ -135,13 +135,13 @@ def gauge_in(metrics: str, name: str) -> float:
     return float(found[1])
 
 
-def test_it_drains_and_leaves_nothing_but_a_complete_trace(server: ServerProcess, temporary: Path) -> None:
+def test_it_drains_and_its_trace_is_complete(server: ServerProcess, temporary: Path) -> None:
     core = int(server.ready["core"])
     body = {**GREEDY, "prompt": [6] * 10, "max_tokens": 100, "stream": True}
     server.check_finishes_a_stream_after_sigterm(COMPLETIONS, body, LOOK_DRAIN)
     errors = server.stderr.read_text()
     assert errors == "", f"stderr: {errors!r}. {LOOK_DRAIN}"
-    until(lambda: not marked(), f"no process to be left, got {marked()}. {LOOK_DRAIN}")
+    until(lambda: not marked(), f"all processes to end, got {marked()}. {LOOK_DRAIN}")
     assert not is_alive(core), f"the core, process {core}, is alive. {LOOK_DRAIN}"
     assert not sockets_in(temporary), f"left behind: {sockets_in(temporary)}. {LOOK_START}"
     trace = read_trace(server.stderr.parent / "trace.jsonl")
@@ -183,15 +183,15 @@ class Server:
         self.core = int(self.stdout.read_text().split()[1])
 
     def check_end(self, status: int, errors: str, look: str) -> None:
-        """The exit status, what stderr says (a pattern), and that nothing is left of either process."""
+        """The exit status, what stderr says (a pattern), and that both processes are gone with all their files."""
         got = self.host.ask(wait=self.pid, timeout=DEADLINE_S)["status"]
         said = self.stderr.read_text()
         assert got == status, f"expected exit status {status}, got {got}; stderr: {said!r}. {look}"
         assert re.fullmatch(errors, said), f"expected {errors!r} on stderr, got {said!r}. {look}"
         until(lambda: not is_alive(self.core), f"the core, process {self.core}, to end. {look}")
-        until(lambda: not self.host.ask(alive=True)["alive"], f"no process to be left. {look}")
-        left = sockets_in(self.temporary)
-        assert not left, f"left behind: {left}. {look}"
+        until(lambda: not self.host.ask(alive=True)["alive"], f"all processes to end. {look}")
+        found = sockets_in(self.temporary)
+        assert not found, f"left behind: {found}. {look}"
         if self.url:
             until(lambda: refuses(int(self.url.rpartition(":")[2])), f"the port to be closed. {look}")
 
@@ -254,7 +254,7 @@ def one_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 @pytest.fixture
 def host(one_host: Host) -> Iterator[Host]:
-    """Whatever a test leaves behind ends with it."""
+    """Servers that a test has started end with it."""
     yield one_host
     one_host.ask(end=True)
 
@@ -280,8 +280,8 @@ def in_the_background(*works: Callable[[], Any]) -> Iterator[list[Any]]:
 
 
 def test_a_failed_step_and_then_the_core_is_killed(host: Host) -> None:
-    """A step that fails costs those in it; the end of the core, everybody: who streams, who asked for a whole answer,
-    and who waits."""
+    """After one failed step the server goes on. The end of the core ends all requests: streams, whole answers, and
+    those that wait."""
     server = host.start("--max-num-seqs", "2", step_s=0.02)
     server.wait_until_ready()
     poisoned = server.ask({"prompt": [POISON]})
@@ -292,7 +292,7 @@ def test_a_failed_step_and_then_the_core_is_killed(host: Host) -> None:
         chunks = stack.enter_context(server.stream(body)).iter_text()
         text = next(chunks)
         results = stack.enter_context(in_the_background(*[lambda: server.ask({})] * 3))
-        until(lambda: waiting_at(server.url) >= 2, "two requests to wait, two slots being taken")
+        until(lambda: waiting_at(server.url) >= 2, "two requests to wait, as two are running")
         os.kill(server.core, signal.SIGKILL)
         text += "".join(chunks)
         health = httpx.get(f"{server.url}/health", timeout=TIMEOUT_S, trust_env=False, verify=False)
@@ -306,6 +306,20 @@ def test_a_failed_step_and_then_the_core_is_killed(host: Host) -> None:
     server.check_end(1, r"error: the engine core has died \(killed by SIGKILL\)\n", LOOK_DEATH)
 
 
+def test_two_failed_steps_in_a_row_end_the_server(host: Host) -> None:
+    server = host.start()
+    server.wait_until_ready()
+    for number in range(2):
+        poisoned = server.ask({"prompt": [POISON]})
+        assert poisoned.status_code == 500 and "the cat sat on it" in poisoned.text, (
+            f"failed step {number}: got {poisoned.text}. {LOOK_DEATH}"
+        )
+    health = httpx.get(f"{server.url}/health", timeout=TIMEOUT_S, trust_env=False, verify=False)
+    assert health.status_code == 503, f"/health after two failed steps: {health.status_code}. {LOOK_DEATH}"
+    cause = "two steps in a row failed, the second with ZeroDivisionError: the cat sat on it"
+    server.check_end(1, rf"(?s)(Process engine-core.*)?error: the engine core has ended: {cause}\n", LOOK_DEATH)
+
+
 def waiting_at(url: str) -> float:
     return gauge_in(
         httpx.get(f"{url}/metrics", timeout=DEADLINE_S, trust_env=False, verify=False).text, "num_requests_waiting"
@@ -313,7 +327,7 @@ def waiting_at(url: str) -> float:
 
 
 def test_the_api_process_is_killed(host: Host) -> None:
-    """Nobody is left to serve: the core must not go on, nor keep its memory."""
+    """The core must not go on alone, nor keep its memory."""
     server = host.start(step_s=0.01)
     server.wait_until_ready()
     body = {**GREEDY, "prompt": [6] * 5, "max_tokens": 290, "stream": True}
@@ -343,7 +357,7 @@ def test_the_core_is_killed_while_it_loads(host: Host) -> None:
 
 
 def test_ctrl_c_drains_as_sigterm_does(host: Host) -> None:
-    """It goes to all processes of the terminal. The core, which still has answers to finish, must not hear it."""
+    """It goes to all processes of the terminal. The core, which still has answers to finish, must not get it."""
     server = host.start(step_s=0.01)
     server.wait_until_ready()
     body = {**GREEDY, "prompt": [6] * 5, "max_tokens": 100, "stream": True}
@@ -368,8 +382,8 @@ def test_ctrl_c_drains_as_sigterm_does(host: Host) -> None:
     ],
     ids=["budget", "trace", "memory", "model", "host"],
 )
-def test_what_keeps_it_from_starting_is_told_in_a_line(host: Host, flags: list[str], words: str) -> None:
-    """The first three only the core can know: it passes the error on."""
+def test_an_error_at_the_start_is_one_line(host: Host, flags: list[str], words: str) -> None:
+    """The first three are found by the core, which sends them to the API process."""
     server = host.start(*flags)
     server.check_end(2, rf"{PART_DIR.name}: error: {words}\n", LOOK_START)
     assert not server.stdout.read_text(), f"nothing serves: {server.stdout.read_text()!r}. {LOOK_START}"

@@ -1,22 +1,26 @@
-"""core/scheduler.py: what may be decided about a step while the one before it still runs. No model: tokens are counted."""  # noqa: E501
+"""core/scheduler.py: what can be decided about a step while the one before it runs. No model: tokens are counted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from part05_async_scheduling.core.block_manager import BlockManager
 from part05_async_scheduling.core.request import Request, RequestStatus
 from part05_async_scheduling.core.scheduler import Scheduler, SchedulerOutput
-from tests.scripted import END, ids, params_for
+from part05_async_scheduling.messages import NewRequest, StepInput
+from tests.scripted import END, ids, params_for, shares
 
-LOOK_ADD = 'Look at core/scheduler.py::SchedulerOutput.add; README "Tokens that nobody has seen yet".'
+LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README "Tokens that nobody has seen yet".'
 LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
 LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Tokens that nobody has seen yet".'
 LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README "What the future may assume".'
 LOOK_FINISH = 'Look at core/scheduler.py::Scheduler.finish; README "A token too late".'
-LOOK_LEFT = 'Look at core/scheduler.py::Scheduler.schedule and _release; README "A token too late".'
+LOOK_SENT = (
+    'Look at core/scheduler.py::Scheduler._start, _add, finish and _leave; README "Tokens that nobody has seen yet".'
+)
 LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README of part 4, "Who may join".'
 WORD = 9  # any token but END
 
@@ -42,7 +46,7 @@ def add(scheduler: Scheduler, lengths: Sequence[int], max_tokens: int = 100) -> 
 
 
 def land(scheduler: Scheduler, output: SchedulerOutput, token_ids: Sequence[int] | None = None) -> None:
-    """What the engine does when a step's tokens are there."""
+    """What the engine does when a step's tokens have arrived."""
     for request, token_id in zip(output.requests, token_ids or [WORD] * len(output.requests), strict=True):
         request.num_output_placeholders -= 1
         if request.status.is_finished:
@@ -53,8 +57,16 @@ def land(scheduler: Scheduler, output: SchedulerOutput, token_ids: Sequence[int]
             scheduler.finish(request)
 
 
+def schedule(scheduler: Scheduler, case: str, look: str) -> SchedulerOutput:
+    """A step, where a mistake may make schedule() raise."""
+    try:
+        return scheduler.schedule()
+    except (AssertionError, LookupError) as error:
+        pytest.fail(f"{case}: schedule() raised {error!r}. {look}")
+
+
 def take_step(scheduler: Scheduler) -> SchedulerOutput:
-    """One that nobody is ahead of."""
+    """With no other in flight."""
     output = scheduler.schedule()
     land(scheduler, output)
     return output
@@ -79,15 +91,14 @@ def check_counts(request: Request, expected: tuple[int, int, int], case: str, lo
 
 
 def check_output(output: SchedulerOutput, expected: dict[str, tuple[int, int]], case: str, look: str) -> None:
-    """expected: who is scheduled, in order: (computed before, computed now)."""
-    got = list(
-        zip(
-            ids(output.requests), zip(output.num_computed_tokens, output.num_scheduled_tokens, strict=True), strict=True
-        )
-    )
+    """expected: which requests are scheduled, in order: (computed before, computed now)."""
+    got = [
+        (request.request_id, (share.num_computed_tokens, share.num_scheduled_tokens))
+        for request, share in shares(output)
+    ]
     assert got == list(expected.items()), (
         f"{case}: expected request → (num_computed_tokens, num_scheduled_tokens) {list(expected.items())}, got {got} "
-        f"(preempted: {ids(output.preempted) or 'nobody'}). {look}"
+        f"(preempted: {ids(output.preempted) or 'none'}). {look}"
     )
     total = sum(now for _, now in expected.values())
     assert output.total_num_scheduled_tokens == total, (
@@ -101,7 +112,7 @@ def check_queues(scheduler: Scheduler, running: str, waiting: str, case: str, lo
 
 
 def check_blocks(scheduler: Scheduler, expected: dict[str, int], case: str, look: str) -> None:
-    """expected: who holds how many blocks."""
+    """expected: how many blocks each request holds."""
     blocks = scheduler.blocks
     got = {request_id: len(table) for request_id, table in blocks.block_tables.items() if table}
     assert got == expected, f"{case}: expected request → blocks {expected}, got {got}. {look}"
@@ -111,10 +122,10 @@ def check_blocks(scheduler: Scheduler, expected: dict[str, int], case: str, look
     )
 
 
-# Tokens that nobody has seen yet
+# Tokens in flight
 
 
-def test_a_step_counts_on_what_it_will_bring() -> None:
+def test_a_scheduled_step_counts_as_computed() -> None:
     scheduler = make_scheduler()
     [request] = add(scheduler, [5])
     first = scheduler.schedule()
@@ -127,15 +138,15 @@ def test_a_step_counts_on_what_it_will_bring() -> None:
     check_output(third, {"0": (6, 1)}, "two steps are in flight", LOOK_ADD)
     check_counts(request, (5, 7, 3), "three steps in flight", LOOK_ADD)
     land(scheduler, first)
-    check_counts(request, (6, 7, 2), "the first step's token has come", LOOK_ADD)
+    check_counts(request, (6, 7, 2), "the first step's token has arrived", LOOK_ADD)
     land(scheduler, second)
     land(scheduler, third)
-    check_counts(request, (8, 7, 0), "all tokens have come", LOOK_ADD)
+    check_counts(request, (8, 7, 0), "all tokens have arrived", LOOK_ADD)
     check_output(scheduler.schedule(), {"0": (7, 1)}, "nothing is in flight", LOOK_ADD)
 
 
-def test_what_was_scheduled_is_not_changed_by_the_next_step() -> None:
-    """A step in flight is looked at again when it is over: its own numbers must still be there."""
+def test_a_scheduled_step_is_not_changed_by_the_next() -> None:
+    """Its numbers are needed again when its results arrive."""
     scheduler = make_scheduler()
     add(scheduler, [5, 3])
     first = scheduler.schedule()
@@ -146,7 +157,7 @@ def test_what_was_scheduled_is_not_changed_by_the_next_step() -> None:
 
 
 def test_one_step_at_a_time() -> None:
-    """The same rules, when every step is over before the next is scheduled."""
+    """The same rules, when each step has ended before the next is scheduled."""
     scheduler = make_scheduler()
     [request] = add(scheduler, [5], max_tokens=3)
     for number, expected in enumerate([(0, 5), (5, 1), (6, 1)]):
@@ -156,8 +167,8 @@ def test_one_step_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(("length", "expected"), [(3, [1, 1, 2, 2]), (4, [1, 2, 2, 2]), (5, [2, 2, 2, 2])])
-def test_blocks_are_there_for_tokens_that_nobody_has_seen(length: int, expected: list[int]) -> None:
-    """The key of a token in flight has to go somewhere: it may be the first of a new block (block_size=4)."""
+def test_blocks_are_allocated_for_tokens_in_flight(length: int, expected: list[int]) -> None:
+    """The next step stores the key of the token in flight. It may be the first one of a new block (block_size=4)."""
     scheduler = make_scheduler(block_size=4)
     add(scheduler, [length])
     for number, num_blocks in enumerate(expected):
@@ -166,14 +177,14 @@ def test_blocks_are_there_for_tokens_that_nobody_has_seen(length: int, expected:
         check_blocks(scheduler, {"0": num_blocks}, case, LOOK_RUNNING)
 
 
-def test_a_step_that_brings_nothing_to_anybody_is_empty() -> None:
+def test_with_all_last_tokens_in_flight_the_step_is_empty() -> None:
     scheduler = make_scheduler()
     add(scheduler, [5], max_tokens=1)
     first, second = scheduler.schedule(), scheduler.schedule()
     check_output(second, {}, "the only token of the only request is in flight", LOOK_LENGTH)
-    assert scheduler.has_unfinished_requests, f"its token has not come yet. {LOOK_LENGTH}"
+    assert scheduler.has_unfinished_requests, f"its token has not arrived yet. {LOOK_LENGTH}"
     land(scheduler, first)
-    assert not scheduler.has_unfinished_requests, f"its token has come. {LOOK_FINISH}"
+    assert not scheduler.has_unfinished_requests, f"its token has arrived. {LOOK_FINISH}"
 
 
 # What the future may assume
@@ -187,7 +198,7 @@ def test_a_step_that_brings_nothing_to_anybody_is_empty() -> None:
 def test_an_end_by_length_is_foreseen(
     length: int, max_tokens: int, max_num_tokens: int, expected: int, depth: int
 ) -> None:
-    """max_tokens, and the end of the context. Nothing is computed in vain, however many steps are in flight."""
+    """By max_tokens, or by the end of the context. No position is wasted, however many steps are in flight."""
     scheduler, in_flight, num_scheduled = make_scheduler(), list[SchedulerOutput](), 0
     request = make_request("0", length, max_tokens, max_num_tokens)
     other = make_request("1", 4, max_tokens=20)
@@ -214,7 +225,7 @@ def test_an_end_by_length_is_foreseen(
     check_blocks(scheduler, {}, f"{case}, all have ended", LOOK_FINISH)
 
 
-def test_who_has_all_tokens_in_flight_keeps_its_place_and_its_blocks() -> None:
+def test_a_request_whose_last_token_is_in_flight_keeps_its_row_and_blocks() -> None:
     """It still runs: its blocks are being written."""
     scheduler = make_scheduler(max_num_seqs=2)
     scheduler.add_request(make_request("0", 20, max_tokens=1))
@@ -229,13 +240,13 @@ def test_who_has_all_tokens_in_flight_keeps_its_place_and_its_blocks() -> None:
     check_output(scheduler.schedule(), {"1": (21, 1), "2": (0, 20)}, "0 has ended", LOOK_FINISH)
 
 
-def test_who_has_all_tokens_in_flight_needs_no_block_and_can_be_preempted() -> None:
+def test_a_request_whose_last_token_is_in_flight_needs_no_block_and_can_be_preempted() -> None:
     """Blocks of 4, two of them; 0 is at the edge of its block, and 1 has its last token in flight."""
     scheduler = make_scheduler(num_usable=2, block_size=4)
     scheduler.add_request(make_request("0", 4))
     scheduler.add_request(make_request("1", 4, max_tokens=1))
     first, second = scheduler.schedule(), scheduler.schedule()
-    assert ids(second.preempted) == ["1"], f"expected 1 to leave, got {ids(second.preempted)}. {LOOK_RUNNING}"
+    assert ids(second.preempted) == ["1"], f"expected 1 to be preempted, got {ids(second.preempted)}. {LOOK_RUNNING}"
     check_output(second, {"0": (4, 1)}, "1 was preempted with its last token in flight", LOOK_RUNNING)
     land(scheduler, first)
     check_queues(scheduler, "0", "", "1 has ended, by the token that was in flight", LOOK_FINISH)
@@ -244,7 +255,7 @@ def test_who_has_all_tokens_in_flight_needs_no_block_and_can_be_preempted() -> N
 
 
 def test_an_end_of_sequence_costs_one_step_too_many() -> None:
-    """The third of up to ten tokens ends it; by then it is in the fourth step, which nobody can take back."""
+    """The third of up to ten tokens ends it; by then the fourth step was launched with it."""
     scheduler = make_scheduler()
     [request, _] = add(scheduler, [5, 5], max_tokens=10)
     outputs = [scheduler.schedule()]
@@ -266,17 +277,17 @@ def test_an_end_of_sequence_costs_one_step_too_many() -> None:
 
 
 def test_preempted_between_launch_and_result() -> None:
-    """Two prompts of 8 fill four blocks of 4. At the ninth token both want one more, and the later has to leave."""
+    """Two prompts of 8 fill four blocks of 4. At the ninth token both need one more, and the later is preempted."""
     scheduler = make_scheduler(num_usable=4, block_size=4)
     first, second = add(scheduler, [8, 8])
     before = scheduler.schedule()
     after = scheduler.schedule()
-    assert ids(after.preempted) == ["1"], f"expected 1 to leave, got {ids(after.preempted)}. {LOOK_RUNNING}"
-    check_output(after, {"0": (8, 1)}, "1 has left", LOOK_RUNNING)
+    assert ids(after.preempted) == ["1"], f"expected 1 to be preempted, got {ids(after.preempted)}. {LOOK_RUNNING}"
+    check_output(after, {"0": (8, 1)}, "1 is preempted", LOOK_RUNNING)
     check_counts(second, (8, 0, 1), "preempted, its first token is in flight", LOOK_PREEMPT)
-    check_queues(scheduler, "0", "1", "1 has left", LOOK_PREEMPT)
+    check_queues(scheduler, "0", "1", "1 is preempted", LOOK_PREEMPT)
     land(scheduler, before, [WORD, 5])
-    check_counts(second, (9, 0, 0), "preempted, its token has come", LOOK_PREEMPT)
+    check_counts(second, (9, 0, 0), "preempted, its token has arrived", LOOK_PREEMPT)
     assert second.output_token_ids == [5], f"expected its token, got {second.output_token_ids}. {LOOK_PREEMPT}"
     land(scheduler, after)
     scheduler.abort(["0"])
@@ -284,8 +295,8 @@ def test_preempted_between_launch_and_result() -> None:
     check_counts(second, (9, 9, 1), "it comes back", LOOK_ADD)
 
 
-def test_who_was_preempted_waits_for_its_token() -> None:
-    """Until then nobody knows what it has to compute; and who came later does not get past it."""
+def test_a_preempted_request_waits_for_its_token() -> None:
+    """Until then its tokens are not known. Later requests do not overtake it."""
     scheduler = make_scheduler(max_num_seqs=2)
     requests = add(scheduler, [8, 8, 8])
     before = scheduler.schedule()
@@ -293,26 +304,29 @@ def test_who_was_preempted_waits_for_its_token() -> None:
     check_output(scheduler.schedule(), {"0": (8, 1)}, "1 was preempted, and its first token is in flight", LOOK_WAITING)
     check_queues(scheduler, "0", "12", "1 was preempted, and its first token is in flight", LOOK_WAITING)
     land(scheduler, before)
-    check_output(scheduler.schedule(), {"0": (9, 1), "1": (0, 9)}, "1 was preempted, its token has come", LOOK_WAITING)
+    check_output(
+        scheduler.schedule(), {"0": (9, 1), "1": (0, 9)}, "1 was preempted, its token has arrived", LOOK_WAITING
+    )
 
 
-def test_the_latest_is_preempted_and_nobody_twice() -> None:
-    """Three at the edge of their blocks, none free: the third leaves, then the second asks, and gets its block."""
+def test_the_latest_is_preempted_and_each_only_once() -> None:
+    """Three at the edge of their blocks, none free: the first takes the third's block; the second preempts itself."""
     scheduler = make_scheduler(num_usable=3, block_size=4)
     add(scheduler, [4, 4, 4])
-    first, second = scheduler.schedule(), scheduler.schedule()
-    check_output(second, {"0": (4, 1)}, "0 takes 2's block, 1 has to leave itself", LOOK_RUNNING)
-    assert ids(second.preempted) == ["2", "1"], f"expected 2, then 1, to leave, got {ids(second.preempted)}"
-    check_queues(scheduler, "0", "12", "who came first waits first", LOOK_PREEMPT)
+    first = scheduler.schedule()
+    second = schedule(scheduler, "2 and 1 are preempted for 0's block", LOOK_RUNNING)
+    check_output(second, {"0": (4, 1)}, "0 takes 2's block, 1 is preempted itself", LOOK_RUNNING)
+    assert ids(second.preempted) == ["2", "1"], f"expected 2, then 1, to be preempted, got {ids(second.preempted)}"
+    check_queues(scheduler, "0", "12", "the earlier one waits first", LOOK_PREEMPT)
     assert scheduler.num_preemptions == 2, f"expected 2 preemptions, got {scheduler.num_preemptions}. {LOOK_PREEMPT}"
     land(scheduler, first)
     for request in scheduler.waiting:
-        check_counts(request, (5, 0, 0), "preempted, its token has come", LOOK_PREEMPT)
+        check_counts(request, (5, 0, 0), "preempted, its token has arrived", LOOK_PREEMPT)
 
 
 @pytest.mark.parametrize("is_end", [False, True], ids=["length", "end of sequence"])
 def test_a_preempted_request_ends_by_the_token_in_flight(is_end: bool) -> None:
-    """It waits, and must not be found there any more: else it would be computed again, for nothing."""
+    """It must leave the waiting queue; otherwise it would be computed again."""
     scheduler = make_scheduler(num_usable=4, block_size=4)
     scheduler.add_request(make_request("0", 8, max_tokens=4))
     scheduler.add_request(make_request("1", 8, max_tokens=10 if is_end else 1))
@@ -328,8 +342,8 @@ def test_a_preempted_request_ends_by_the_token_in_flight(is_end: bool) -> None:
 # The end of a request
 
 
-def test_slot_and_blocks_are_free_while_a_step_still_writes_there() -> None:
-    """The next owner's step comes after that one. One slot; 0 ends by its first token and is in the second step."""
+def test_row_and_blocks_are_free_while_a_step_still_writes_there() -> None:
+    """The next owner's step comes after that one. One row; 0 ends by its first token and is in the second step."""
     scheduler = make_scheduler(num_usable=2, block_size=4, max_num_seqs=1)
     first, second = add(scheduler, [4, 8], max_tokens=5)
     one, two = scheduler.schedule(), scheduler.schedule()
@@ -341,7 +355,7 @@ def test_slot_and_blocks_are_free_while_a_step_still_writes_there() -> None:
     check_output(three, {"1": (0, 8)}, "a step of 0 is in flight, its blocks are 1's", LOOK_FINISH)
     assert set(held) <= set(scheduler.blocks.block_tables["1"]), f"1 has no other blocks to take. {LOOK_FINISH}"
     land(scheduler, two)
-    check_blocks(scheduler, {"1": 2}, "the step of 0 is over: it gives nothing back a second time", LOOK_FINISH)
+    check_blocks(scheduler, {"1": 2}, "the step of 0 has ended: nothing is freed a second time", LOOK_FINISH)
     assert first.output_token_ids == [END], f"0 has ended, and got {first.output_token_ids}"
     assert second.output_token_ids == []
 
@@ -360,12 +374,16 @@ def test_abort_wherever_it_is(state: str) -> None:
     if state.startswith("preempted"):
         for request in (requests[2], requests[1]):
             scheduler.preempt(request)
-    found = scheduler.abort(iter([name, "nobody"]))
+    found = scheduler.abort(iter([name, "unknown"]))
     case, look = f"request {name} is aborted, {state}", "Look at core/scheduler.py::Scheduler.abort."
     assert found == [requests[int(name)]], f"{case}: expected it back, got {ids(found)}. {look}"
     assert found[0].status is RequestStatus.FINISHED_ABORTED, f"{case}: its status is {found[0].status}. {look}"
-    left = ids([*scheduler.running, *scheduler.waiting])
-    assert "".join(left) == "0123".replace(name, ""), f"{case}: {left} are left. {look}"
+    rest = ids([*scheduler.running, *scheduler.waiting])
+    assert "".join(rest) == "0123".replace(name, ""), f"{case}: {rest} are in the queues. {look}"
+    rows = [request.row for request in scheduler.running]
+    assert sorted([*rows, *scheduler.free_rows]) == [0, 1, 2], (
+        f"{case}: rows {rows}, free {scheduler.free_rows}. {look}"
+    )
     held = {request.request_id: -(-len(request.prompt_token_ids) // 16) for request in scheduler.running}
     check_blocks(scheduler, held, case, look)
     assert scheduler.abort([name]) == [], f"{case}, a second time: it is no longer there. {look}"
@@ -377,67 +395,105 @@ def test_abort_wherever_it_is(state: str) -> None:
     assert name not in ids(output.requests), f"{case}: it is in the next step. {look}"
 
 
-# Who has left
+# Rows, and what is sent to the worker
 
 
-def test_who_has_left_is_told_once() -> None:
-    """By an end, an abort and a preemption: what the runner keeps for them can go, with the next step."""
-    scheduler = make_scheduler(num_usable=12, block_size=4, max_num_seqs=3)
-    requests = add(scheduler, [4, 4, 4, 4])
-    first = scheduler.schedule()
-    assert first.left == [], f"nobody has left yet, got {first.left}. {LOOK_LEFT}"
-    land(scheduler, first, [END, WORD, WORD])
-    scheduler.abort(["1"])
-    second = scheduler.schedule()
-    assert sorted(second.left) == ["0", "1"], f"0 has ended, 1 was aborted; got {second.left}. {LOOK_LEFT}"
-    third = scheduler.schedule()
-    assert third.left == [], f"nobody has left since, got {third.left}. {LOOK_LEFT}"
-    for output in (second, third):
-        land(scheduler, output)
-    scheduler.preempt(requests[3])
-    fourth = scheduler.schedule()
-    assert fourth.left == ["3"], f"3 was preempted and comes back in this step, got {fourth.left}. {LOOK_LEFT}"
-    assert "3" in ids(fourth.requests), f"expected 3 to come back, got {ids(fourth.requests)}"
+def rows_of(scheduler: Scheduler) -> dict[str, int | None]:
+    return {request.request_id: request.row for request in scheduler.running}
 
 
-def test_who_leaves_in_this_very_step_is_told_with_it() -> None:
-    scheduler = make_scheduler(num_usable=2, block_size=4)
-    add(scheduler, [4, 4])
-    scheduler.schedule()
-    second = scheduler.schedule()
-    assert (ids(second.preempted), second.left) == (["1"], ["1"]), (
-        f"1 is preempted in this step: expected it in preempted and in left, got {second.preempted}, {second.left}. "
-        f"{LOOK_LEFT}"
+def test_a_new_request_gets_a_row_and_is_described_once() -> None:
+    """Its tokens and parameters go with the step in which it joins, and with no other."""
+    scheduler = make_scheduler(max_num_seqs=2)
+    first, second = add(scheduler, [3, 5])
+    outputs = [scheduler.schedule() for _ in range(2)]
+    rows = rows_of(scheduler)
+    assert sorted(rows.values()) == [0, 1], f"two requests, two rows: got {rows}. {LOOK_SENT}"
+    expected = [NewRequest(rows[r.request_id], [7] * n, n, r.params) for r, n in ((first, 3), (second, 5))]  # type: ignore[arg-type]
+    got = outputs[0].step.new_requests
+    assert got == expected, f"the first step: expected {expected}, got {got}. {LOOK_SENT}"
+    assert outputs[1].step.new_requests == [], f"the second step: got {outputs[1].step.new_requests}. {LOOK_SENT}"
+    for output in outputs:
+        got_rows = [share.row for share in output.step.requests]
+        assert got_rows == [first.row, second.row], f"each share has its request's row: got {output.step}. {LOOK_SENT}"
+
+
+def test_block_ids_are_sent_once() -> None:
+    """Each step has the ones that are new (block_size=4). A request that comes back sends all of them again."""
+    scheduler = make_scheduler(num_usable=8, block_size=4)
+    [request] = add(scheduler, [7])
+    sent, tables = list[list[int]](), list[list[int]]()
+    for _ in range(4):
+        sent.append(scheduler.schedule().step.requests[0].new_block_ids)
+        tables.append(list(scheduler.blocks.block_tables["0"]))
+    assert [len(each) for each in sent] == [2, 0, 1, 0], (
+        f"7 tokens, then one a step: expected 2, 0, 1 and 0 new blocks, got {sent}. {LOOK_SENT}"
     )
+    assert [*sent[0], *sent[2]] == tables[-1], f"sent {sent}, the block table is {tables[-1]}. {LOOK_SENT}"
+    for _ in range(4):
+        request.output_token_ids.append(WORD)
+        request.num_output_placeholders -= 1
+    scheduler.preempt(request)
+    assert (request.row, request.num_sent_blocks) == (None, 0), f"it is preempted, and has row {request.row}."
+    step = scheduler.schedule().step
+    assert step.requests[0].new_block_ids == scheduler.blocks.block_tables["0"], (
+        f"back after a preemption: expected all of {scheduler.blocks.block_tables['0']}, got {step}. {LOOK_SENT}"
+    )
+    assert step.new_requests[0].token_ids == [7] * 7 + [WORD] * 4, f"with its output: got {step}. {LOOK_SENT}"
+    assert step.new_requests[0].num_prompt_tokens == 7, f"got {step}. {LOOK_SENT}"
 
 
-def test_who_has_left_is_not_lost_with_an_empty_step() -> None:
-    """No step is launched, so nobody is told; the next one that is launched tells it."""
-    scheduler = make_scheduler()
-    add(scheduler, [5], max_tokens=1)
-    land(scheduler, scheduler.schedule())
-    for _ in range(2):
-        assert not scheduler.schedule().requests, "nobody is there"
-    scheduler.add_request(make_request("1", 5))
-    scheduler.add_request(make_request("2", 5))
-    scheduler.abort(["2"])
+@pytest.mark.parametrize("how", ["end", "abort", "preemption"])
+def test_a_free_row_is_given_out_again(how: str) -> None:
+    """The step in which the next request joins says so; nothing else is said."""
+    scheduler = make_scheduler(max_num_seqs=2)
+    requests = add(scheduler, [4, 4, 4])
+    first = scheduler.schedule()
+    row = requests[1].row
+    if how == "end":
+        land(scheduler, first, [WORD, END])
+    elif how == "abort":
+        scheduler.abort(["1"])
+    else:
+        land(scheduler, first)
+        scheduler.preempt(requests[1])
+        scheduler.waiting.rotate(-1)  # another request comes first
+    step = schedule(scheduler, f"request 1's row is free after its {how}", LOOK_SENT).step
+    got = [new.row for new in step.new_requests]
+    assert got == [row] == [requests[2].row], f"{how}: request 2 takes 1's row {row}: got {step}. {LOOK_SENT}"
+
+
+def test_a_step_is_plain_data_of_its_own() -> None:
+    """What the scheduler does next does not change it: a worker may read it later."""
+    scheduler = make_scheduler(block_size=4)
+    [first, _] = add(scheduler, [5, 3])
     output = scheduler.schedule()
-    assert "0" in output.left, f"0 has ended before the empty steps, got {output.left}. {LOOK_LEFT}"
-    assert scheduler.schedule().left == [], f"they were told, and are told again. {LOOK_LEFT}"
-
-
-def test_a_list_of_who_has_left_stays_as_it_was() -> None:
-    """The runner may look at it later."""
-    scheduler = make_scheduler()
-    add(scheduler, [5, 5])
+    before = msgspec.msgpack.encode(output.step)
+    land(scheduler, output)
     scheduler.schedule()
-    scheduler.abort(["0"])
-    output = scheduler.schedule()
-    scheduler.abort(["1"])
-    assert output.left == ["0"], f"expected ['0'], got {output.left}. {LOOK_LEFT}"
+    scheduler.preempt(first)
+    scheduler.schedule()
+    assert msgspec.msgpack.encode(output.step) == before, f"a later step changed {output.step}. {LOOK_SENT}"
+    assert msgspec.msgpack.Decoder(StepInput).decode(before) == output.step, f"got {output.step}. {LOOK_SENT}"
 
 
-# Who may join: as in part 4
+def test_reset_removes_everything() -> None:
+    """Requests that run, wait or are preempted, with tokens in flight; the running ones come first."""
+    scheduler = make_scheduler(num_usable=20, block_size=4, max_num_seqs=3)
+    requests = add(scheduler, [8, 8, 8, 8])
+    scheduler.schedule()
+    scheduler.preempt(requests[2])
+    scheduler.schedule()
+    look = "Look at core/scheduler.py::Scheduler.reset."
+    got = ids(scheduler.reset())
+    assert got == ["0", "1", "2", "3"], f"expected all four, got {got}. {look}"
+    assert all(request.status is RequestStatus.FINISHED_ABORTED for request in requests), f"got {requests}. {look}"
+    assert not scheduler.has_unfinished_requests, f"requests remain. {look}"
+    check_blocks(scheduler, {}, "after a reset", look)
+    assert sorted(scheduler.free_rows) == [0, 1, 2], f"free rows {scheduler.free_rows}, expected 3. {look}"
+
+
+# Admission: as in part 4
 
 
 @pytest.mark.parametrize(
@@ -452,15 +508,15 @@ def test_a_list_of_who_has_left_stays_as_it_was() -> None:
     ],
     ids=str,
 )
-def test_who_joins(limits: dict[str, int], lengths: list[int], expected: str) -> None:
+def test_which_requests_join(limits: dict[str, int], lengths: list[int], expected: str) -> None:
     scheduler = make_scheduler(**limits)
     add(scheduler, lengths)
     case = f"{limits}, prompts of {lengths} tokens, first step"
     check_output(scheduler.schedule(), {name: (0, lengths[int(name)]) for name in expected}, case, LOOK_WAITING)
 
 
-def test_running_requests_count_against_the_budget_with_what_nobody_has_seen() -> None:
-    """Budget 10: two decodes in flight leave 8 tokens for whoever joins."""
+def test_tokens_in_flight_count_against_the_budget() -> None:
+    """Budget 10: two decodes leave 8 tokens for new requests."""
     scheduler = make_scheduler(max_num_batched_tokens=10)
     add(scheduler, [5, 5, 9, 1])
     scheduler.schedule()
@@ -469,10 +525,10 @@ def test_running_requests_count_against_the_budget_with_what_nobody_has_seen() -
     check_output(scheduler.schedule(), {"0": (6, 1), "1": (6, 1), "2": (0, 8)}, "2 needs 8 of 8", LOOK_WAITING)
 
 
-def test_nobody_joins_in_a_step_with_a_preemption() -> None:
+def test_no_request_joins_in_a_step_with_a_preemption() -> None:
     scheduler = make_scheduler(num_usable=6, block_size=4, max_num_seqs=3)
     add(scheduler, [8, 8, 8, 1])
     scheduler.schedule()
     output = scheduler.schedule()
-    assert ids(output.preempted) == ["2"], f"expected 2 to leave, got {ids(output.preempted)}. {LOOK_RUNNING}"
+    assert ids(output.preempted) == ["2"], f"expected 2 to be preempted, got {ids(output.preempted)}. {LOOK_RUNNING}"
     check_output(output, {"0": (8, 1), "1": (8, 1)}, "2 was preempted, and its blocks are not 3's", LOOK_WAITING)

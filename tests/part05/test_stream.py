@@ -1,4 +1,4 @@
-"""worker/stream.py: steps run in the order of their launch, one at a time, while whoever launched them goes on."""
+"""worker/stream.py: steps run in the order of their launch, one at a time, while the caller goes on."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from common.sampling_params import SamplingParams
 from common.testing import small_model
 from part05_async_scheduling.config import EngineConfig
 from part05_async_scheduling.core.engine import LLMEngine
+from part05_async_scheduling.messages import StepOutput
 from part05_async_scheduling.worker import model_runner
 from part05_async_scheduling.worker import stream as stream_module
 from part05_async_scheduling.worker.sampler import LogprobsTensors, SamplerOutput
-from part05_async_scheduling.worker.stream import CudaStream, StepResult, ThreadStream, make_stream
+from part05_async_scheduling.worker.stream import CudaStream, ThreadStream, make_stream
 from tests.part05.scripted import run_dry
 
 LOOK = 'Look at worker/stream.py::ThreadStream; README "One step ahead".'
-LOOK_CUDA = (
-    'Look at worker/stream.py::CudaStream and worker/model_runner.py::ModelRunner.launch; README "One step ahead".'
-)
+LOOK_CUDA = 'Look at worker/stream.py::CudaStream and worker/worker.py::Worker.launch; README "One step ahead".'
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20  # for what takes milliseconds; only a mistake makes a test wait this long
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams and events")
@@ -38,14 +37,9 @@ def sampled(token_id: int) -> SamplerOutput:
     return SamplerOutput(torch.tensor([token_id]), None)
 
 
-def within_deadline(wait: Callable[[], Any], what: str) -> Any:
-    """What wait() returns; it must not take long."""
-    got: list[Any] = []
-    thread = threading.Thread(target=lambda: got.append(wait()), daemon=True)
-    thread.start()
-    thread.join(DEADLINE_S)
-    assert got, f"expected {what}; nothing happened for {DEADLINE_S} s. {LOOK}"
-    return got[0]
+def plain(sampled: SamplerOutput) -> StepOutput:
+    """The finish of these tests."""
+    return StepOutput(sampled.token_ids.tolist(), [None] * len(sampled.token_ids))
 
 
 def test_a_launch_returns_before_the_work_is_done() -> None:
@@ -56,15 +50,15 @@ def test_a_launch_returns_before_the_work_is_done() -> None:
         assert gate.wait(DEADLINE_S), f"launch() waits for the work. {LOOK}"
         return sampled(7)
 
-    handle = stream.launch(work)
-    assert begun.wait(DEADLINE_S), f"the work begins without anybody asking for its result. {LOOK}"
+    handle = stream.launch(work, plain)
+    assert begun.wait(DEADLINE_S), f"the work begins before its result is asked for. {LOOK}"
     gate.set()
     result = handle.result()
-    assert result.sampled.token_ids.tolist() == [7], f"got {result}. {LOOK}"
+    assert result.token_ids == [7], f"got {result}. {LOOK}"
     assert result.start_s <= result.end_s <= time.perf_counter(), f"times {result.start_s}, {result.end_s}. {LOOK}"
 
 
-def test_work_is_done_in_order_and_one_at_a_time_whoever_asks_first() -> None:
+def test_work_is_done_in_order_and_one_at_a_time() -> None:
     stream, order, gate = ThreadStream(), list[int](), threading.Event()
     gates = [gate, *(threading.Event() for _ in range(3))]
 
@@ -77,23 +71,23 @@ def test_work_is_done_in_order_and_one_at_a_time_whoever_asks_first() -> None:
 
         return work
 
-    handles = [stream.launch(work_of(number)) for number in range(4)]
+    handles = [stream.launch(work_of(number), plain) for number in range(4)]
     for each in reversed(gates[1:]):  # the later ones are free to end long before the first is
         each.set()
     gate.set()
-    got = [handle.result().sampled.token_ids.tolist() for handle in reversed(handles)]
+    got = [handle.result().token_ids for handle in reversed(handles)]
     assert got == [[3], [2], [1], [0]], f"each handle has its own work's result, got {got}. {LOOK}"
     assert order == [0, 0, 1, 1, 2, 2, 3, 3], f"begun and ended: expected one after the other, got {order}. {LOOK}"
 
 
-def test_an_error_comes_out_where_the_result_is_asked_for() -> None:
+def test_an_error_is_raised_with_the_result() -> None:
     stream = ThreadStream()
 
     def fail() -> SamplerOutput:
         raise ZeroDivisionError("the cat sat on it")
 
-    failed, after = stream.launch(fail), stream.launch(lambda: sampled(1))
-    assert after.result().sampled.token_ids.tolist() == [1], f"the next step goes on. {LOOK}"
+    failed, after = stream.launch(fail, plain), stream.launch(lambda: sampled(1), plain)
+    assert after.result().token_ids == [1], f"the next step goes on. {LOOK}"
     for _ in range(2):
         with pytest.raises(ZeroDivisionError, match="the cat sat on it"):
             failed.result()
@@ -107,17 +101,17 @@ def test_the_thread_has_a_name_and_ends_with_its_stream() -> None:
         return sampled(1)
 
     for _ in range(3):
-        stream.launch(work).result()
+        stream.launch(work, plain).result()
     assert len(set(threads)) == 1 and threads[0].name.startswith("model"), f"got {threads}. {LOOK}"
     assert threads[0] is not threading.current_thread()
     del stream
     threads[0].join(DEADLINE_S)
-    assert not threads[0].is_alive(), f"nobody can launch any more, and the thread waits on. {LOOK}"
+    assert not threads[0].is_alive(), f"the stream is gone, and its thread still waits. {LOOK}"
 
 
 def test_other_work_is_done_there_too_and_waited_for() -> None:
     stream, order = ThreadStream(), list[str]()
-    handle = stream.launch(lambda: order.append("step") or SamplerOutput(torch.tensor([1]), None))
+    handle = stream.launch(lambda: order.append("step") or sampled(1), plain)
     name = stream.run(lambda: order.append("other") or threading.current_thread().name)
     assert order == ["step", "other"] and handle.result(), f"expected the step first, got {order}. {LOOK}"
     assert name.startswith("model"), f"expected the stream's own thread, got {name!r}. {LOOK}"
@@ -127,7 +121,7 @@ def test_other_work_is_done_there_too_and_waited_for() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_only_the_streams_thread_computes() -> None:
-    """With the scheduler's thread free of OpenMP's helpers: a process of its own, since theirs stay to its end."""
+    """So the scheduler's thread has no OpenMP worker pool. In a process of its own, since a pool stays to its end."""
     code = (
         "import os, torch\n"
         "torch.set_num_threads(2)\n"
@@ -145,8 +139,8 @@ def test_only_the_streams_thread_computes() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     got = run.stdout.strip()
     assert got == "2", (
-        f"the stream's thread and its one helper: expected 2 more threads than before, got {got} {run.stderr[-400:]}. "
-        "Look at worker/model_runner.py::ModelRunner.__init__: what it computes before the first step belongs on the stream."  # noqa: E501
+        f"the stream's thread and its one OpenMP worker: expected 2 threads more, got {got} {run.stderr[-400:]}. "
+        "Look at worker/worker.py::Worker.__init__: what is computed before the first step belongs on the stream."
     )
 
 
@@ -206,7 +200,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeCuda]:
     return FakeCuda
 
 
-def test_a_launch_on_a_gpu_waits_for_nobody(cuda: type[FakeCuda]) -> None:
+def test_a_launch_on_a_gpu_does_not_wait(cuda: type[FakeCuda]) -> None:
     stream = CudaStream("cuda")
     cuda.log.clear()
 
@@ -214,50 +208,51 @@ def test_a_launch_on_a_gpu_waits_for_nobody(cuda: type[FakeCuda]) -> None:
         cuda.log.append("work")
         return sampled(7)
 
-    handle = stream.launch(work)
+    handle = stream.launch(work, plain)
     assert cuda.log == ["record", "work", "record"], (
-        f"events before and after, and nobody waits: expected record, work, record, got {cuda.log}. {LOOK_CUDA}"
+        f"events before and after, and no wait: expected record, work, record, got {cuda.log}. {LOOK_CUDA}"
     )
     result = handle.result()
     assert cuda.log[3:] == ["wait"], f"the result waits for its event, got {cuda.log[3:]}. {LOOK_CUDA}"
-    assert isinstance(result, StepResult) and result.sampled.token_ids.tolist() == [7], f"got {result}"
+    assert result.token_ids == [7], f"got {result}"
     assert result.start_s <= result.end_s, f"times {result.start_s}, {result.end_s}. {LOOK_CUDA}"
 
 
 def test_a_step_on_a_gpu_is_prepared_on_the_stream_that_runs_it(
     cuda: type[FakeCuda], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Copies of a step's numbers on another stream are not ordered with it: it could read them before they are there,
-    and their memory could be given to the next step while this one still reads it."""
+    """Copies of a step's inputs on another stream are not ordered with it: it could read them before they arrive, and
+    their memory could be reused for the next step while this one still reads it."""
     model = small_model("llama", seed=2)
     model.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").symlink_to(MODELS_DIR / "tiny" / "tokenizer.json")
     engine = LLMEngine(EngineConfig(model=str(tmp_path), device="cpu", num_kv_blocks=20, block_size=4))
-    engine.runner.stream = CudaStream("cuda")
-    uploads, runs = list[Any](), list[Any]()
-    upload, forward = model_runner.upload, engine.runner.model.forward
+    worker = engine.executor.worker
+    worker.stream = CudaStream("cuda")
+    copies, runs = list[Any](), list[Any]()
+    to_device, forward = model_runner.to_device, worker.model.forward
 
-    def note_upload(*args: Any) -> torch.Tensor:
-        uploads.append(torch.cuda.current_stream())
-        return upload(*args)
+    def note_copy(*args: Any) -> torch.Tensor:
+        copies.append(torch.cuda.current_stream())
+        return to_device(*args)
 
     def note_forward(*args: Any) -> torch.Tensor:
         runs.append(torch.cuda.current_stream())
         return forward(*args)
 
-    monkeypatch.setattr(model_runner, "upload", note_upload)
-    monkeypatch.setattr(engine.runner.model, "forward", note_forward)
+    monkeypatch.setattr(model_runner, "to_device", note_copy)
+    monkeypatch.setattr(worker.model, "forward", note_forward)
     engine.add_request("0", [5, 6, 7], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     run_dry(engine)
-    assert runs and uploads
-    assert set(map(id, uploads)) == set(map(id, runs)), (
-        f"a step's tensors are uploaded on {set(uploads)} and read on {set(runs)}: expected one stream. {LOOK_CUDA}"
+    assert runs and copies
+    assert set(map(id, copies)) == set(map(id, runs)), (
+        f"a step's inputs are copied on {set(copies)} and read on {set(runs)}: expected one stream. {LOOK_CUDA}"
     )
 
 
 @needs_gpu
 def test_a_gpu_runs_steps_in_order_and_copies_to_pinned_memory() -> None:
-    stream = CudaStream("cuda")
+    stream, results = CudaStream("cuda"), list[SamplerOutput]()
     total = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def work() -> SamplerOutput:
@@ -266,28 +261,32 @@ def test_a_gpu_runs_steps_in_order_and_copies_to_pinned_memory() -> None:
         values = torch.zeros(1, 2, device="cuda")
         return SamplerOutput(total.clone(), LogprobsTensors(total.expand(1, 2), values, total.clone()))
 
+    def finish(sampled: SamplerOutput) -> StepOutput:
+        results.append(sampled)
+        return plain(sampled)
+
     with torch.cuda.stream(stream._stream):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            handles = [stream.launch(work) for _ in range(5)]
+            handles = [stream.launch(work, finish) for _ in range(5)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    results = [handle.result() for handle in handles]
-    assert [result.sampled.token_ids.tolist() for result in results] == [[1], [2], [3], [4], [5]], f"got {results}"
-    for result in results:
-        assert result.sampled.token_ids.is_pinned(), f"a copy to pageable memory waits. {LOOK_CUDA}"
-        assert result.sampled.logprobs is not None and result.sampled.logprobs.logprobs.is_pinned()
-    times = [time for result in results for time in (result.start_s, result.end_s)]
+    outputs = [handle.result() for handle in handles]
+    assert [output.token_ids for output in outputs] == [[1], [2], [3], [4], [5]], f"got {outputs}. {LOOK_CUDA}"
+    for sampled in results:
+        assert sampled.token_ids.is_pinned(), f"a copy to pageable memory waits. {LOOK_CUDA}"
+        assert sampled.logprobs is not None and sampled.logprobs.logprobs.is_pinned(), f"got {sampled}. {LOOK_CUDA}"
+    times = [time for output in outputs for time in (output.start_s, output.end_s)]
     assert times == sorted(times), f"steps overlap: {times}. {LOOK_CUDA}"
 
 
 @needs_gpu
 def test_a_launch_on_a_gpu_reads_nothing_back() -> None:
-    """Every kind of request in one engine: a read would make the launch wait for the step before."""
+    """Every kind of request in one engine. A read would make the launch wait for the step before."""
     flags = {"num_kv_blocks": 200, "device": "cuda", "dtype": "float32"}
     engine, waiting = LLMEngine(EngineConfig(model="tiny", **flags)), LLMEngine(EngineConfig(model="tiny", **flags))
     waiting.max_steps_in_flight = 1
-    launch = engine.runner.launch
+    launch = engine.executor.launch
 
     def launch_without_waiting(*args: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -311,7 +310,7 @@ def test_a_launch_on_a_gpu_reads_nothing_back() -> None:
         if each is engine:
             for _ in range(2):  # kernels are compiled, libraries loaded
                 each.step()
-            each.runner.launch = launch_without_waiting  # type: ignore[method-assign]
+            each.executor.launch = launch_without_waiting  # type: ignore[method-assign]
         answers.append({name: output.token_ids for name, output in run_dry(each).items()})
     for name, tokens in answers[1].items():
         assert answers[0][name][-len(tokens) :] == tokens, f"request {name}: {tokens} against {answers[0][name]}"

@@ -1,66 +1,42 @@
-"""worker/token_buffer.py: rows have one owner each, and a token is where its row and position say."""
+"""worker/token_buffer.py, request_states.py and device.py: what the worker keeps in rows, and how numbers get there."""
 
 from __future__ import annotations
 
-import random
+from typing import Any
 
 import pytest
 import torch
 
-from part05_async_scheduling.worker.device import upload
+from common.sampling_params import SamplingParams
+from part05_async_scheduling.messages import NewRequest
+from part05_async_scheduling.worker.device import to_device
+from part05_async_scheduling.worker.request_states import RequestStates
 from part05_async_scheduling.worker.token_buffer import TokenBuffer
 
 LOOK = 'Look at worker/token_buffer.py::TokenBuffer; README "Tokens that nobody has seen yet".'
+LOOK_STATES = 'Look at worker/request_states.py::RequestStates; README "Tokens that nobody has seen yet".'
+LOOK_DEVICE = "Look at worker/device.py::to_device."
 
 
-def check_rows(buffer: TokenBuffer, where: str) -> None:
-    rows = [*buffer.rows.values(), *buffer._free_rows]
-    assert sorted(rows) == list(range(len(buffer.data))), (
-        f"{where}: taken {buffer.rows}, free {buffer._free_rows}, of {len(buffer.data)} rows. {LOOK}"
-    )
+# Tokens
 
 
-def test_rows_are_given_out_and_taken_back() -> None:
-    buffer = TokenBuffer(3, 8, "cpu")
-    assert buffer.data.shape == (3, 8) and buffer.data.dtype is torch.int64, f"got {buffer.data.shape}. {LOOK}"
-    got = [buffer.acquire(name) for name in "abc"]
-    assert sorted(got) == [0, 1, 2] and buffer.rows == dict(zip("abc", got, strict=True)), f"got {got}. {LOOK}"
-    buffer.release(["b"])
-    check_rows(buffer, "b has left")
-    assert buffer.acquire("d") == got[1], f"only b's row is free. {LOOK}"
-    buffer.release(iter(["a", "b", "nobody", "a", "d"]))
-    check_rows(buffer, "a and d have left, b and a are named once more")
-    assert set(buffer.rows) == {"c"}, f"only c is left, got {buffer.rows}. {LOOK}"
-
-
-def test_what_nobody_has_written_is_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritten_positions_hold_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a step fails, the one behind it reads what the failed one was to write. It must not fail as well."""
     monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: torch.full(*size, -(2**62), **kwargs))
     data = TokenBuffer(3, 8, "cpu").data
+    assert data.shape == (3, 8) and data.dtype is torch.int64, f"got {data.shape}, {data.dtype}. {LOOK}"
     assert not data.any(), f"expected zeros in the new buffer, got {data}. {LOOK}"
 
 
-def test_rows_at_random() -> None:
-    rng, buffer, there = random.Random(0), TokenBuffer(5, 4, "cpu"), list[str]()
-    for number in range(500):
-        if there and (len(there) == 5 or rng.random() < 0.5):
-            left = rng.sample(there, rng.randint(1, len(there)))
-            buffer.release([*left, str(rng.randrange(number))] if number % 2 else left)
-            there = list(buffer.rows)
-        else:
-            there.append(str(number))
-            buffer.acquire(there[-1])
-        check_rows(buffer, f"after {number} changes")
-
-
 @pytest.mark.parametrize("max_model_len", [1, 5, 64])
-def test_a_place_is_a_row_and_a_position(max_model_len: int) -> None:
+def test_a_flat_index_is_a_row_and_a_position(max_model_len: int) -> None:
     buffer = TokenBuffer(4, max_model_len, "cpu")
     buffer.data.copy_(torch.arange(4 * max_model_len).view(4, -1))
     for row in range(4):
         for position in (0, max_model_len // 2, max_model_len - 1):
-            place = buffer.place(row, position)
-            got = buffer.read(torch.tensor([place]))
+            index = buffer.flat_index(row, position)
+            got = buffer.read(torch.tensor([index]))
             assert got.tolist() == [int(buffer.data[row, position])], f"row {row}, {position}: got {got}. {LOOK}"
 
 
@@ -70,24 +46,77 @@ def test_fill_read_and_write() -> None:
     buffer.fill(1, [10, 11, 12])
     buffer.fill(2, [20])
     assert buffer.data.tolist() == [[-1] * 6, [10, 11, 12, -1, -1, -1], [20] + [-1] * 5], f"got {buffer.data}. {LOOK}"
-    places = torch.tensor([buffer.place(1, 3), buffer.place(2, 1)])
-    buffer.write(places, torch.tensor([13, 21]))
+    indices = torch.tensor([buffer.flat_index(1, 3), buffer.flat_index(2, 1)])
+    buffer.write(indices, torch.tensor([13, 21]))
     assert buffer.data.tolist() == [[-1] * 6, [10, 11, 12, 13, -1, -1], [20, 21] + [-1] * 4], (
         f"13 at position 3 of row 1, 21 at position 1 of row 2: got {buffer.data}. {LOOK}"
     )
-    wanted = [buffer.place(2, 0), buffer.place(2, 1), buffer.place(1, 3), buffer.place(1, 1)]
+    wanted = [buffer.flat_index(2, 0), buffer.flat_index(2, 1), buffer.flat_index(1, 3), buffer.flat_index(1, 1)]
     got = buffer.read(torch.tensor(wanted))
     assert got.tolist() == [20, 21, 13, 11] and got.dtype is torch.int64, f"got {got}. {LOOK}"
     buffer.fill(1, [7, 8])
-    assert buffer.data[1].tolist() == [7, 8, 12, 13, -1, -1], f"a new owner writes its own tokens: {buffer.data[1]}"
+    assert buffer.data[1].tolist() == [7, 8, 12, 13, -1, -1], (
+        f"the next request writes its own tokens: {buffer.data[1]}"
+    )
 
 
-def test_what_was_read_does_not_change_with_the_buffer() -> None:
+def test_tokens_that_were_read_do_not_change_with_the_buffer() -> None:
     buffer = TokenBuffer(1, 4, "cpu")
     buffer.fill(0, [1, 2, 3])
     got = buffer.read(torch.tensor([0, 1, 2]))
     buffer.fill(0, [7, 7, 7])
-    assert got.tolist() == [1, 2, 3], f"a step's input changed under its hands: {got}. {LOOK}"
+    assert got.tolist() == [1, 2, 3], f"a step's input was changed by the next request: {got}. {LOOK}"
+
+
+# Block tables and parameters
+
+
+def new(row: int, num_prompt_tokens: int = 2, **fields: Any) -> NewRequest:
+    return NewRequest(row, [5, 6, 7], num_prompt_tokens, SamplingParams(**fields))
+
+
+def test_block_tables_grow_by_what_is_sent() -> None:
+    states = RequestStates(max_num_seqs=3, max_model_len=20, block_size=4)
+    for row in (2, 0):
+        states.add(new(row))
+    for row, block_ids in ((2, [9, 4]), (0, [3]), (2, []), (2, [7])):
+        states.append_blocks(row, block_ids)
+    got = states.tables([2, 0])
+    assert got.dtype is torch.int32 and got.shape == (2, 3), f"as wide as the longest, int32: got {got}. {LOOK_STATES}"
+    assert (got[0].tolist(), got[1, :1].tolist()) == ([9, 4, 7], [3]), f"got {got}. {LOOK_STATES}"
+    assert states.tables([0]).tolist() == [[3]], f"row 0 alone: got {states.tables([0])}. {LOOK_STATES}"
+    assert states.tables([]).shape[0] == 0, f"no rows: got {states.tables([])}. {LOOK_STATES}"
+
+
+def test_a_context_that_is_no_multiple_of_the_block_size_fits() -> None:
+    states = RequestStates(max_num_seqs=1, max_model_len=9, block_size=4)
+    states.add(new(0))
+    states.append_blocks(0, [1, 2, 3])
+    assert states.tables([0]).tolist() == [[1, 2, 3]], f"9 tokens need 3 blocks of 4. {LOOK_STATES}"
+
+
+def test_the_next_request_in_a_row_begins_anew() -> None:
+    states = RequestStates(max_num_seqs=2, max_model_len=20, block_size=4)
+    states.add(new(1, seed=3))
+    states.append_blocks(1, [9, 4, 7])
+    states.add(new(1, 3, seed=8))
+    states.append_blocks(1, [2])
+    got = (states.tables([1]).tolist(), states.num_prompt_tokens[1], states.params[1].seed)
+    assert got == ([[2]], 3, 8), f"(blocks, prompt tokens, seed): expected ([[2]], 3, 8), got {got}. {LOOK_STATES}"
+
+
+def test_tables_are_copies() -> None:
+    """A step that has not run keeps the tables it was launched with."""
+    states = RequestStates(max_num_seqs=1, max_model_len=20, block_size=4)
+    states.add(new(0))
+    states.append_blocks(0, [9, 4])
+    table = states.tables([0])
+    states.add(new(0))
+    states.append_blocks(0, [1, 2, 3])
+    assert table.tolist() == [[9, 4]], f"a later request changed a table that was given out: {table}. {LOOK_STATES}"
+
+
+# To the device
 
 
 @pytest.mark.parametrize(
@@ -102,39 +131,40 @@ def test_what_was_read_does_not_change_with_the_buffer() -> None:
     ],
     ids=str,
 )
-def test_upload(values: list, dtype: torch.dtype | None, expected: torch.Tensor) -> None:
-    got = upload(values, "cpu", dtype)
-    look = "Look at worker/device.py::upload."
-    assert got.dtype is expected.dtype and torch.equal(got, expected), f"expected {expected}, got {got}. {look}"
-    assert torch.equal(upload(values, torch.device("cpu"), dtype), expected), f"a torch.device does as well. {look}"
+def test_to_device(values: list, dtype: torch.dtype | None, expected: torch.Tensor) -> None:
+    got = to_device(values, "cpu", dtype)
+    assert got.dtype is expected.dtype and torch.equal(got, expected), f"expected {expected}, got {got}. {LOOK_DEVICE}"
+    assert torch.equal(to_device(values, torch.device("cpu"), dtype), expected), (
+        f"a torch.device does as well. {LOOK_DEVICE}"
+    )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pinned memory and copies that nobody waits for")
-def test_upload_to_a_gpu_waits_for_nobody() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pinned memory and asynchronous copies")
+def test_a_copy_to_a_gpu_does_not_wait() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = upload([1, 2, 3], "cuda", torch.int32)
+        got = to_device([1, 2, 3], "cuda", torch.int32)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert got.device.type == "cuda" and got.tolist() == [1, 2, 3], f"got {got}. Look at worker/device.py::upload."
+    assert got.device.type == "cuda" and got.tolist() == [1, 2, 3], f"got {got}. Look at worker/device.py::to_device."
 
 
-def test_upload_to_a_gpu_goes_by_way_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_to_a_gpu_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, and with stand-ins for the two calls that need one."""
-    calls = []
+    calls: list[Any] = []
 
     class Pinned:
         def to(self, *args: object, **kwargs: object) -> str:
-            calls.append(("to", args, kwargs))
-            return "there"
+            calls.append((args, kwargs))
+            return "copied"
 
-    def tensor(values: object, **kwargs: object) -> Pinned:
-        calls.append(("tensor", (values,), kwargs))
+    def pin_memory(tensor: torch.Tensor) -> Pinned:
+        calls.append((tensor.tolist(), tensor.dtype))
         return Pinned()
 
-    monkeypatch.setattr(torch, "tensor", tensor)
-    assert upload([1, 2], "cuda:0", torch.int32) == "there"
-    assert calls[0] == ("tensor", ([1, 2],), {"dtype": torch.int32, "pin_memory": True}), f"got {calls[0]}"
-    assert calls[1] == ("to", ("cuda:0",), {"non_blocking": True}), (
-        f"from pinned memory, and without waiting: got {calls[1]}. Look at worker/device.py::upload."
-    )
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    for values in ([1, 2], torch.tensor([1, 2], dtype=torch.int32)):
+        calls.clear()
+        assert to_device(values, "cuda:0", torch.int32) == "copied", f"expected the copy. {LOOK_DEVICE}"
+        expected = [([1, 2], torch.int32), (("cuda:0",), {"non_blocking": True})]
+        assert calls == expected, f"from pinned memory, without waiting: {expected}, got {calls}. {LOOK_DEVICE}"

@@ -1,4 +1,4 @@
-"""--trace: one line a step, also while two are under way, and its numbers are the engine's."""
+"""--trace: one line a step, also with two in flight, and its numbers are the engine's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 from common.errors import FieldError
 from common.trace import Phase, RequestTrace, Trace, read_trace, step_phases
-from part05_async_scheduling.core.engine import LLMEngine, StepFailedError
+from part05_async_scheduling.core.engine import LLMEngine
 from part05_async_scheduling.core.request import Request
 from part05_async_scheduling.core.scheduler import SchedulerOutput
 from part05_async_scheduling.core.step_tracer import PART
-from part05_async_scheduling.worker.stream import StepResult
+from part05_async_scheduling.messages import StepInput, StepOutput
 from tests.part05.scripted import run_dry, scripted_engine, take_step
-from tests.scripted import END, ScriptedStep, params_for, runner_of
+from tests.scripted import END, ScriptedStep, executor_of, params_for, shares
 
 LOOK = 'Look at core/step_tracer.py::StepTracer; README "Check it".'
 
@@ -29,32 +29,36 @@ def close(engine: LLMEngine, path: Path) -> Trace:
 
 
 def watch(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, aborts: dict[int, list[str]]) -> list[dict[str, Any]]:
-    """Step until nothing is left. What each line should say, as the engine itself counts: told at launch, and at the
-    end of a step."""
+    """Step until all requests have ended. What each line should say, as counted here at each launch and at the end of
+    each step."""
     expected: list[dict[str, Any]] = []
     preempt, preempted = engine.scheduler.preempt, list[str]()
-    launch, update = engine.runner.launch, engine._update
+    schedule, launch, update = engine.scheduler.schedule, engine.executor.launch, engine._update
+    scheduled: list[SchedulerOutput] = []
     aborted: list[str] = []
 
     def note_victim(request: Request) -> None:
         preempted.append(request.request_id)
         preempt(request)
 
-    def note_launch(scheduled: SchedulerOutput, blocks: Any) -> Any:
-        rows = zip(scheduled.requests, scheduled.num_computed_tokens, scheduled.num_scheduled_tokens, strict=True)
+    def note_schedule() -> SchedulerOutput:
+        scheduled.append(schedule())
+        return scheduled[-1]
+
+    def note_launch(step: StepInput) -> Any:
         requests = [
             RequestTrace(
                 id=request.request_id,
-                num_computed=computed,
-                num_scheduled=now,
-                num_blocks=len(blocks.block_tables[request.request_id]),
+                num_computed=share.num_computed_tokens,
+                num_scheduled=share.num_scheduled_tokens,
+                num_blocks=len(engine.blocks.block_tables[request.request_id]),
             )
-            for request, computed, now in rows
+            for request, share in shares(scheduled[-1])
         ]
         line = {"step": len(expected) + 1, "requests": requests, "num_running": len(requests)}
         expected.append({**line, "num_waiting": len(engine.scheduler.waiting), "preempted": list(preempted)})
         preempted.clear()
-        return launch(scheduled, blocks)
+        return launch(step)
 
     def note_update(step: Any) -> Any:
         ended = {request.request_id for request in step.scheduled.requests if request.status.is_finished}
@@ -68,13 +72,14 @@ def watch(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, aborts: dict[int, 
         return outputs
 
     monkeypatch.setattr(engine.scheduler, "preempt", note_victim)
-    monkeypatch.setattr(engine.runner, "launch", note_launch)
+    monkeypatch.setattr(engine.scheduler, "schedule", note_schedule)
+    monkeypatch.setattr(engine.executor, "launch", note_launch)
     monkeypatch.setattr(engine, "_update", note_update)
     for number in range(500):
         if not engine.has_unfinished_requests:
             break
         names = aborts.get(number, [])
-        aborted.extend(name for name in names if name != "nobody")
+        aborted.extend(name for name in names if name != "unknown")
         engine.abort_requests(names)
         take_step(engine)
     return expected
@@ -82,14 +87,14 @@ def watch(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, aborts: dict[int, 
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 def test_each_line_says_what_the_engine_counts(is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With preemptions, aborts of requests that run, wait and are in flight, and ends that nobody foresees."""
+    """With preemptions, aborts of requests that run, wait and are in flight, and unforeseen ends."""
     path = tmp_path / "trace.jsonl"
     flags = {"block_size": 4, "num_kv_blocks": 1 + 8, "max_num_seqs": 4, "async_scheduling": is_async}
     engine = scripted_engine(trace=str(path), **flags)
     lengths, counts = [5, 9, 1, 12, 7, 3, 4, 6], [14, 11, 20, 3, 16, 1, 5, 20]
     for number, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         engine.add_request(str(number), [100 + number] * length, params_for(count))
-    expected = watch(engine, monkeypatch, {2: ["0", "6"], 9: ["nobody"]})
+    expected = watch(engine, monkeypatch, {2: ["0", "6"], 9: ["unknown"]})
     trace = close(engine, path)
     assert engine.scheduler.num_preemptions > 1, "this test needs preemptions"
     assert (trace.header["part"], trace.header["model"]) == (PART, "tiny"), f"header {trace.header}. {LOOK}"
@@ -101,16 +106,16 @@ def test_each_line_says_what_the_engine_counts(is_async: bool, tmp_path: Path, m
             got = getattr(step, name)
             if name == "aborted":
                 got, value = sorted(got), sorted(value)
-            assert got == value, f"step {step.step}, {name}: the engine says {value}, the trace {got}. {LOOK}"
+            assert got == value, f"step {step.step}, {name}: expected {value}, the trace has {got}. {LOOK}"
     discarded = sum(len(step.discarded) for step in trace.steps)
-    assert (discarded > 0) is is_async, f"ends that nobody foresees cost tokens too late: got {discarded}. {LOOK}"
+    assert (discarded > 0) is is_async, f"unforeseen ends cost discarded tokens: got {discarded}. {LOOK}"
     times = [(step.schedule_s, step.execute_s, step.update_s, step.forward_s or 0.0) for step in trace.steps]
     assert all(seconds >= 0 for step in times for seconds in step), f"a part of a step took less than 0 s: {times}."
 
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
-def test_a_step_begins_before_the_one_before_it_is_over(is_async: bool, tmp_path: Path) -> None:
-    """All times are read in the order of the calls, so this is an order, not a speed."""
+def test_a_step_begins_before_the_last_one_has_ended(is_async: bool, tmp_path: Path) -> None:
+    """All times are read in the order of the calls, so this tests an order, not a speed."""
     path = tmp_path / "trace.jsonl"
     engine = scripted_engine(trace=str(path), async_scheduling=is_async)
     engine.add_request("0", [5] * 5, params_for(6, ignore_eos=True))
@@ -121,22 +126,23 @@ def test_a_step_begins_before_the_one_before_it_is_over(is_async: bool, tmp_path
         launched_s = following.start_s + following.schedule_s
         assert (launched_s <= executed_s) is is_async, (
             f"async_scheduling={is_async}: step {following.step} was launched at {launched_s:.6f}, the results of step "
-            f"{step.step} were there at {executed_s:.6f}. {LOOK}"
+            f"{step.step} arrived at {executed_s:.6f}. {LOOK}"
         )
         if not is_async:
             assert step.end_s <= following.start_s, f"steps {step.step} and {following.step} overlap. {LOOK}"
 
 
-def test_when_the_model_was_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_the_device_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the trace's own time: seconds since it began."""
     path = tmp_path / "trace.jsonl"
     engine = scripted_engine(trace=str(path))
     began_s = time.perf_counter() - engine.tracer._writer.elapsed_s()  # type: ignore[union-attr]
     result = ScriptedStep.result
 
-    def at_known_times(self: ScriptedStep) -> StepResult:
-        start_s = began_s + 10 * self.number
-        return StepResult(result(self).sampled, start_s, start_s + 0.25)
+    def at_known_times(self: ScriptedStep) -> StepOutput:
+        start_s, output = began_s + 10 * self.number, result(self)
+        output.start_s, output.end_s = start_s, start_s + 0.25
+        return output
 
     monkeypatch.setattr(ScriptedStep, "result", at_known_times)
     engine.add_request("0", [5] * 5, params_for(3, ignore_eos=True))
@@ -171,24 +177,26 @@ def test_a_token_too_late_is_discarded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["launch_error", "result_error"])
 def test_a_failed_step_leaves_the_trace_readable(tmp_path: Path, where: str) -> None:
+    """The requests that it ended are in the next line, as aborted."""
     path = tmp_path / "trace.jsonl"
     engine = scripted_engine(trace=str(path), max_num_seqs=1, async_scheduling=False)
     for name in "01":
         engine.add_request(name, [5] * 4, params_for(3, ignore_eos=True))
     take_step(engine)
-    setattr(runner_of(engine), where, ValueError("the cat sat on it"))
-    with pytest.raises(StepFailedError):
+    setattr(executor_of(engine), where, ValueError("the cat sat on it"))
+    with pytest.raises(ValueError, match="the cat sat on it") as caught:
         LLMEngine.step(engine)
-    engine.abort_requests(["0"])
+    engine.fail(caught.value)
+    engine.add_request("2", [5] * 4, params_for(3, ignore_eos=True))
     run_dry(engine)
     steps = close(engine, path).steps
     got = [([r.id for r in step.requests], step.aborted, step.finished) for step in steps]
-    expected = [(["0"], [], []), (["1"], ["0"], []), (["1"], [], []), (["1"], [], ["1"])]
+    expected = [(["0"], [], []), (["2"], ["0", "1"], []), (["2"], [], []), (["2"], [], ["2"])]
     assert got == expected, f"(requests, aborted, finished): expected {expected}, got {got}. {LOOK}"
 
 
 def test_without_a_path_nothing_is_kept() -> None:
-    """Not even the ids of aborted requests: a server may abort millions."""
+    """Not even the ids of aborted requests, of which a server may have millions."""
     engine = scripted_engine()
     for number in range(20):
         engine.add_request(str(number), [5] * 4, params_for(1))

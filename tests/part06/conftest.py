@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.testing import small_model
-from part06_chunked_prefill.core.engine import LLM
+from part06_chunked_prefill.llm import LLM
 from tests.part06.scripted import checks
 from tests.shipped_model import llm, loaded_once, make_engine, prompt_of, reference  # noqa: F401 - fixtures
 

@@ -1,4 +1,4 @@
-"""The engine with prompts in chunks: the same answers, at any budget, and nothing of a chunk is ever seen outside."""
+"""The engine with prompts in chunks: the same answers at any budget, and chunks bring no output."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from common.sampling_params import SamplingParams
 from common.testing import FAMILIES, assert_same_greedy, reference_greedy
 from common.trace import Phase, read_trace, step_phases
 from part06_chunked_prefill.config import EngineConfig
-from part06_chunked_prefill.core.engine import LLM, LLMEngine, StepFailedError
+from part06_chunked_prefill.core.engine import LLMEngine
 from part06_chunked_prefill.core.request import Request
 from part06_chunked_prefill.core.scheduler import SchedulerOutput
+from part06_chunked_prefill.llm import LLM
 from part06_chunked_prefill.messages import EngineCoreOutput
 from part06_chunked_prefill.worker.model_runner import Batch
-from tests.part06.scripted import run_dry, scripted_engine, take_step, watch
-from tests.scripted import END, answer_alone, ids, params_for, runner_of
+from tests.part06.scripted import check_engine, run_dry, scripted_engine, take_step, watch
+from tests.scripted import END, answer_alone, executor_of, ids, params_for
 
-LOOK_PREPARE = 'Look at worker/model_runner.py::ModelRunner._prepare; README "A chunk is not an answer".'
+LOOK_PREPARE = 'Look at worker/model_runner.py::ModelRunner.prepare; README "A chunk is not an answer".'
 LOOK_METADATA = 'Look at worker/model_runner.py::ModelRunner._metadata; README "The mask\'s other corner".'
 LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update; README "A chunk is not an answer".'
-LOOK_FAIL = 'Look at core/engine.py::LLMEngine._launch, _update and blaming; README of part 5, "A token too late".'
-LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README of part 5, "What the future may assume".'
+LOOK_FAIL = 'Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset; README of part 5, "When one of them dies".'  # noqa: E501
 LOOK_TRACE = 'Look at core/step_tracer.py::StepTracer; README "A chunk is not an answer".'
-LOOK_LLM = 'Look at core/engine.py::LLM.generate; README "A chunk is not an answer".'
+LOOK_LLM = 'Look at llm.py::LLM.generate; README "A chunk is not an answer".'
 BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 
 MakeLLM = Callable[..., LLM]
@@ -44,11 +44,11 @@ def greedy(num_tokens: int, **fields: Any) -> SamplingParams:
 
 
 def count_half_way(engine: LLMEngine) -> list[str]:
-    """Who is preempted in the middle of a prompt, as it happens."""
+    """The requests that are preempted in the middle of a prompt, as it happens."""
     names, preempt = list[str](), engine.scheduler.preempt
 
     def note(request: Request) -> None:
-        names.extend([request.request_id] * (request.num_missing_tokens > 1))
+        names.extend([request.request_id] * (request.num_new_tokens > 1))
         preempt(request)
 
     engine.scheduler.preempt = note  # type: ignore[method-assign]
@@ -63,60 +63,64 @@ def same(what: str, got: Any, expected: Any, look: str = LOOK_PREPARE) -> None:
 
 
 def prepare(engine: LLMEngine) -> tuple[SchedulerOutput, Batch]:
-    """What the runner makes of the next step, which is not launched."""
+    """The next step's batch. It does not run."""
     scheduled = engine.scheduler.schedule()
-    return scheduled, engine.runner._prepare(scheduled, engine.blocks)
+    return scheduled, engine.executor.worker.runner.prepare(scheduled.step)
 
 
-def test_a_chunk_takes_part_and_is_not_sampled_from(make_engine: MakeEngine) -> None:
-    """Budget 8, prompts of 3, 12 and 2: a whole one, a chunk, a chunk and a decode, the rest."""
+def rows_of(engine: LLMEngine) -> dict[str, Any]:
+    return {request.request_id: request.row for request in engine.scheduler.running}
+
+
+def test_a_chunk_is_computed_and_not_sampled_from(make_engine: MakeEngine) -> None:
+    """Budget 8, prompts of 3, 12 and 2: a whole prompt and a chunk; a decode and a chunk; two decodes and a prompt."""
     engine = make_engine(max_num_seqs=3, max_num_batched_tokens=8, max_model_len=100, block_size=4)
     prompts = {"0": [50, 51, 52], "1": list(range(60, 72)), "2": [80, 81]}
     for name, prompt in prompts.items():
         engine.add_request(name, prompt, greedy(5, seed=3))
     _, first = prepare(engine)
-    rows = engine.runner.tokens.rows
-    place = {name: 100 * row for name, row in rows.items()}
+    rows = rows_of(engine)
+    at = {name: 100 * row for name, row in rows.items()}
     same("first step, new_rows", first.new_rows, [(rows["0"], prompts["0"]), (rows["1"], prompts["1"])])
     same("first step, positions", first.positions.tolist(), [0, 1, 2, 0, 1, 2, 3, 4])
-    inputs = [place["0"] + p for p in range(3)] + [place["1"] + p for p in range(5)]
-    same("first step, input_places", first.input_places.tolist(), inputs)
-    same("first step, last_rows: 0 is complete, 1 is not", first.last_rows.tolist(), [2])
-    same("first step, output_places", first.output_places.tolist(), [place["0"] + 3])
+    inputs = [at["0"] + p for p in range(3)] + [at["1"] + p for p in range(5)]
+    same("first step, input_indices", first.input_indices.tolist(), inputs)
+    same("first step, logits_indices: of 0, and not of 1's chunk", first.logits_indices.tolist(), [2])
+    same("first step, output_indices", first.output_indices.tolist(), [at["0"] + 3])
     same("first step, sampling: rows", [state.row for state in first.sampling], [rows["0"]])
 
     _, second = prepare(engine)
-    place["2"] = 100 * rows["2"] if "2" in rows else None
     same("second step, new_rows: 1 has its row already", second.new_rows, [])
     same("second step, positions: a decode, then 1's last 7", second.positions.tolist(), [3, *range(5, 12)])
-    inputs = [place["0"] + 3, *(place["1"] + p for p in range(5, 12))]
-    same("second step, input_places", second.input_places.tolist(), inputs)
-    same("second step, last_rows: both are complete", second.last_rows.tolist(), [0, 7])
-    same("second step, output_places", second.output_places.tolist(), [place["0"] + 4, place["1"] + 12])
+    inputs = [at["0"] + 3, *(at["1"] + p for p in range(5, 12))]
+    same("second step, input_indices", second.input_indices.tolist(), inputs)
+    same("second step, logits_indices: of both", second.logits_indices.tolist(), [0, 7])
+    same("second step, output_indices", second.output_indices.tolist(), [at["0"] + 4, at["1"] + 12])
     states = [(state.row, state.num_prompt_tokens, state.num_tokens) for state in second.sampling]
     same("second step, sampling: (row, prompt, tokens)", states, [(rows["0"], 3, 4), (rows["1"], 12, 12)])
 
     _, third = prepare(engine)
+    rows = rows_of(engine)
     same("third step, new_rows", third.new_rows, [(rows["2"], prompts["2"])])
-    same("third step, last_rows: two decodes, a whole prompt", third.last_rows.tolist(), [0, 1, 3])
+    same("third step, logits_indices: two decodes, a whole prompt", third.logits_indices.tolist(), [0, 1, 3])
     states = [(state.row, state.num_prompt_tokens, state.num_tokens) for state in third.sampling]
     same("third step, sampling", states, [(rows["0"], 3, 5), (rows["1"], 12, 13), (rows["2"], 2, 2)])
-    dtypes = {tensor.dtype for tensor in (third.positions, third.last_rows, third.output_places, third.input_places)}
-    same("dtypes", dtypes, {torch.int64})
+    tensors = (third.positions, third.logits_indices, third.output_indices, third.input_indices)
+    same("dtypes", {tensor.dtype for tensor in tensors}, {torch.int64})
 
 
 def test_a_step_of_chunks_only_samples_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=2, max_num_batched_tokens=4, max_model_len=64)
     engine.add_request("0", list(range(60, 72)), greedy(2))
     _, batch = prepare(engine)
-    got = (batch.last_rows.tolist(), batch.output_places.tolist(), batch.sampling)
-    same("a chunk of 4 of 12 tokens: (last_rows, output_places, sampling)", got, ([], [], []))
-    same("last_rows, dtype", batch.last_rows.dtype, torch.int64)
-    sampled = engine.runner._run(batch)
-    same("tokens sampled", sampled.token_ids.tolist(), [], "Look at worker/model_runner.py::ModelRunner._run.")
+    got = (batch.logits_indices.tolist(), batch.output_indices.tolist(), batch.sampling)
+    same("a chunk of 4 of 12 tokens: (logits_indices, output_indices, sampling)", got, ([], [], []))
+    same("dtypes", {batch.logits_indices.dtype, batch.output_indices.dtype}, {torch.int64})
+    sampled = engine.executor.worker.runner.run(batch)
+    same("tokens sampled", sampled.token_ids.tolist(), [], "Look at worker/model_runner.py::ModelRunner.run.")
 
 
-def test_rows_of_who_left_half_way_go_on(make_engine: MakeEngine) -> None:
+def test_rows_of_requests_that_were_aborted_half_way_are_reused(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=1, max_num_batched_tokens=4)
     for number in range(3):
         engine.add_request(str(number), [60 + number] * 9, greedy(2))
@@ -127,46 +131,36 @@ def test_rows_of_who_left_half_way_go_on(make_engine: MakeEngine) -> None:
         engine.abort_requests([str(number)])
 
 
-def test_what_attention_is_told_of_a_mixed_step(make_engine: MakeEngine) -> None:
-    """A decode, a later chunk, and behind it a last chunk of one token, which is no decode: it is not at the front."""
+def test_the_metadata_of_a_mixed_step(make_engine: MakeEngine) -> None:
+    """Decodes, a later chunk, and a last chunk of one token, which comes first like a decode."""
     engine = make_engine(max_num_seqs=4, max_num_batched_tokens=8, block_size=4, long_prefill_token_threshold=3)
     lengths = {"0": 3, "1": 9, "2": 5}
     for name, length in lengths.items():
         engine.add_request(name, [60 + int(name)] * length, greedy(9))
     steps = [prepare(engine) for _ in range(3)]
-    expected = [  # names, query_lens, context_lens, num_decodes
-        ("012", [3, 3, 2], [3, 3, 2], 0),
-        ("012", [1, 3, 3], [4, 6, 5], 1),
-        ("021", [1, 1, 3], [5, 6, 9], 2),
+    expected = [  # requests, query_start_loc, context_lens, max_query_len
+        ("012", [0, 3, 6, 8], [3, 3, 2], 3),
+        ("012", [0, 1, 4, 7], [4, 6, 5], 3),
+        ("021", [0, 1, 2, 5], [5, 6, 9], 3),
     ]
     for number, ((scheduled, batch), (names, *wanted)) in enumerate(zip(steps, expected, strict=True)):
         same(f"step {number}, requests", "".join(ids(scheduled.requests)), names, "")
         metadata = batch.metadata
-        got = [metadata.query_lens, metadata.context_lens, metadata.num_decodes]
-        same(f"step {number}: [query_lens, context_lens, num_decodes]", got, wanted, LOOK_METADATA)
+        got = [metadata.query_start_loc.tolist(), metadata.context_lens.tolist(), metadata.max_query_len]
+        same(f"step {number}: [query_start_loc, context_lens, max_query_len]", got, wanted, LOOK_METADATA)
     metadata, tables = steps[2][1].metadata, [engine.blocks.block_tables[name] for name in "021"]
-    padded = [table + [0] * (3 - len(table)) for table in tables]
-    same("step 2, block_tables, of all sequences", metadata.block_tables.tolist(), padded, LOOK_METADATA)
-    slots = [engine.blocks.slot(name, p) for name, ps in (("0", [4]), ("2", [5]), ("1", [6, 7, 8])) for p in ps]
+    assert metadata.block_tables.shape[1] == max(map(len, tables)), f"got {metadata.block_tables}. {LOOK_METADATA}"
+    for number, table in enumerate(tables):  # what is behind it is padding
+        got = metadata.block_tables[number, : len(table)].tolist()
+        same(f"step 2, block table of sequence {number}", got, table, LOOK_METADATA)
+    slots = [
+        table[position // 4] * 4 + position % 4
+        for table, positions in zip(tables, ([4], [5], [6, 7, 8]), strict=True)
+        for position in positions
+    ]
     same("step 2, slot_mapping", metadata.slot_mapping.tolist(), slots, LOOK_METADATA)
-
-
-@pytest.mark.parametrize(("num_first", "num_decodes"), [(1, 2), (2, 1)])
-def test_only_the_leading_ones_are_decodes(make_engine: MakeEngine, num_first: int, num_decodes: int) -> None:
-    """Behind a longer chunk stands one of a single token; counted with the decodes, it would be another's query."""
-    engine = make_engine(max_num_seqs=3, max_num_batched_tokens=num_first + 2, max_model_len=64)
-    engine.add_request("0", [60], greedy(9))
-    prepare(engine)
-    engine.add_request("1", [61] * num_first, greedy(9))
-    engine.add_request("2", [62] * 9, greedy(9))
-    scheduled, batch = prepare(engine)
-    same("tokens in the step", scheduled.num_scheduled_tokens, [1, num_first, 1], "")
-    leading = num_decodes + (num_first == 1)
-    got = batch.metadata.num_decodes
-    assert got == leading, (
-        f"a step of [1, {num_first}, 1] tokens: expected num_decodes {leading}, those at the front, got {got}. "
-        f"{LOOK_METADATA}"
-    )
+    int32 = (metadata.block_tables, metadata.query_start_loc, metadata.context_lens)
+    same("step 2, dtypes", {tensor.dtype for tensor in int32}, {torch.int32}, LOOK_METADATA)
 
 
 # The oracle
@@ -175,7 +169,7 @@ NUM_REQUESTS = 32
 
 
 def mixed_cases(vocab_size: int = 320) -> list[tuple[list[int], int, int]]:
-    """(prompt, tokens to generate, the step at which it comes)."""
+    """(prompt, tokens to generate, the step at which it arrives)."""
     rng = random.Random(0)
     lengths = [17, 1, 2, 60, 15, 16, 33, 1] * 4
     return [
@@ -196,7 +190,7 @@ def serve(engine: LLMEngine, cases: list[tuple[list[int], int, int]]) -> dict[st
 
 @pytest.fixture(scope="module")
 def small_engine(tmp_path_factory: pytest.TempPathFactory, small_reference: Callable[[str], Any]) -> MakeEngine:
-    """An engine over a small random model: its logits are far apart, so a wrong token or slot shows at once."""
+    """An engine over a small random model. Its logits are far apart, so a wrong token or slot changes the answer."""
     directories: dict[str, Path] = {}
 
     def make(family: str, **flags: Any) -> LLMEngine:
@@ -214,7 +208,7 @@ def small_engine(tmp_path_factory: pytest.TempPathFactory, small_reference: Call
 
 @pytest.fixture(scope="module")
 def expected_of(small_reference: Callable[[str], Any]) -> Callable[[str], list[list[int]]]:
-    """What transformers answers to each of mixed_cases alone."""
+    """What transformers generates for each of mixed_cases alone."""
     answers: dict[str, list[list[int]]] = {}
 
     def compute(family: str) -> list[list[int]]:
@@ -226,7 +220,7 @@ def expected_of(small_reference: Callable[[str], Any]) -> Callable[[str], list[l
     return compute
 
 
-GRID: list[tuple[dict[str, Any], bool]] = [  # flags, and whether the pool is so small that somebody is preempted
+GRID: list[tuple[dict[str, Any], bool]] = [  # flags, and whether the pool is so small that requests are preempted
     (dict(max_num_seqs=4, max_num_batched_tokens=4), False),
     (dict(max_num_seqs=4, max_num_batched_tokens=7), False),
     (dict(max_num_seqs=4, max_num_batched_tokens=28), False),
@@ -263,7 +257,9 @@ def test_greedy_equals_transformers_for_32_mixed_requests(
         where = f"{flags}, async={is_async}, request {number} (prompt of {len(prompt)}). {LOOK_PREPARE} Difference"
         assert_same_greedy(small_reference("qwen3"), prompt, got[str(number)].token_ids, expected, where)
     num_preemptions = engine.scheduler.num_preemptions
-    assert (num_preemptions > 0) is is_small, f"{flags}: {num_preemptions} preemptions."
+    assert (num_preemptions > 0) is is_small, (
+        f"{flags}: {num_preemptions} preemptions, expected {'some' if is_small else 'none'}"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -302,12 +298,12 @@ def test_the_shipped_model(make_engine: MakeEngine, reference: Any, prompt_of: P
 @BOTH
 @pytest.mark.parametrize("budget", [1, 3, 8, 64])
 def test_positions_and_steps(budget: int, is_async: bool) -> None:
-    """No position is computed twice, and no step is taken for nothing: one prompt alone takes ⌈P / budget⌉ steps."""
+    """No position is computed twice, and no step is empty: one prompt alone takes ⌈P / budget⌉ steps."""
     engine = scripted_engine(async_scheduling=is_async, max_num_seqs=1, max_num_batched_tokens=budget)
     engine.add_request("0", [5] * 20, params_for(4, ignore_eos=True))
     answer = run_dry(engine)["0"]
     expected = (20 + 4 - 1, -(-20 // budget) + 4 - 1, answer_alone([5] * 20, 4, ignore_eos=True))
-    got = (runner_of(engine).num_tokens_computed, engine.num_steps, answer.token_ids)
+    got = (executor_of(engine).num_tokens_computed, engine.num_steps, answer.token_ids)
     assert got == expected, (
         f"a prompt of 20, 4 tokens, budget {budget}: expected (positions, steps, answer) {expected}, got {got}. "
         f"{LOOK_CHUNK}"
@@ -316,7 +312,7 @@ def test_positions_and_steps(budget: int, is_async: bool) -> None:
 
 # What a request asks for × chunks × preemption
 
-TEN_WORDS = {100 + number: 40.0 for number in range(10)}  # answers of so few words repeat themselves
+TEN_WORDS = {100 + number: 40.0 for number in range(10)}  # with so few words, answers repeat themselves
 MIXED: list[dict[str, Any]] = [
     dict(logprobs=3),
     dict(temperature=1.0, seed=3),
@@ -337,13 +333,13 @@ def mixed(number: int) -> SamplingParams:
 
 
 def mixed_prompt(prompt_of: PromptOf, number: int) -> list[int]:
-    """It has words of the bias at its beginning and end, so that a penalty has to look at all chunks."""
+    """Words of the bias are at its beginning and end, so that a penalty has to count all chunks."""
     return [102, *prompt_of(20 + 3 * number, number % 3), 101, 104]
 
 
 @pytest.fixture(scope="module")
 def mixed_alone(llm: LLM, prompt_of: PromptOf) -> list[CompletionOutput]:
-    """Each request of MIXED by itself, in a roomy pool, its prompt in one step."""
+    """Each request of MIXED alone, in a large pool, its prompt in one step."""
     prompts = [mixed_prompt(prompt_of, number) for number in range(len(MIXED))]
     return [llm.generate([prompt], mixed(number))[0].outputs[0] for number, prompt in enumerate(prompts)]
 
@@ -371,7 +367,7 @@ def check_logprobs(got: list[dict[int, Logprob]] | None, expected: list[dict[int
 def test_chunks_and_preemptions_change_no_answer(
     make_llm: MakeLLM, mixed_alone: list[CompletionOutput], prompt_of: PromptOf, flags: dict[str, Any]
 ) -> None:
-    """A chunk draws nothing from a request's generator, penalties see the whole prompt, logprobs begin with token 1."""
+    """Seeded draws stay the same, penalties count the whole prompt, and logprobs begin with the first token."""
     engine = make_llm(**flags).engine
     half_way = count_half_way(engine)
     for number in range(len(MIXED)):
@@ -386,23 +382,20 @@ def test_chunks_and_preemptions_change_no_answer(
         reasons = (answer.finish_reason, answer.stop_reason)
         assert reasons == (expected.finish_reason, expected.stop_reason), f"{where}: {reasons}. {LOOK_CHUNK}"
         check_logprobs(answer.logprobs, expected.logprobs or [], f"{where}. {LOOK_CHUNK}")
-    assert bool(half_way) is ("num_kv_blocks" in flags), f"{flags}: preempted in the middle of a prompt: {half_way}."
+    assert bool(half_way) is ("num_kv_blocks" in flags), f"{flags}: preempted in the middle of a prompt: {half_way}"
 
 
-def test_a_chunk_does_not_draw(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
-    """Sampled and thrown away, a token would move the request's generator on."""
-    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=8, async_scheduling=False)
-    engine.add_request("0", prompt_of(30), SamplingParams(temperature=1.0, seed=3, max_tokens=2))
-    [request] = engine.scheduler.waiting
-    assert request.generator is not None
-    before = request.generator.get_state()
+def test_a_chunk_writes_no_token(make_engine: MakeEngine, prompt_of: PromptOf) -> None:
+    """A sampled token goes to the token buffer, behind the last token computed: there the rest of the prompt is."""
+    engine, prompt = make_engine(max_num_seqs=2, max_num_batched_tokens=8, async_scheduling=False), prompt_of(30)
+    engine.add_request("0", prompt, SamplingParams(temperature=1.0, seed=3, max_tokens=2))
     for number in range(3):
-        assert take_step(engine) == [], f"chunk {number} of 4 brought a token. {LOOK_CHUNK}"
-        assert torch.equal(request.generator.get_state(), before), (
-            f"chunk {number} of 4 has drawn from the request's generator. {LOOK_PREPARE}"
-        )
-    assert len(take_step(engine)) == 1, f"the last chunk brings the first token. {LOOK_CHUNK}"
-    assert not torch.equal(request.generator.get_state(), before), "the first token was drawn"
+        outputs = take_step(engine)
+        assert outputs == [], f"chunk {number} of 4: expected no token, got {outputs}. {LOOK_CHUNK}"
+        got = engine.executor.worker.runner.tokens.data[rows_of(engine)["0"], :30].tolist()
+        assert got == prompt, f"chunk {number} of 4 has changed the prompt {prompt} to {got}. {LOOK_PREPARE}"
+    outputs = take_step(engine)
+    assert len(outputs) == 1, f"the last chunk: expected one token, got {outputs}. {LOOK_CHUNK}"
 
 
 @pytest.mark.parametrize(
@@ -420,7 +413,9 @@ def test_stop_strings(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf, flags: d
         actual = (output.text, output.finish_reason, output.stop_reason)
         assert actual == expected, f"request {number}, stop={stop!r}, {flags}: {expected}, got {actual}. {LOOK_LLM}"
     engine = small.engine
-    assert not engine.has_unfinished_requests and not engine.blocks.num_used_blocks, f"something is left. {LOOK_LLM}"
+    assert not engine.has_unfinished_requests and not engine.blocks.num_used_blocks, (
+        f"requests or blocks remain. {LOOK_LLM}"
+    )
 
 
 def test_generate_answers_as_with_whole_prompts(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf) -> None:
@@ -431,18 +426,18 @@ def test_generate_answers_as_with_whole_prompts(make_llm: MakeLLM, llm: LLM, pro
         assert got == expected, f"{flags}: expected {expected}, got {got}. {LOOK_LLM}"
 
 
-# Nothing of a chunk is seen outside
+# Chunks bring no output
 
 
 @BOTH
 def test_chunks_never_appear_in_the_outputs(is_async: bool) -> None:
-    """No empty deltas: a request's first output is its first token, and others get theirs meanwhile."""
+    """No empty deltas: a request's first output is its first token. Others get theirs meanwhile."""
     engine = scripted_engine(100, async_scheduling=is_async, max_num_seqs=2, max_num_batched_tokens=5)
     engine.add_request("0", [5, 6], params_for(30, ignore_eos=True))
     take_step(engine)
     engine.add_request("1", [7] * 18, params_for(3, ignore_eos=True))
     outputs = [[(output.request_id, len(output.token_ids)) for output in take_step(engine)] for _ in range(8)]
-    # 1 computes 4 tokens a step: 0–4, 4–8, 8–12, 12–16, 16–18
+    # 1 computes 4 tokens per step: 0–4, 4–8, 8–12, 12–16, 16–18
     brought = [[("0", 1)]] * 4 + [[("0", 1), ("1", 1)]] * 3
     expected = [[("0", 1)], *brought] if is_async else [*brought, [("0", 1)]]
     assert outputs == expected, (
@@ -456,91 +451,76 @@ def test_a_step_of_chunks_only_brings_nothing(is_async: bool) -> None:
     engine.add_request("0", [5] * 12, params_for(2, ignore_eos=True))
     counts = [len(take_step(engine)) for _ in range(4 + is_async)]
     expected = [0] * (2 + is_async) + [1, 1]
-    assert counts == expected, f"three chunks, two tokens: expected {expected} outputs, got {counts}. {LOOK_CHUNK}"
+    assert counts == expected, (
+        f"three chunks, two tokens: expected {expected} outputs per step, got {counts}. {LOOK_CHUNK}"
+    )
     assert not engine.has_unfinished_requests, f"it has its two tokens. {LOOK_CHUNK}"
 
 
 # Failures and aborts, half-way
 
 
+def fail(engine: LLMEngine, num_steps: int, expected: list[str], where: str) -> None:
+    """The next step that raises ends these requests with the cause, in any order, and the engine can be used."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        for _ in range(num_steps):
+            outputs = LLMEngine.step(engine)
+            assert outputs == [], f"{where}: a chunk brings no token, got {outputs}. {LOOK_CHUNK}"
+    outputs = engine.fail(caught.value)
+    got = [(output.request_id, output.error) for output in outputs]
+    wanted = [(name, "ZeroDivisionError: the cat sat on it") for name in expected]
+    assert sorted(got) == sorted(wanted), f"{where}: expected {wanted}, got {got}. {LOOK_FAIL}"
+    used = engine.blocks.num_used_blocks
+    assert not engine.has_unfinished_requests and not used, f"{where}: {used} blocks are held. {LOOK_FAIL}"
+    check_engine(engine, where)
+    engine.add_request("next", [7] * 20, params_for(4, ignore_eos=True))
+    answer, alone = run_dry(engine)["next"].token_ids, answer_alone([7] * 20, 4, ignore_eos=True)
+    assert answer == alone, f"{where}, the next request: expected {alone}, got {answer}. {LOOK_FAIL}"
+
+
 @BOTH
 @pytest.mark.parametrize("where", ["launch_error", "result_error"])
-def test_a_step_of_chunks_that_fails_fails_only_those(where: str, is_async: bool) -> None:
-    """0 and 1 are half-way; 2 and 3 wait. No token has come, and none was to come of this step."""
+def test_a_step_of_chunks_that_fails_ends_all_requests(where: str, is_async: bool) -> None:
+    """0 and 1 are half-way; 2 and 3 wait."""
     engine = scripted_engine(
         async_scheduling=is_async, max_num_seqs=2, max_num_batched_tokens=8, long_prefill_token_threshold=4
     )
-    prompts = {str(number): [90 + number] * 20 for number in range(4)}
-    for name, prompt in prompts.items():
-        engine.add_request(name, prompt, params_for(4, ignore_eos=True))
+    for name in "0123":
+        engine.add_request(name, [90 + int(name)] * 20, params_for(4, ignore_eos=True))
     take_step(engine)
-    setattr(runner_of(engine), where, ZeroDivisionError("the cat sat on it"))
-    with pytest.raises(StepFailedError) as caught:
-        for _ in range(2):
-            LLMEngine.step(engine)
-    assert sorted(caught.value.request_ids) == ["0", "1"], (
-        f"{where}: the step held chunks of 0 and 1; expected to blame both, got {caught.value.request_ids}. {LOOK_FAIL}"
-    )
-    engine.abort_requests(caught.value.request_ids)
-    assert engine.blocks.num_used_blocks == 0, f"{where}: both were aborted, and hold blocks. {LOOK_FAIL}"
-    answers = run_dry(engine)
-    assert sorted(answers) == ["2", "3"], f"{where}: expected answers for 2 and 3, got {sorted(answers)}. {LOOK_FAIL}"
-    for name in "23":
-        expected = answer_alone(prompts[name], 4, ignore_eos=True)
-        assert answers[name].token_ids == expected, f"{where}: request {name}: {expected}, got {answers[name]}."
+    setattr(executor_of(engine), where, ZeroDivisionError("the cat sat on it"))
+    fail(engine, 2, ["0", "1", "2", "3"], where)
 
 
-def test_a_failed_step_blames_chunks_and_decodes_alike() -> None:
-    engine = scripted_engine(async_scheduling=False, max_num_seqs=2, max_num_batched_tokens=4)
-    engine.add_request("0", [5] * 2, params_for(9, ignore_eos=True))
-    take_step(engine)
-    engine.add_request("1", [6] * 20, params_for(9, ignore_eos=True))
-    runner_of(engine).result_error = ZeroDivisionError("the cat sat on it")
-    with pytest.raises(StepFailedError) as caught:
-        LLMEngine.step(engine)
-    got = sorted(caught.value.request_ids)
-    assert got == ["0", "1"], f"a decode and a chunk were in it: expected ['0', '1'], got {got}. {LOOK_FAIL}"
-
-
-def test_a_step_that_nobody_waits_for_may_fail() -> None:
-    """A chunk was in flight when its request was aborted: nobody is left to be told."""
+def test_a_step_whose_requests_were_aborted_may_fail() -> None:
+    """A chunk is in flight when its request is aborted: no request gets the error."""
     engine = scripted_engine(max_num_seqs=1, max_num_batched_tokens=4)
     engine.add_request("0", [5] * 20, params_for(6))
-    runner_of(engine).result_error = ZeroDivisionError("the cat sat on it")
+    executor_of(engine).result_error = ZeroDivisionError("the cat sat on it")
     take_step(engine)
     engine.abort_requests(["0"])
-    try:
-        assert LLMEngine.step(engine) == [], f"it was aborted. {LOOK_CHUNK}"
-    except StepFailedError as failure:
-        pytest.fail(
-            f"the chunk's request was aborted before its step failed; blamed: {failure.request_ids}. {LOOK_FAIL}"
-        )
-    assert not engine.has_unfinished_requests, f"nothing is left. {LOOK_FAIL}"
+    fail(engine, 1, [], "aborted before its step failed")
 
 
 def test_preempted_by_a_step_that_fails_at_its_launch() -> None:
-    """Blocks of 4, four of them, prompts of 8. The step that preempts 1 fails; one in flight still owes 1 a token."""
-    engine = scripted_engine(block_size=4, num_kv_blocks=1 + 4)
-    for name in "01":
-        engine.add_request(name, [80 + int(name)] * 8, params_for(5, ignore_eos=True))
-    take_step(engine)
-    runner_of(engine).preemption_error = ZeroDivisionError("the cat sat on it")
-    with pytest.raises(StepFailedError) as caught:
-        LLMEngine.step(engine)
-    assert caught.value.request_ids == ["0"], (
-        f"1 was preempted, 0 was in the step: {caught.value.request_ids}. {LOOK_FAIL}"
-    )
-    engine.abort_requests(["0"])
-    answer, expected = run_dry(engine)["1"], answer_alone([81] * 8, 5, ignore_eos=True)
-    assert answer.token_ids == expected, (
-        f"1 was preempted with a token in flight, and not in the step that failed: expected {expected}, got "
-        f"{answer.token_ids}. {LOOK_WAITING}"
-    )
+    """1 is preempted in the middle of its prompt by the step that fails, and a chunk of it is in flight."""
+    engine = scripted_engine(max_num_seqs=2, max_num_batched_tokens=3, block_size=2, num_kv_blocks=1 + 7)
+    half_way = count_half_way(engine)
+    engine.add_request("0", [5] * 3, params_for(9, ignore_eos=True))
+    engine.add_request("1", [6] * 10, params_for(4, ignore_eos=True))
+    executor_of(engine).preemption_error = ZeroDivisionError("the cat sat on it")
+    with pytest.raises(ZeroDivisionError) as caught:
+        for _ in range(20):
+            LLMEngine.step(engine)
+    assert half_way == ["1"], f"expected 1 to be preempted in the middle of its prompt, got {half_way}"
+    got = ids(engine.fail(caught.value))
+    assert got == ["0", "1"], f"0 runs, 1 was preempted: expected an error for both, got {got}. {LOOK_FAIL}"
+    check_engine(engine, "after a step that preempted 1 and failed")
 
 
 @BOTH
 def test_an_abort_half_way(is_async: bool) -> None:
-    """Blocks and row go to the next one at once, also while a chunk of the old owner is in flight."""
+    """Its blocks and row can be reused at once, even while a chunk of it is in flight."""
     engine = scripted_engine(
         async_scheduling=is_async, max_num_seqs=2, max_num_batched_tokens=6, block_size=4, num_kv_blocks=1 + 9
     )
@@ -557,7 +537,7 @@ def test_an_abort_half_way(is_async: bool) -> None:
     got = engine.blocks.num_free_blocks - free
     assert got == held == 6, f"1 held {held} blocks (6 hold its prompt), {got} are free now. {LOOK_CHUNK}"
     answers = run_dry(engine)
-    assert "1" not in answers, f"1 was aborted half-way, and got {answers.get('1')}. {LOOK_CHUNK}"
+    assert "1" not in answers, f"1 was aborted half-way: expected no answer, got {answers.get('1')}. {LOOK_CHUNK}"
     for name, (prompt, count) in {"2": ([7] * 12, 4)}.items():
         expected, output = answer_alone(prompt, count, ignore_eos=True), answers[name].token_ids
         assert output == expected, f"request {name}: expected {expected}, got {output}. {LOOK_CHUNK}"
@@ -565,7 +545,7 @@ def test_an_abort_half_way(is_async: bool) -> None:
 
 @BOTH
 def test_preempted_half_way_and_resumed(is_async: bool) -> None:
-    """0 decodes and takes the blocks of 1's prompt; 1 begins anew, and its answer is none the worse."""
+    """0 decodes and gets blocks of 1's prompt. 1 starts again, and its answer is the same."""
     engine = scripted_engine(
         async_scheduling=is_async, max_num_seqs=2, max_num_batched_tokens=3, block_size=2, num_kv_blocks=1 + 7
     )
@@ -582,7 +562,7 @@ def test_preempted_half_way_and_resumed(is_async: bool) -> None:
 # The trace
 
 
-def test_the_trace_tells_chunks_from_tokens(tmp_path: Path) -> None:
+def test_the_trace_shows_chunks(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     engine = scripted_engine(100, max_num_seqs=2, max_num_batched_tokens=5, trace=str(path))
     engine.add_request("0", [5, 6], params_for(6, ignore_eos=True))
@@ -608,14 +588,12 @@ def test_the_trace_tells_chunks_from_tokens(tmp_path: Path) -> None:
         {"0": decode, "1": decode}, {"0": decode}, {"0": decode},
     ]  # fmt: skip
     same("phases", phases, expected_phases, LOOK_TRACE)
-    same(
-        "discarded: a chunk was never to bring a token", [step.discarded for step in trace.steps], [[]] * 6, LOOK_TRACE
-    )
+    same("discarded: a chunk brings no token", [step.discarded for step in trace.steps], [[]] * 6, LOOK_TRACE)
     same("finished", [step.finished for step in trace.steps], [[], [], [], ["1"], [], ["0"]], LOOK_TRACE)
 
 
-def test_the_trace_tells_what_came_too_late(tmp_path: Path) -> None:
-    """A decode in flight when its request has ended is discarded; a chunk in flight at an abort had nothing to lose."""
+def test_the_trace_shows_discarded_tokens(tmp_path: Path) -> None:
+    """A token in flight when its request has ended is discarded. A chunk in flight at an abort has no token."""
     path = tmp_path / "trace"
     engine = scripted_engine(
         100, max_num_seqs=2, max_num_batched_tokens=5, trace=str(path), script=lambda tokens: END if 5 in tokens else 9

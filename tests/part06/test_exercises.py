@@ -10,7 +10,7 @@ from part06_chunked_prefill.core import scheduler
 from tests.exercise_checks import check_body, check_names, check_task, read_tasks
 
 PART_DIR = Path(scheduler.__file__).parents[1]
-NAMES = {"chunk_size", "add", "schedule_running", "chunk_attention", "causal_mask", "prepare"}
+NAMES = {"chunk_size", "add", "schedule_running", "causal_mask", "visible_context", "prepare"}
 
 
 def test_part_6_has_its_exercises() -> None:

@@ -1,4 +1,4 @@
-"""Part 6 as a user starts it: a long prompt and streams at once, through a budget of 8 tokens a step."""
+"""Part 6 as a user starts it: a long prompt and streams at once, with a budget of 8 tokens per step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from common.sampling_params import SamplingParams
 from common.trace import read_trace
 from part06_chunked_prefill import config
-from part06_chunked_prefill.core.engine import LLM
+from part06_chunked_prefill.llm import LLM
 from tests.http_checks import COMPLETIONS, request_bytes, send_raw
 from tests.process_checks import ServerProcess, course_environment, serve
 
 PART_DIR = Path(config.__file__).parent
 LOOK = 'Look at core/engine.py::LLMEngine.__init__ and core/scheduler.py; README "Decodes first".'
-LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update; README "A chunk is not an answer".'
+LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update and _append; README "A chunk is not an answer".'
 LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "A chunk is not an answer".'
 DEADLINE_S = 60  # for what takes a second at most
 BUDGET, BLOCK_SIZE, NUM_BLOCKS = 8, 16, 160
@@ -27,7 +27,7 @@ FLAGS = {
     "--port": "0", "--device": "cpu", "--max-num-seqs": "4", "--max-num-batched-tokens": str(BUDGET),
     "--block-size": str(BLOCK_SIZE), "--num-kv-blocks": str(1 + NUM_BLOCKS),
 }  # fmt: skip
-READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, 2048 tokens of context, 160 KV blocks of 16 .*\)\n"
+READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, context of 2048 tokens, 160 KV blocks of 16 .*\)\n"
 ASK = {"temperature": 0, "ignore_eos": True}
 
 
@@ -37,7 +37,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 def gauge(server: ServerProcess, name: str) -> float:
     found = re.search(rf"\nengine:{name}(?:_total)? (\S+)\n", server.get("/metrics").text)
-    return float(found[1]) if found else 0.0  # it comes with the core's first message
+    return float(found[1]) if found else 0.0  # it arrives with the core's first message
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -78,7 +78,7 @@ def test_a_long_prompt_among_streams(llm: LLM, prompt_of: Callable[..., list[int
         )
         for _, counts in answers:
             assert sum(counts) == 60 and all(counts[:-1]), (
-                f"60 tokens, none in an empty delta: got {counts}. {LOOK_CHUNK}"
+                f"expected 60 tokens and no empty delta, got {counts}. {LOOK_CHUNK}"
             )
 
         check_abort(server, prompt_of)
@@ -94,9 +94,10 @@ def test_a_long_prompt_among_streams(llm: LLM, prompt_of: Callable[..., list[int
     aborted = [name for step in trace.steps for name in step.aborted]
     steps = [request for step in trace.steps for request in step.requests if request.id in aborted]
     assert len(aborted) == 1 and steps and not any(request.num_sampled for request in steps), (
-        f"one was aborted half-way: expected chunks of it and no token, got {steps[-3:]}. {LOOK_ABORT}"
+        f"one request was aborted half-way: expected chunks of it and no token, got {steps[-3:]}. {LOOK_ABORT}"
     )
-    assert trace.steps[-1].num_blocks_free == NUM_BLOCKS, f"got {trace.steps[-1]}. {LOOK_ABORT}"
+    free = trace.steps[-1].num_blocks_free
+    assert free == NUM_BLOCKS, f"after the last step: expected {NUM_BLOCKS} free blocks, got {free}. {LOOK_ABORT}"
 
 
 def check_abort(server: ServerProcess, prompt_of: Callable[..., list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""core/scheduler.py: one budget of tokens a step, decodes first, prompts in chunks. No model: tokens are counted."""
+"""core/scheduler.py: one token budget per step, decodes first, prompts in chunks. No model: tokens are counted."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 
 from common.errors import FieldError
-from part06_chunked_prefill.config import EngineConfig
+from part06_chunked_prefill.config import EngineConfig, token_budget
 from part06_chunked_prefill.core.block_manager import BlockManager
-from part06_chunked_prefill.core.engine import token_budget
 from part06_chunked_prefill.core.request import Request, RequestStatus
 from part06_chunked_prefill.core.scheduler import Scheduler, SchedulerOutput
+from part06_chunked_prefill.messages import ScheduledRequest, StepInput
 from tests.part06.scripted import scripted_engine, watch
-from tests.scripted import END, ids, params_for
+from tests.scripted import END, ids, params_for, shares
 
 LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README "Decodes first".'
-LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Decodes first".'
+LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running, _grow_or_preempt; README "Decodes first".'
 LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "Decodes first".'
 LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit; README "Decodes first".'
-LOOK_ADD = 'Look at core/scheduler.py::SchedulerOutput.add; README "A chunk is not an answer".'
+LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README "A chunk is not an answer".'
 LOOK_SAMPLED = 'Look at core/scheduler.py::SchedulerOutput.sampled_requests; README "A chunk is not an answer".'
 LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
 LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README of part 5, "What the future may assume".'
-LOOK_LATE = 'Look at core/scheduler.py::Scheduler.finish, abort and _release; README of part 5, "A token too late".'
-LOOK_BUDGET = 'Look at core/engine.py::token_budget; README "Decodes first".'
+LOOK_LATE = 'Look at core/scheduler.py::Scheduler.finish, abort and _leave; README of part 5, "A token too late".'
+LOOK_BUDGET = 'Look at config.py::token_budget; README "Decodes first".'
 WORD = 9  # any token but END
 Step = dict[str, tuple[int, int]]  # request → tokens computed before, tokens in this step
 
@@ -56,8 +56,8 @@ def add(scheduler: Scheduler, lengths: Sequence[int], max_tokens: int = 100, fir
 
 
 def land(scheduler: Scheduler, output: SchedulerOutput, token_ids: Sequence[int] | None = None) -> None:
-    """What the engine does when a step's tokens are there."""
-    requests = [request for request, n in zip(output.requests, output.num_sampled_tokens, strict=True) if n]
+    """What the engine does when a step's tokens have arrived."""
+    requests = [request for request, share in shares(output) if share.is_sampled]
     for request, token_id in zip(requests, token_ids or [WORD] * len(requests), strict=True):
         request.num_output_placeholders -= 1
         if request.status.is_finished:
@@ -69,29 +69,31 @@ def land(scheduler: Scheduler, output: SchedulerOutput, token_ids: Sequence[int]
 
 
 def take_step(scheduler: Scheduler) -> SchedulerOutput:
-    """One that nobody is ahead of."""
+    """With no other in flight."""
     output = scheduler.schedule()
     land(scheduler, output)
     return output
 
 
 def check_output(output: SchedulerOutput, expected: Step, sampled: str, case: str, look: str) -> None:
-    """expected: who is scheduled, in order; sampled: for whom a token comes of it."""
-    counts = zip(output.num_computed_tokens, output.num_scheduled_tokens, strict=True)
-    got = list(zip(ids(output.requests), counts, strict=True))
+    """expected: which requests are scheduled, in order; sampled: those that get a token."""
+    got = [
+        (request.request_id, (share.num_computed_tokens, share.num_scheduled_tokens))
+        for request, share in shares(output)
+    ]
     assert got == list(expected.items()), (
         f"{case}: expected request → (num_computed_tokens, num_scheduled_tokens) {list(expected.items())}, got {got} "
-        f"(preempted: {ids(output.preempted) or 'nobody'}). {look}"
+        f"(preempted: {ids(output.preempted) or 'none'}). {look}"
     )
-    num_sampled = dict(zip(ids(output.requests), output.num_sampled_tokens, strict=True))
-    wanted = {name: int(name in sampled) for name in expected}
-    assert num_sampled == wanted, f"{case}: expected num_sampled_tokens {wanted}, got {num_sampled}. {LOOK_ADD}"
+    is_sampled = {request.request_id: share.is_sampled for request, share in shares(output)}
+    wanted = {name: name in sampled for name in expected}
+    assert is_sampled == wanted, f"{case}: expected is_sampled {wanted}, got {is_sampled}. {LOOK_ADD}"
     assert "".join(ids(output.sampled_requests)) == sampled, (
         f"{case}: expected sampled_requests {sampled!r}, got {ids(output.sampled_requests)}. {LOOK_SAMPLED}"
     )
     total = sum(now for _, now in expected.values())
     assert output.total_num_scheduled_tokens == total, (
-        f"{case}: {output.total_num_scheduled_tokens} tokens, not {total}"
+        f"{case}: expected {total} tokens in all, got {output.total_num_scheduled_tokens}"
     )
 
 
@@ -101,7 +103,7 @@ def check_queues(scheduler: Scheduler, running: str, waiting: str, case: str, lo
 
 
 def check_blocks(scheduler: Scheduler, expected: dict[str, int], case: str, look: str) -> None:
-    """expected: who holds how many blocks."""
+    """expected: how many blocks each request holds."""
     blocks = scheduler.blocks
     got = {request_id: len(table) for request_id, table in blocks.block_tables.items() if table}
     assert got == expected, f"{case}: expected request → blocks {expected}, got {got}. {look}"
@@ -112,11 +114,11 @@ def check_blocks(scheduler: Scheduler, expected: dict[str, int], case: str, look
 
 
 def check_counts(request: Request, expected: tuple[int, int, int], case: str, look: str) -> None:
-    """expected: num_computed_tokens, num_output_placeholders, num_missing_tokens."""
-    got = (request.num_computed_tokens, request.num_output_placeholders, request.num_missing_tokens)
+    """expected: num_computed_tokens, num_output_placeholders, num_new_tokens."""
+    got = (request.num_computed_tokens, request.num_output_placeholders, request.num_new_tokens)
     assert got == expected, (
         f"{case}, request {request.request_id}: expected (num_computed_tokens, num_output_placeholders, "
-        f"num_missing_tokens) {expected}, got {got}. {look}"
+        f"num_new_tokens) {expected}, got {got}. {look}"
     )
 
 
@@ -155,7 +157,7 @@ THREE: dict[str, tuple[dict[str, Any], list[tuple[Step, str]]]] = {
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("name", THREE)
 def test_three_prompts_of_800_with_a_budget_of_1024(name: str, depth: int) -> None:
-    """depth: steps in flight; what a step holds depends on numbers that are known before it has run."""
+    """depth: steps in flight. What a step holds depends on numbers that are known before it has run."""
     flags, steps = THREE[name]
     scheduler, in_flight = make_scheduler(1_024, **flags), list[SchedulerOutput]()
     add(scheduler, [800, 800, 800])
@@ -187,7 +189,7 @@ def test_small_prompts_do_not_jump_the_queue(is_chunked: bool, expected: Step, t
 
 
 @pytest.mark.parametrize(
-    ("flags", "num_scheduled", "length", "expected"),
+    ("flags", "num_scheduled", "num_new", "expected"),
     [
         (dict(budget=100), 0, 30, 30),
         (dict(budget=100), 0, 100, 100),
@@ -209,27 +211,20 @@ def test_small_prompts_do_not_jump_the_queue(is_chunked: bool, expected: Step, t
     ],
     ids=str,
 )
-def test_the_size_of_a_chunk(flags: dict[str, Any], num_scheduled: int, length: int, expected: int) -> None:
-    scheduler, request = make_scheduler(**flags), make_request("0", length)
-    before = [make_request("x", 1), make_request("y", 1)] if num_scheduled else []
-    counts = [1, num_scheduled - 1] if num_scheduled else []
-    output = SchedulerOutput(before, [0] * len(before), counts, [0] * len(before), [], [])
-    got = scheduler._chunk_size(request, output)
+def test_the_size_of_a_chunk(flags: dict[str, Any], num_scheduled: int, num_new: int, expected: int) -> None:
+    scheduler, output = make_scheduler(**flags), SchedulerOutput(StepInput([], []), [], [])
+    for row, count in enumerate([1, num_scheduled - 1] if num_scheduled else []):
+        output.requests.append(make_request(str(row), 1))
+        output.step.requests.append(ScheduledRequest(row, 0, count, False, []))
+    got = scheduler._chunk_size(num_new, output)
     assert got == expected, (
-        f"{flags}, {num_scheduled} tokens are in the step already, the request lacks {length}: expected {expected}, "
-        f"got {got}. {LOOK_SIZE}"
+        f"{flags}, {num_scheduled} tokens are in the step already, the request has {num_new} new ones: expected "
+        f"{expected}, got {got}. {LOOK_SIZE}"
     )
 
 
-def test_the_size_of_a_later_chunk_is_of_what_is_still_missing() -> None:
-    scheduler, request = make_scheduler(64), make_request("0", 100)
-    request.num_computed_tokens = 60
-    got = scheduler._chunk_size(request, SchedulerOutput([], [], [], [], [], []))
-    assert got == 40, f"60 of 100 tokens are computed, budget 64: expected 40, got {got}. {LOOK_SIZE}"
-
-
 def test_the_budget_is_used_up_exactly() -> None:
-    """Four prompts of 10, 25 tokens a step: not one token less as long as anybody lacks one."""
+    """Four prompts of 10, 25 tokens per step: not one token less while a request has new tokens."""
     scheduler = make_scheduler(25)
     add(scheduler, [10, 10, 10, 10])
     steps: list[tuple[Step, str]] = [
@@ -240,40 +235,40 @@ def test_the_budget_is_used_up_exactly() -> None:
         check_output(take_step(scheduler), expected, sampled, f"4 × 10, budget 25, step {number}", LOOK_SIZE)
     scheduler = make_scheduler(10)
     add(scheduler, [10, 10])
-    check_output(take_step(scheduler), {"0": (0, 10)}, "0", "the first takes it all", LOOK_WAITING)
-    check_queues(scheduler, "0", "1", "the budget is used up: nobody is let in for nothing", LOOK_WAITING)
+    check_output(take_step(scheduler), {"0": (0, 10)}, "0", "the first takes the whole budget", LOOK_WAITING)
+    check_queues(scheduler, "0", "1", "the budget is used up: no request is admitted for 0 tokens", LOOK_WAITING)
     check_output(take_step(scheduler), {"0": (10, 1), "1": (0, 9)}, "0", "budget 10, a decode", LOOK_SIZE)
-    check_output(take_step(scheduler), {"0": (11, 1), "1": (9, 1)}, "01", "one token is missing", LOOK_RUNNING)
+    check_output(take_step(scheduler), {"0": (11, 1), "1": (9, 1)}, "01", "1 has one new token left", LOOK_RUNNING)
 
 
 # Decodes first
 
 
 @pytest.mark.parametrize("budget", [4, 5, 9, 64])
-def test_decodes_are_served_whoever_stands_before_them(budget: int) -> None:
-    """A prompt of 1,000 came first. Three that came later and decode get their token in every step."""
+def test_decodes_come_before_an_earlier_prompt(budget: int) -> None:
+    """A prompt of 1,000 arrived first. Three decodes that arrived later get their token in every step."""
     scheduler = make_scheduler(budget, max_num_seqs=4)
     [long] = add(scheduler, [1_000], max_tokens=5)
     output = scheduler.schedule()
     land(scheduler, output)
     others = add(scheduler, [1, 1, 1], first=1)
-    for request in others:  # as if they had come in steps of their own
+    for request in others:  # as if they had been admitted in steps of their own
         scheduler.waiting.remove(request)
         assert scheduler._admit(request), "the pool is large"
-        request.status, request.num_computed_tokens = RequestStatus.RUNNING, 1
+        scheduler._start(request, SchedulerOutput(StepInput([], []), [], []))
+        request.num_computed_tokens = 1
         request.output_token_ids.append(WORD)
-        scheduler.running.append(request)
-    del scheduler.schedule  # not watched: these requests have a past that nobody scheduled
+    del scheduler.schedule  # not watched: the watcher has not seen these requests start
     for number in range(3):
         done = long.num_computed_tokens
         expected = {**{str(n): (1 + number, 1) for n in (1, 2, 3)}, "0": (done, budget - 3)}
-        case = f"a prompt of 1,000 stands before three decodes, budget {budget}, step {number}"
+        case = f"a prompt of 1,000 is before three decodes, budget {budget}, step {number}"
         check_output(take_step(scheduler), expected, "123", case, LOOK_RUNNING)
-    check_queues(scheduler, "0123", "", "in the order in which they came", LOOK_RUNNING)
+    check_queues(scheduler, "0123", "", "in the order of arrival", LOOK_RUNNING)
 
 
-def test_a_budget_of_one_token_a_request_leaves_a_prompt_one() -> None:
-    """The smallest budget there is: the prompt crawls, the decodes do not wait."""
+def test_with_one_token_per_request_a_prompt_gets_one() -> None:
+    """The smallest budget: the prompt takes a step for each token, and the decodes do not wait."""
     scheduler = make_scheduler(3, max_num_seqs=3)
     add(scheduler, [1, 1, 4])
     expected: list[tuple[Step, str]] = [
@@ -287,8 +282,8 @@ def test_a_budget_of_one_token_a_request_leaves_a_prompt_one() -> None:
         check_output(take_step(scheduler), step, sampled, f"budget 3, step {number}", LOOK_RUNNING)
 
 
-def test_chunks_take_turns_in_the_order_in_which_they_came() -> None:
-    """The earliest takes what it may; the others stand still until there is something left."""
+def test_chunks_are_scheduled_in_the_order_of_arrival() -> None:
+    """The earliest prompt takes as much as it may; the others get what is left of the budget."""
     scheduler = make_scheduler(10, long_prefill_token_threshold=4)
     add(scheduler, [9, 9, 9, 2])
     steps: list[tuple[Step, str]] = [
@@ -302,7 +297,7 @@ def test_chunks_take_turns_in_the_order_in_which_they_came() -> None:
         check_output(take_step(scheduler), step, sampled, case, LOOK_RUNNING)
 
 
-def test_who_is_being_computed_goes_before_who_waits() -> None:
+def test_running_prompts_come_before_waiting_ones() -> None:
     scheduler = make_scheduler(8)
     add(scheduler, [20, 3])
     names = [ids(take_step(scheduler).requests) for _ in range(3)]
@@ -312,68 +307,67 @@ def test_who_is_being_computed_goes_before_who_waits() -> None:
 
 
 def test_a_chunk_without_budget_waits_for_the_next_step() -> None:
-    """Not scheduled with 0 tokens, and it keeps its place and its blocks."""
+    """It is not scheduled with 0 tokens, it still runs, and it keeps its blocks."""
     scheduler = make_scheduler(4, max_num_seqs=3, long_prefill_token_threshold=2)
     add(scheduler, [20, 20, 20])
     check_output(scheduler.schedule(), {"0": (0, 2), "1": (0, 2)}, "", "the budget is used up", LOOK_SIZE)
     scheduler.long_prefill_token_threshold = 0
-    check_output(scheduler.schedule(), {"0": (2, 4)}, "", "the first takes it all", LOOK_RUNNING)
-    check_queues(scheduler, "01", "2", "1 has got nothing, and stays", LOOK_RUNNING)
-    check_blocks(scheduler, {"0": 2, "1": 2}, "1 has got nothing, and stays", LOOK_RUNNING)
+    check_output(scheduler.schedule(), {"0": (2, 4)}, "", "the first takes the whole budget", LOOK_RUNNING)
+    check_queues(scheduler, "01", "2", "1 got nothing, and still runs", LOOK_RUNNING)
+    check_blocks(scheduler, {"0": 2, "1": 2}, "1 got nothing, and still runs", LOOK_RUNNING)
 
 
-# What a chunk is counted as
+# What a chunk counts as
 
 
 def test_a_chunk_brings_no_token() -> None:
     scheduler = make_scheduler(4)
     [request] = add(scheduler, [10])
     expected = [((0, 4), (4, 0, 6)), ((4, 4), (8, 0, 2)), ((8, 2), (10, 1, 1)), ((10, 1), (11, 2, 1))]
-    for number, (step, counts) in enumerate(expected):  # none of them has landed
+    for number, (step, counts) in enumerate(expected):  # none of their results has arrived
         case = f"prompt of 10, budget 4, step {number}"
         check_output(scheduler.schedule(), {"0": step}, "0" * (number > 1), case, LOOK_ADD)
         check_counts(request, counts, case, LOOK_ADD)
 
 
-def test_add_notes_all_of_it() -> None:
-    """Complete or not, with a token in flight or not."""
-    cases = {  # tokens, placeholders, computed, now → num_sampled_tokens
-        "a whole prompt": ((9, 0, 0, 9), 1),
-        "a first chunk": ((9, 0, 0, 8), 0),
-        "a middle chunk": ((9, 0, 3, 5), 0),
-        "a chunk of one token": ((9, 0, 3, 1), 0),
-        "the last chunk": ((9, 0, 3, 6), 1),
-        "the last token": ((9, 0, 8, 1), 1),
-        "a decode": ((12, 0, 11, 1), 1),
-        "a decode whose input is in flight": ((12, 2, 13, 1), 1),
+def test_add_schedules_and_counts() -> None:
+    """Whole prompts, chunks and decodes, with a token in flight or not."""
+    cases = {  # known tokens, placeholders, computed, now → is_sampled
+        "a whole prompt": ((9, 0, 0, 9), True),
+        "a first chunk": ((9, 0, 0, 8), False),
+        "a middle chunk": ((9, 0, 3, 5), False),
+        "a chunk of one token": ((9, 0, 3, 1), False),
+        "the last chunk": ((9, 0, 3, 6), True),
+        "the last token": ((9, 0, 8, 1), True),
+        "a decode": ((12, 0, 11, 1), True),
+        "a decode whose input is in flight": ((12, 2, 13, 1), True),
     }
-    output = SchedulerOutput([], [], [], [], [], [])
-    for name, ((num_tokens, num_placeholders, num_computed, now), num_sampled) in cases.items():
+    scheduler, output = make_scheduler(block_size=4, max_num_seqs=8), SchedulerOutput(StepInput([], []), [], [])
+    for row, (name, ((num_tokens, num_placeholders, num_computed, now), is_sampled)) in enumerate(cases.items()):
         request = make_request(name, min(9, num_tokens), num_output_tokens=max(0, num_tokens - 9))
+        scheduler.blocks.admit(name, num_tokens + num_placeholders)
+        table, request.row, request.num_sent_blocks = scheduler.blocks.block_tables[name], row, 1
         request.num_output_placeholders, request.num_computed_tokens = num_placeholders, num_computed
-        output.add(request, now)
-        got = (output.requests[-1].request_id, output.num_computed_tokens[-1], output.num_scheduled_tokens[-1])
-        assert got == (name, num_computed, now), (
-            f"{name}: expected (request, num_computed_tokens, num_scheduled_tokens) {(name, num_computed, now)}, got "
-            f"{got}. {LOOK_ADD}"
+        scheduler._add(request, now, output)
+        got = (output.requests[-1].request_id, output.step.requests[-1])
+        expected = (name, ScheduledRequest(row, num_computed, now, is_sampled, table[1:]))
+        assert got == expected, (
+            f"{name}, {now} of {num_tokens + num_placeholders} tokens after {num_computed}, the worker knows the first "
+            f"of its blocks {table}: expected {expected}, got {got}. {LOOK_ADD}"
         )
-        assert output.num_sampled_tokens[-1] == num_sampled and type(output.num_sampled_tokens[-1]) is int, (
-            f"{name}, {now} of {num_tokens + num_placeholders} tokens after {num_computed}: expected "
-            f"num_sampled_tokens {num_sampled}, got {output.num_sampled_tokens[-1]!r}. {LOOK_ADD}"
+        counts = (request.num_computed_tokens, request.num_output_placeholders, request.num_sent_blocks)
+        wanted = (num_computed + now, num_placeholders + is_sampled, len(table))
+        assert counts == wanted, (
+            f"{name}: expected (num_computed_tokens, num_output_placeholders, num_sent_blocks) {wanted}, got {counts}. "
+            f"{LOOK_ADD}"
         )
-        counts = (request.num_computed_tokens, request.num_output_placeholders)
-        expected = (num_computed + now, num_placeholders + num_sampled)
-        assert counts == expected, (
-            f"{name}: expected (num_computed_tokens, num_output_placeholders) {expected}, got {counts}. {LOOK_ADD}"
-        )
-    sampled = [name for name, (_, num_sampled) in cases.items() if num_sampled]
-    assert ids(output.sampled_requests) == sampled, (
-        f"expected {sampled}, got {ids(output.sampled_requests)}. {LOOK_ADD}"
-    )
+    sampled = [name for name, (_, is_sampled) in cases.items() if is_sampled]
+    got_names = ids(output.sampled_requests)
+    assert got_names == sampled, f"expected sampled_requests {sampled}, got {got_names}. {LOOK_SAMPLED}"
 
 
 def test_an_end_by_length_is_foreseen_behind_chunks() -> None:
-    """One token is asked for: it comes of the last chunk, and no step is taken for it afterwards."""
+    """max_tokens=1: the last chunk brings the token, and the request is in no later step."""
     scheduler = make_scheduler(4)
     add(scheduler, [10], max_tokens=1)
     outputs = [scheduler.schedule() for _ in range(4)]
@@ -381,7 +375,7 @@ def test_an_end_by_length_is_foreseen_behind_chunks() -> None:
     check_output(outputs[3], {}, "", "the only token of the only request is in flight", LOOK_LENGTH)
     for output in outputs:
         land(scheduler, output)
-    assert not scheduler.has_unfinished_requests, f"its token has come. {LOOK_LATE}"
+    assert not scheduler.has_unfinished_requests, f"its token has arrived. {LOOK_LATE}"
 
 
 # Blocks
@@ -398,8 +392,8 @@ def test_a_prompt_gets_all_its_blocks_with_its_first_chunk() -> None:
         check_queues(scheduler, "0", "12", "4 blocks are free, the next prompt needs 5", LOOK_ADMIT)
 
 
-def test_a_prompt_that_does_not_fit_holds_up_those_behind_it() -> None:
-    """Its first chunk would fit. If it were let in with that, it would find the pool full half-way."""
+def test_requests_wait_behind_a_prompt_that_does_not_fit() -> None:
+    """Its first chunk would fit. If it were admitted with that, it would find the pool full half-way."""
     scheduler = make_scheduler(32, block_size=4, num_usable=10)
     add(scheduler, [20, 24, 4])
     check_output(take_step(scheduler), {"0": (0, 20)}, "0", "10 blocks: 5 and 6 do not fit", LOOK_ADMIT)
@@ -417,22 +411,51 @@ def test_the_watermark_counts_the_whole_prompt() -> None:
     check_queues(scheduler, "01", "2", "99 blocks, 10 must stay free: 50 + 39 leave 10", LOOK_ADMIT)
 
 
-def test_a_chunk_preempts_nobody_and_needs_no_block() -> None:
+def test_a_chunk_needs_no_block_and_preempts_no_request() -> None:
     """The pool is full to the last block: chunks go on until the prompt is done."""
     scheduler = make_scheduler(4, block_size=4, num_usable=8, max_num_seqs=2)
     add(scheduler, [16, 16])
     outputs = [scheduler.schedule() for _ in range(8)]
-    assert scheduler.num_preemptions == 0 or outputs[7].preempted, f"a chunk preempted somebody. {LOOK_RUNNING}"
+    assert scheduler.num_preemptions == 0 or outputs[7].preempted, (
+        f"a chunk preempted {ids(outputs[7].preempted)}. {LOOK_RUNNING}"
+    )
     for number in range(4):
         check_output(outputs[number], {"0": (4 * number, 4)}, "0" * (number == 3), f"step {number}", LOOK_RUNNING)
-        assert not outputs[number].preempted, f"step {number}: a chunk preempted somebody. {LOOK_RUNNING}"
+        assert not outputs[number].preempted, (
+            f"step {number}: a chunk preempted {ids(outputs[number].preempted)}. {LOOK_RUNNING}"
+        )
+
+
+def test_all_blocks_are_sent_with_the_first_chunk() -> None:
+    """Later chunks send none; a request that comes back after a preemption sends its new ones."""
+    scheduler = make_scheduler(4, block_size=4, num_usable=9)
+    [request] = add(scheduler, [11])
+    outputs = [scheduler.schedule() for _ in range(3)]
+    table = list(scheduler.blocks.block_tables["0"])
+    got = [output.step.requests[0].new_block_ids for output in outputs]
+    assert got == [table, [], []], (
+        f"a prompt of 11 in three chunks, block table {table}: expected new_block_ids {[table, [], []]}, got {got}. "
+        f"{LOOK_ADD}"
+    )
+    new = [len(output.step.new_requests) for output in outputs]
+    assert new == [1, 0, 0], f"three chunks of one request: expected new_requests [1, 0, 0], got {new}. {LOOK_ADD}"
+    tokens = outputs[0].step.new_requests[0].token_ids
+    assert tokens == request.token_ids, f"the first chunk sends the whole prompt, got {tokens}. {LOOK_ADD}"
+    land(scheduler, outputs[2])
+    scheduler.preempt(request)
+    del scheduler.schedule  # not watched: the watcher has not seen this preemption
+    again, table = scheduler.schedule().step, scheduler.blocks.block_tables["0"]
+    assert again.requests[0].new_block_ids == table and len(again.new_requests) == 1, (
+        f"it comes back with the block table {table}: expected to send all of it, and its tokens, got {again}. "
+        f"{LOOK_ADD}"
+    )
 
 
 # Preemption in the middle of a prompt
 
 
 def preempted_half_way() -> tuple[Scheduler, list[Request], list[SchedulerOutput]]:
-    """0 decodes and fills its block; 1 has computed 3 of 8 tokens and holds the last two blocks. Then 0 needs one."""
+    """0 decodes and fills its block; 1 has computed 4 of 8 tokens and holds the last two blocks. Then 0 needs one."""
     scheduler = make_scheduler(4, block_size=4, num_usable=3, max_num_seqs=2)
     requests = add(scheduler, [3, 8])
     outputs = [scheduler.schedule() for _ in range(3)]
@@ -443,22 +466,26 @@ def preempted_half_way() -> tuple[Scheduler, list[Request], list[SchedulerOutput
 
 def test_preempted_half_way() -> None:
     scheduler, [first, second], outputs = preempted_half_way()
-    check_output(outputs[2], {"0": (4, 1)}, "0", "0 needs a block, and takes it from 1's prompt", LOOK_RUNNING)
-    assert ids(outputs[2].preempted) == ["1"], f"expected 1 to leave, got {ids(outputs[2].preempted)}. {LOOK_RUNNING}"
+    check_output(outputs[2], {"0": (4, 1)}, "0", "0 needs a block, and gets one of 1's", LOOK_RUNNING)
+    assert ids(outputs[2].preempted) == ["1"], (
+        f"expected 1 to be preempted, got {ids(outputs[2].preempted)}. {LOOK_RUNNING}"
+    )
     check_queues(scheduler, "0", "1", "1 was preempted half-way", LOOK_PREEMPT)
     check_blocks(scheduler, {"0": 2}, "1 was preempted half-way", LOOK_PREEMPT)
     check_counts(second, (0, 0, 8), "preempted half-way: all has to be computed again", LOOK_PREEMPT)
-    assert second.status is RequestStatus.WAITING and outputs[2].left == ["1"], f"{second}, {outputs[2].left}"
+    got = (second.status, second.row, second.num_sent_blocks)
+    expected = (RequestStatus.PREEMPTED, None, 0)
+    assert got == expected, f"preempted: expected (status, row, num_sent_blocks) {expected}, got {got}. {LOOK_PREEMPT}"
     for output in outputs:
         land(scheduler, output)
     assert (len(first.output_token_ids), second.output_token_ids) == (3, []), f"a chunk brings no token. {LOOK_ADD}"
     scheduler.abort(["0"])
-    check_output(scheduler.schedule(), {"1": (0, 4)}, "", "it begins anew, at its first token", LOOK_PREEMPT)
-    check_output(scheduler.schedule(), {"1": (4, 4)}, "1", "and comes to its end", LOOK_PREEMPT)
+    check_output(scheduler.schedule(), {"1": (0, 4)}, "", "it starts again at its first token", LOOK_PREEMPT)
+    check_output(scheduler.schedule(), {"1": (4, 4)}, "1", "and computes the rest", LOOK_PREEMPT)
 
 
-def test_who_has_just_computed_its_prompt_may_have_to_leave() -> None:
-    """Two decodes need a block each, and take those of the prompt that was completed a step before."""
+def test_a_request_can_be_preempted_right_after_its_prompt() -> None:
+    """Two decodes need a block each, and get those of the prompt that was completed one step before."""
     scheduler = make_scheduler(4, block_size=4, num_usable=4, max_num_seqs=3)
     requests = add(scheduler, [2, 2, 8])
     scheduler.schedule()
@@ -469,73 +496,73 @@ def test_who_has_just_computed_its_prompt_may_have_to_leave() -> None:
     check_output(scheduler.schedule(), {"0": (3, 1), "1": (3, 1), "2": (4, 4)}, "012", "2 goes on", LOOK_SIZE)
     output = scheduler.schedule()
     assert ids(output.preempted) == ["2"], f"0 and 1 need a block each: got {ids(output.preempted)}. {LOOK_RUNNING}"
-    check_output(output, {"0": (4, 1), "1": (4, 1)}, "01", "2 had to leave", LOOK_RUNNING)
+    check_output(output, {"0": (4, 1), "1": (4, 1)}, "01", "2 is preempted", LOOK_RUNNING)
 
 
-def test_a_prompt_that_had_to_leave_is_not_computed() -> None:
-    """It is half-way when a decode takes its blocks: there is budget for its chunk, and it gets none."""
+def test_a_preempted_prompt_gets_no_chunk() -> None:
+    """It is half-way when a decode gets its blocks: there is budget for its chunk, and it gets none."""
     scheduler = make_scheduler(8, block_size=4, num_usable=5, max_num_seqs=3)
     requests = add(scheduler, [4, 4, 12], max_tokens=50)
     check_output(scheduler.schedule(), {"0": (0, 4), "1": (0, 4)}, "01", "two whole prompts", LOOK_SIZE)
     scheduler.long_prefill_token_threshold = 2
-    output = scheduler.schedule()  # 0 and 1 take a block each; one is left, 2 needs three
+    output = scheduler.schedule()  # 0 and 1 get a block each; one is free, 2 needs three
     check_output(output, {"0": (4, 1), "1": (4, 1)}, "01", "2 does not fit", LOOK_ADMIT)
     scheduler.abort(["1"])
     check_output(scheduler.schedule(), {"0": (5, 1), "2": (0, 2)}, "0", "2 joins", LOOK_SIZE)
     for start in (6, 7):
         check_output(scheduler.schedule(), {"0": (start, 1), "2": (2 * start - 10, 2)}, "0", "2 goes on", LOOK_SIZE)
     output = scheduler.schedule()
-    assert ids(output.preempted) == ["2"], f"0 needs a block: expected 2 to leave, got {ids(output.preempted)}."
-    check_output(output, {"0": (8, 1)}, "0", "2 had to leave, half-way", LOOK_RUNNING)
+    assert ids(output.preempted) == ["2"], (
+        f"0 needs a block: expected 2 to be preempted, got {ids(output.preempted)}. {LOOK_RUNNING}"
+    )
+    check_output(output, {"0": (8, 1)}, "0", "2 is preempted half-way", LOOK_RUNNING)
     check_counts(requests[2], (0, 0, 12), "preempted half-way", LOOK_PREEMPT)
 
 
 def test_a_decode_behind_a_prompt_preempts_itself_and_not_the_prompt() -> None:
-    """The latest leaves, and that is the decode; the prompt before it goes on in the same step."""
+    """The latest request is preempted, and that is the decode; the prompt before it goes on in the same step."""
     scheduler = make_scheduler(6, block_size=4, num_usable=6, max_num_seqs=2, long_prefill_token_threshold=2)
     add(scheduler, [20, 3])
     check_output(scheduler.schedule(), {"0": (0, 2), "1": (0, 2)}, "", "both have begun", LOOK_SIZE)
     check_output(
-        scheduler.schedule(), {"1": (2, 1), "0": (2, 2)}, "1", "1 lacks one token: it comes first", LOOK_RUNNING
+        scheduler.schedule(), {"1": (2, 1), "0": (2, 2)}, "1", "1 has one new token: it comes first", LOOK_RUNNING
     )
     check_output(scheduler.schedule(), {"1": (3, 1), "0": (4, 2)}, "1", "1 decodes", LOOK_RUNNING)
     output = scheduler.schedule()
-    assert ids(output.preempted) == ["1"], f"expected 1 to leave, got {ids(output.preempted)}. {LOOK_RUNNING}"
-    check_output(output, {"0": (6, 2)}, "", "1 had to leave, and 0 takes its chunk all the same", LOOK_RUNNING)
+    assert ids(output.preempted) == ["1"], f"expected 1 to be preempted, got {ids(output.preempted)}. {LOOK_RUNNING}"
+    check_output(output, {"0": (6, 2)}, "", "1 is preempted, and 0 gets its chunk", LOOK_RUNNING)
 
 
-def test_a_preempted_answer_comes_back_in_chunks() -> None:
-    """Prompt and answer so far are computed again, and a token is sampled at the last of them only."""
+def test_a_preempted_request_comes_back_in_chunks() -> None:
+    """Prompt and answer so far are computed again, and only the last chunk samples a token."""
     scheduler = make_scheduler(4, block_size=4)
     [request] = add(scheduler, [6])
     for _ in range(4):
         take_step(scheduler)
     assert len(request.output_token_ids) == 3, "two chunks, then two decodes"
     scheduler.preempt(request)
-    scheduler.running.clear()
-    del scheduler.schedule  # it was preempted behind the watcher's back
+    del scheduler.schedule  # not watched: the watcher has not seen this preemption
     check_output(take_step(scheduler), {"0": (0, 4)}, "", "9 tokens are known, first chunk", LOOK_ADD)
     check_output(take_step(scheduler), {"0": (4, 4)}, "", "9 tokens are known, second chunk", LOOK_ADD)
     check_output(take_step(scheduler), {"0": (8, 1)}, "0", "9 tokens are known, the last", LOOK_ADD)
     assert len(request.output_token_ids) == 4, f"got {request.output_token_ids}. {LOOK_ADD}"
 
 
-def test_who_was_preempted_waits_for_the_token_in_flight() -> None:
-    """The step in which it was preempted may fail at its launch. Then a step in flight still owes it a token."""
-    scheduler = make_scheduler(8, block_size=4, num_usable=4, max_num_seqs=2)
-    [_, second] = add(scheduler, [4, 4])
-    in_flight = scheduler.schedule()
-    scheduler.schedule()
-    output = scheduler.schedule()
-    del scheduler.schedule
-    scheduler.preempt(second)
-    scheduler.abort(["0"])  # its step has failed
-    check_counts(second, (0, 3, 7), "preempted with tokens in flight", LOOK_PREEMPT)
-    check_output(scheduler.schedule(), {}, "", "its next token is not known yet, and comes first", LOOK_WAITING)
-    for each in (in_flight, output):
-        land(scheduler, each)
-    second.num_output_placeholders = 0
-    check_output(scheduler.schedule(), {"1": (0, 6)}, "1", "4 tokens of prompt, 2 have come", LOOK_WAITING)
+def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
+    """It is preempted with its last chunk in flight. Its chunks are computed again once that chunk's token is known."""
+    scheduler = make_scheduler(4, block_size=4, max_num_seqs=2)
+    add(scheduler, [2, 6], max_tokens=50)
+    first, second, third = (scheduler.schedule() for _ in range(3))
+    check_output(third, {"0": (3, 1), "1": (5, 1)}, "01", "1's last chunk", LOOK_SIZE)
+    scheduler.preempt(scheduler.running[1])
+    del scheduler.schedule  # not watched: the watcher has not seen this preemption
+    check_output(scheduler.schedule(), {"0": (4, 1)}, "0", "1's next token is not known yet", LOOK_WAITING)
+    check_queues(scheduler, "0", "1", "1's next token is not known yet", LOOK_WAITING)
+    for output in (first, second, third):
+        land(scheduler, output)
+    check_output(scheduler.schedule(), {"0": (5, 1), "1": (0, 3)}, "0", "1 starts again", LOOK_WAITING)
+    check_output(scheduler.schedule(), {"0": (6, 1), "1": (3, 3)}, "0", "1 has 7 tokens by now", LOOK_WAITING)
+    check_output(scheduler.schedule(), {"0": (7, 1), "1": (6, 1)}, "01", "the last one", LOOK_WAITING)
 
 
 # Abort
@@ -556,12 +583,15 @@ def test_an_abort_half_way_frees_everything(is_in_flight: bool) -> None:
     check_blocks(scheduler, {"0": 1}, case, LOOK_LATE)
     check_queues(scheduler, "0", "2", case, LOOK_LATE)
     output = scheduler.schedule()
-    check_output(output, {"0": (3, 1), "2": (0, 3)}, "0", f"{case}: the next one takes its place", LOOK_LATE)
-    assert output.left == ["1"], f"{case}: what the runner keeps for 1 can go; expected ['1'], got {output.left}."
+    check_output(output, {"0": (3, 1), "2": (0, 3)}, "0", f"{case}: the next one is admitted", LOOK_LATE)
+    rows = {request.row for request in scheduler.running}
+    assert rows == {0, 1}, f"{case}: expected 2 to get the row that 1 had, got rows {rows}. {LOOK_LATE}"
     for each in (*outputs, output):
         if each is output or is_in_flight:
             land(scheduler, each)
-    assert not found.output_token_ids and not found.num_output_placeholders, f"{case}: got {found}. {LOOK_LATE}"
+    assert not found.output_token_ids and not found.num_output_placeholders, (
+        f"{case}: expected no token and no placeholder, got {found}. {LOOK_LATE}"
+    )
 
 
 def test_a_request_ends_while_others_are_half_way() -> None:
@@ -572,7 +602,7 @@ def test_a_request_ends_while_others_are_half_way() -> None:
     land(scheduler, second)  # a token too late for 0
     check_queues(scheduler, "1", "", "0 has ended", LOOK_LATE)
     check_blocks(scheduler, {"1": 3}, "0 has ended", LOOK_LATE)
-    check_output(scheduler.schedule(), {"1": (5, 4)}, "", "1 has all of the budget now", LOOK_SIZE)
+    check_output(scheduler.schedule(), {"1": (5, 4)}, "", "1 has the whole budget now", LOOK_SIZE)
 
 
 # The flags
@@ -593,17 +623,19 @@ def test_a_request_ends_while_others_are_half_way() -> None:
             ["at least 200", "150", "max_num_seqs"],
         ),
         (dict(max_num_batched_tokens=0), "max_num_batched_tokens", ["at least 1", "0"]),
-        (dict(long_prefill_token_threshold=-1), "long_prefill_token_threshold", ["0 or more", "-1"]),
+        (dict(long_prefill_token_threshold=-1), "long_prefill_token_threshold", ["at least 0", "-1"]),
     ],
     ids=str,
 )
-def test_flags_that_make_no_sense_are_refused(flags: dict[str, Any], field: str, words: list[str]) -> None:
+def test_flags_out_of_range_are_refused(flags: dict[str, Any], field: str, words: list[str]) -> None:
     with pytest.raises(FieldError) as caught:
         scripted_engine(100, **flags)
-    assert caught.value.field == field, f"{flags}: expected the error to blame {field}, got {caught.value.field}."
+    assert caught.value.field == field, (
+        f"{flags}: expected the error to name {field}, got {caught.value.field}. {LOOK_BUDGET}"
+    )
     for word in words:
         assert word in str(caught.value), (
-            f"{flags}: the message must name value and limit, {word!r}: {str(caught.value)!r}. {LOOK_BUDGET}"
+            f"{flags}: expected the message to say {word!r}, got {str(caught.value)!r}. {LOOK_BUDGET}"
         )
 
 
@@ -641,21 +673,22 @@ def test_the_threshold_reaches_the_scheduler() -> None:
     assert got == 9, f"expected 9, got {got}. Look at core/engine.py::LLMEngine.__init__."
 
 
-def test_a_scheduler_without_room_for_all_is_no_scheduler() -> None:
-    with pytest.raises(AssertionError):
+def test_a_budget_below_max_num_seqs_is_refused() -> None:
+    with pytest.raises(AssertionError, match="room for a token of each request"):
         make_scheduler(3, max_num_seqs=4)
 
 
 def test_positions_are_computed_in_order_whatever_the_budget() -> None:
-    """A prompt of 50 in chunks: the edges meet, and the whole prompt is covered."""
+    """A prompt of 50 in chunks: each begins where the one before ended, and together they are the whole prompt."""
     for budget in (1, 2, 3, 7, 16, 49, 50, 51):
-        scheduler, edges = make_scheduler(budget, max_num_seqs=1), [0]
+        scheduler, ends = make_scheduler(budget, max_num_seqs=1), [0]
         [request] = add(scheduler, [50])
         while not request.output_token_ids:
             output = take_step(scheduler)
-            edges.append(output.num_computed_tokens[0] + output.num_scheduled_tokens[0])
-        sizes = [end - start for start, end in pairwise(edges)]
+            [share] = output.step.requests
+            ends.append(share.num_computed_tokens + share.num_scheduled_tokens)
+        sizes = [end - start for start, end in pairwise(ends)]
         expected = [budget] * (50 // budget) + [50 % budget] * bool(50 % budget)
-        assert sizes == expected and edges[-1] == 50, (
+        assert sizes == expected and ends[-1] == 50, (
             f"a prompt of 50, budget {budget}: expected chunks of {expected}, got {sizes}. {LOOK_SIZE}"
         )

@@ -1,6 +1,6 @@
-"""worker/triton_attention.py: right in Triton's interpreter, and it compiles for GPUs. No GPU is needed for either.
+"""worker/triton_attention.py: correct in Triton's interpreter, and it compiles for GPUs. Neither needs a GPU.
 
-Whether a kernel is interpreted is settled when it is decorated, so each mode runs this file in a process of its own.
+Whether a kernel is interpreted is decided when it is decorated, so each mode runs this file in a process of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "decodes only": dict(seqs=DECODES),
     "chunks only": dict(seqs=CHUNKS),
     "decodes and chunks": dict(),
-    "chunks whose edges are no block's": dict(seqs=[(5, 14), (6, 9), (2, 11), (8, 8)]),
+    "chunks that end inside of blocks": dict(seqs=[(5, 14), (6, 9), (2, 11), (8, 8)]),
     "no new tokens in some sequences": dict(seqs=[(0, 0), (3, 9), (0, 9), (1, 6), (0, 0)]),
     "a bound above the longest chunk": dict(seqs=[(3, 9), (1, 6)], max_query_len=40),
     "1 query head a KV head, several query tiles": dict(group_size=1, seqs=[(1, 7), (70, 83)]),
@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "head_dim 32": dict(head_dim=32, seqs=MIXED[:4]),
     "head_dim 64": dict(head_dim=64, seqs=MIXED[:4]),
     "head_dim 80": dict(head_dim=80, seqs=MIXED[:4]),
-    "a scale of its own": dict(scale=1.5, seqs=MIXED[:4]),
+    "another scale": dict(scale=1.5, seqs=MIXED[:4]),
     "large scores": dict(scale=20.0),
     "stale slots hold inf": dict(stale="inf"),
     "keys apart from values": dict(is_interleaved=False, head_dim=24, seqs=MIXED[:4]),
@@ -82,20 +82,20 @@ def compare(
     num_written: int = 10**6, stale: str = "nan", is_interleaved: bool = True, is_query_view: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
-    """Run the kernel on a shuffled pool where everything that no sequence owns is stale; compare with dense attention.
+    """Run the kernel on a shuffled pool where slots that belong to no sequence are stale; compare with dense attention.
 
     num_written: of each sequence only so many tokens are in the cache, and only the queries up to these are compared.
-    Returns, beside two yes or no, each sequence's largest difference and the query where it is.
+    Returns each sequence's largest difference and the query where it is, and two booleans.
     """
     torch.manual_seed(0)
     scale = head_dim**-0.5 if scale is None else scale
     max_query_len = max_query_len or max(query_len for query_len, _ in seqs)
     counts = [-(-context_len // block_size) for _, context_len in seqs]
-    pool = torch.randperm(sum(counts) + 2).tolist()  # two blocks nobody owns
-    shape = (2, len(pool), block_size, 2, num_kv_heads, head_dim)  # the engine's tensor, two layers of it
-    memory = torch.full(shape, float(stale), dtype=getattr(torch, dtype))[1].transpose(1, 2)
+    pool = torch.randperm(sum(counts) + 2).tolist()  # two blocks that belong to no sequence
+    shape = (2, len(pool), block_size, 2, num_kv_heads, head_dim)  # the engine's tensor, with two layers
+    memory = torch.full(shape, float(stale), dtype=getattr(torch, dtype))[1]
     if not is_interleaved:
-        memory = memory.contiguous()
+        memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
     tables = torch.full((len(seqs), max(counts) + 2), NOWHERE, dtype=torch.int32)
     starts = torch.tensor([0] + [query_len for query_len, _ in seqs]).cumsum(0).to(torch.int32)
     query = torch.randn(int(starts[-1]), num_kv_heads * group_size, head_dim).to(memory.dtype)
@@ -107,7 +107,7 @@ def compare(
         tables[seq, : counts[seq]] = torch.tensor(blocks)
         keys_and_values = torch.randn(2, context_len, num_kv_heads, head_dim).to(memory.dtype)
         for position in range(min(context_len, num_written)):
-            memory[blocks[position // block_size], :, position % block_size] = keys_and_values[:, position]
+            memory[blocks[position // block_size], position % block_size] = keys_and_values[:, position]
         rows = slice(int(starts[seq]), int(starts[seq]) + query_len)
         expected[rows] = dense(query[rows].double(), *keys_and_values.double(), scale)
         expected[rows][max_query_len:] = float("nan")  # if told too few, the launch has no program for the others
@@ -128,14 +128,16 @@ def compare(
 
 
 def compare_far() -> dict[str, Any]:
-    """One block that starts 2³¹ elements into the pool; memory that nobody touches costs nothing."""
+    """One block that starts 2³¹ elements into the pool; memory that is not touched costs nothing."""
     torch.manual_seed(0)
-    memory = torch.empty(2**31 + 2 * 4 * 16, dtype=torch.float16).as_strided((3, 2, 4, 1, 16), (2**30, 64, 16, 16, 1))
-    memory[2] = torch.randn(2, 4, 1, 16)
+    memory = torch.empty(2**31 + 2 * 4 * 16, dtype=torch.float16).as_strided((3, 4, 2, 1, 16), (2**30, 32, 16, 16, 1))
+    memory[2] = torch.randn(4, 2, 1, 16)
     query = torch.randn(2, 1, 16).half()
     tables, starts, lens = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([[2]], [0, 2], [4]))
     got = triton_attention.paged_attention(query, memory, tables, starts, lens, 2, 0.25)
-    return {"difference": float((got.double() - dense(query.double(), *memory[2].double(), 0.25)).abs().max())}
+    return {
+        "difference": float((got.double() - dense(query.double(), *memory[2].double().unbind(1), 0.25)).abs().max())
+    }
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -153,10 +155,10 @@ def record_launches(
 ) -> list[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]:
     """What paged_attention launches for one chunk and num_decodes decodes: grid, arguments, sizes. Nothing runs.
 
-    The tensors are meta tensors, without numbers: a call that waits for one of the device's raises.
+    The tensors are meta tensors, without numbers: a call that waits for the device raises.
     """
     with torch.device("meta"):
-        memory = torch.empty(3, 2, block_size, 2, head_dim, dtype=getattr(torch, dtype))
+        memory = torch.empty(3, block_size, 2, 2, head_dim, dtype=getattr(torch, dtype))
         query = memory.new_empty(num_decodes + max_query_len, 2 * group_size, head_dim)
         starts = torch.empty(num_decodes + 2, dtype=torch.int32)
         tables, lens = starts.new_empty(num_decodes + 1, 64), starts[1:]
@@ -169,7 +171,7 @@ def record_launches(
 
 
 def compile_for(architecture: int, **case: Any) -> dict[str, Any]:
-    """Compile down to machine code what a launch with these shapes would; no GPU takes part."""
+    """Compile to machine code what a launch with these shapes would compile. Needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -228,8 +230,7 @@ def check(name: str, result: dict[str, Any], seqs: list[tuple[int, int]], tolera
         assert difference <= tolerance, (
             f"{name}, sequence {seq} of {seqs} (new tokens, context): expected dense attention within {tolerance:g}, "
             f"got a difference of {difference:.2e} at its query {i}, which sees the keys 0 to "
-            f"{context_len - query_len + i}. NaN means: read from a slot that the sequence does not own, or not "
-            f"written at all. {WHERE}"
+            f"{context_len - query_len + i}. NaN means: read from a slot of no sequence, or not written at all. {WHERE}"
         )
     assert result["shape"], f"{name}: expected query's shape and dtype back. {LAUNCH}"
     assert result["untouched"], f"{name}: the kernel wrote to the KV cache. {WHERE}"
@@ -259,7 +260,7 @@ def test_decodes_and_a_chunk_are_one_launch() -> None:
 
 
 @pytest.mark.parametrize(("group_size", "rows"), [(1, 16), (4, 16), (8, 16), (17, 32)])
-def test_decodes_alone_get_the_smallest_tile(group_size: int, rows: int) -> None:
+def test_decodes_without_chunks_get_the_smallest_tile(group_size: int, rows: int) -> None:
     require_triton()
     launches = record_launches(
         max_query_len=1, group_size=group_size, head_dim=16, block_size=4, dtype="float16", num_decodes=3
@@ -271,7 +272,7 @@ def test_decodes_alone_get_the_smallest_tile(group_size: int, rows: int) -> None
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the interpreter stands in for it above")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the tests above run the interpreter instead")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("group_size", [1, 3, 4])
 def test_on_a_gpu(dtype: str, group_size: int) -> None:
@@ -286,8 +287,8 @@ def test_on_a_gpu(dtype: str, group_size: int) -> None:
 def test_the_kernel_compiles(name: str, architecture: int, compiled: dict[str, Any]) -> None:
     result = compiled[f"{name} on sm_{architecture}"]
     assert "error" not in result, f"{name}, sm_{architecture}: {result['error']}. {WHERE}"
-    assert result["cubin_bytes"] > 0, f"{name}, sm_{architecture}: no machine code came out"
-    limit = 99 * 1024  # the least that a GPU of these families grants a program (sm_86, sm_89)
+    assert result["cubin_bytes"] > 0, f"{name}, sm_{architecture}: expected machine code, got none"
+    limit = 99 * 1024  # the smallest limit of the GPUs of these families (sm_86, sm_89)
     assert result["shared_bytes"] <= limit, (
         f"{name}, sm_{architecture}: {result['shared_bytes']} bytes of shared memory, expected at most {limit}. {WHERE}"
     )
@@ -301,14 +302,14 @@ def test_without_triton_the_module_imports_and_says_what_is_missing(monkeypatch:
     assert module.triton is None
     starts, lens = torch.arange(2, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="triton.*not installed"):
-        module.paged_attention(torch.zeros(1, 2, 16), torch.zeros(1, 2, 16, 1, 16), lens[None], starts, lens, 1, 0.25)
+        module.paged_attention(torch.zeros(1, 2, 16), torch.zeros(1, 16, 2, 1, 16), lens[None], starts, lens, 1, 0.25)
 
 
 def main(mode: str) -> None:
     """Print each case's result as JSON. Modes: `interpret` and `far` in Triton's interpreter, `compile` without it."""
     results: dict[str, Any] = {}
     if mode == "interpret":
-        torch.use_deterministic_algorithms(True)  # torch.empty is NaN then: what the kernel leaves out shows
+        torch.use_deterministic_algorithms(True)  # torch.empty is NaN then, so what the kernel does not write is seen
         jobs = {name: (compare, case) for name, case in CASES.items()}
     elif mode == "far":
         jobs = {"far": (compare_far, {})}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from common.testing import small_model
-from part07_prefix_caching.core.engine import LLM
+from part07_prefix_caching.llm import LLM
 from tests.part07.scripted import checks
 from tests.shipped_model import llm, loaded_once, make_engine, prompt_of, reference  # noqa: F401 - fixtures
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from common.outputs import CompletionOutput
+from common.outputs import CompletionOutput, join_outputs
 from common.sampling_params import SamplingParams
 from common.serving import GenerationError
 from part07_prefix_caching.api.async_engine import AsyncLLM, RequestStream
-from part07_prefix_caching.api.output_processor import join_outputs
 from part07_prefix_caching.messages import (
     AddRequest,
     EngineCoreOutput,
@@ -59,15 +58,15 @@ async def reset(engine: AsyncLLM) -> bool:
 
 
 @on_an_event_loop
-async def test_a_reset_forgets(gate: Gate, engine: AsyncLLM) -> None:
+async def test_a_reset_uncaches_everything(gate: Gate, engine: AsyncLLM) -> None:
     gate.open()
-    told = []
+    hits = []
     for turn in range(4):
-        told.append(join_outputs(await read(generate(engine))).num_cached_tokens)
+        hits.append(join_outputs(await read(generate(engine))).num_cached_tokens)
         if turn == 1:
-            assert await reset(engine) is True, f"nothing runs. {LOOK_RESET}"
-    assert told == [0, 8, 0, 8], (
-        f"10 tokens four times, a reset after the second: found {told}, expected [0, 8, 0, 8]. {LOOK_CORE}"
+            assert await reset(engine) is True, f"no request runs: expected True. {LOOK_RESET}"
+    assert hits == [0, 8, 0, 8], (
+        f"10 tokens four times, a reset after the second: expected hits of [0, 8, 0, 8], got {hits}. {LOOK_CORE}"
     )
 
 
@@ -80,21 +79,21 @@ async def test_a_reset_is_refused_while_a_request_runs(gate: Gate, engine: Async
     gate.must_hear = gate.num_sent  # between two steps
     gate.allow(2)
     got = await within_deadline(question, f"an answer to the reset. {LOOK_RESET}")
-    assert got is False, f"a request runs. {LOOK_CORE}"
+    assert got is False, f"a request runs: expected False, got {got}. {LOOK_CORE}"
     gate.open()
     outputs = await read(stream)
-    assert sum(len(output.token_ids) for output in outputs) == 4, f"got {outputs}. {LOOK_RESET}"
-    assert await reset(engine) is True, f"it has ended. {LOOK_RESET}"
+    assert sum(len(output.token_ids) for output in outputs) == 4, f"expected 4 tokens, got {outputs}. {LOOK_RESET}"
+    assert await reset(engine) is True, f"the request has ended: expected True. {LOOK_RESET}"
 
 
 @on_an_event_loop
-async def test_answers_come_in_the_order_of_the_questions(gate: Gate, engine: AsyncLLM) -> None:
-    """One who asked does not wait any more; the others get their own answers."""
+async def test_resets_are_answered_in_order(gate: Gate, engine: AsyncLLM) -> None:
+    """The first caller has gone; the others get the answers to their own questions."""
     gate.open()
     await read(generate(engine))
     questions = [asyncio.ensure_future(engine.reset_prefix_cache()) for _ in range(2)]
     await asyncio.sleep(0)
-    gate.is_open = False  # before there is anything to run
+    gate.is_open = False  # before there is a request
     stream = generate(engine)
     questions.append(asyncio.ensure_future(engine.reset_prefix_cache()))
     await asyncio.sleep(0)
@@ -103,24 +102,24 @@ async def test_answers_come_in_the_order_of_the_questions(gate: Gate, engine: As
     gate.open()
     got = await within_deadline(asyncio.gather(*questions, return_exceptions=True), f"three answers. {LOOK_RESET}")
     assert isinstance(got[0], asyncio.CancelledError) and got[1:] == [True, False], (
-        f"the first has gone, the second was asked while nothing ran, the third while a request did: got {got}. "
-        f"{LOOK_RESET}"
+        f"the first was canceled, the second was sent while no request ran, the third while one did: expected True and "
+        f"False, got {got}. {LOOK_RESET}"
     )
-    assert not engine._resets, f"all are answered, {engine._resets} are kept. {LOOK_RESET}"
+    assert not engine._resets, f"all are answered: expected none to be kept, got {engine._resets}. {LOOK_RESET}"
     await read(stream)
 
 
 @on_an_event_loop
 async def test_a_reset_of_a_dead_core(gate: Gate, engine: AsyncLLM) -> None:
-    """One that is under way when the core dies, and one that comes later."""
+    """One is under way when the core dies, and one is sent later."""
     generate(engine)
-    await until(lambda: gate.launched, "a step")
+    await until(lambda: gate.begun, "the core to wait in a step, where it hears nothing")
     question = asyncio.ensure_future(engine.reset_prefix_cache())
     await asyncio.sleep(0)
     engine.core.process.kill()
     await until(lambda: not engine.is_alive, f"the death to be noticed. {LOOK_DEATH}")
     with pytest.raises(GenerationError, match="the engine core has died"):
-        await within_deadline(question, f"an error for the one that waits. {LOOK_DEATH}")
+        await within_deadline(question, f"an error for the reset that waits. {LOOK_DEATH}")
     with pytest.raises(GenerationError, match="the engine core has died"):
         await reset(engine)
 
@@ -128,12 +127,12 @@ async def test_a_reset_of_a_dead_core(gate: Gate, engine: AsyncLLM) -> None:
 @on_an_event_loop
 async def test_a_reset_when_the_server_shuts_down(gate: Gate, engine: AsyncLLM) -> None:
     generate(engine)
-    await until(lambda: gate.launched, "a step")
+    await until(lambda: gate.begun, "the core to wait in a step, where it hears nothing")
     question = asyncio.ensure_future(engine.reset_prefix_cache())
     await asyncio.sleep(0)
     ended = asyncio.ensure_future(asyncio.to_thread(engine.shutdown))
     with pytest.raises(GenerationError, match="the server is shutting down"):
-        await within_deadline(question, f"an error for the one that waits. {LOOK_DEATH}")
+        await within_deadline(question, f"an error for the reset that waits. {LOOK_DEATH}")
     await ended
 
 
@@ -149,15 +148,15 @@ async def test_stats(gate: Gate, engine: AsyncLLM) -> None:
 
 
 @on_an_event_loop
-async def test_a_slow_reader_is_told_what_was_found(gate: Gate, engine: AsyncLLM) -> None:
-    """All that came since its last look is one output: the count is not lost."""
+async def test_a_slow_reader_gets_num_cached_tokens(gate: Gate, engine: AsyncLLM) -> None:
+    """All outputs since its last read are joined, and the count is not lost."""
     gate.open()
     await read(generate(engine))
     stream = generate(engine, cache_salt=None)
-    await until(lambda: not engine._streams, "the whole answer to have come")
+    await until(lambda: not engine._streams, "the whole answer to arrive")
     [output] = await read(stream)
     assert (output.num_cached_tokens, len(output.token_ids)) == (8, 4), (
-        f"expected 4 tokens, and 8 found, got {output}. Look at api/output_processor.py::join_outputs; {LESSON}."
+        f"expected 4 tokens and a hit of 8, got {output}. Look at api/async_engine.py::RequestStream.put; {LESSON}."
     )
 
 
@@ -178,6 +177,8 @@ def test_joined_outputs_keep_the_first_count() -> None:
     outputs = [CompletionOutput(0, "a", [1], None, None, None, 16), CompletionOutput(0, "b", [2], "length", None)]
     got = join_outputs(outputs).num_cached_tokens
     assert got == 16, (
-        f"told with the first of two outputs: expected 16, got {got}. Look at api/output_processor.py; {LESSON}."
+        f"num_cached_tokens comes with the first of two outputs: expected 16, got {got}. Look at "
+        f"common/outputs.py::join_outputs; {LESSON}."
     )
-    assert join_outputs(outputs[1:]).num_cached_tokens is None
+    got = join_outputs(outputs[1:]).num_cached_tokens
+    assert got is None, f"a later output alone: expected None, got {got}"

@@ -10,7 +10,7 @@ from part07_prefix_caching.core import scheduler
 from tests.exercise_checks import check_body, check_names, check_task, read_tasks
 
 PART_DIR = Path(scheduler.__file__).parents[1]
-NAMES = {"find_cached", "num_blocks_needed", "allocate", "register", "free", "remove"}
+NAMES = {"find_cached", "num_blocks_needed", "admit", "cache_full_blocks", "free", "remove"}
 
 
 def test_part_7_has_its_exercises() -> None:

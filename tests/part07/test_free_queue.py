@@ -1,4 +1,4 @@
-"""core/free_queue.py: a linked list whose links are in the blocks, out of the middle of which a block comes at once."""
+"""core/free_queue.py: a linked list with its links in the blocks, so that any block can be removed in constant time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from part07_prefix_caching.core.free_queue import FreeBlockQueue, KVBlock
 
-LESSON = 'README "Free, and still there"'
+LESSON = 'README "Free, but still cached"'
 LOOK_REMOVE = f"Look at core/free_queue.py::FreeBlockQueue.remove; {LESSON}."
 LOOK_LINK = f"Look at core/free_queue.py::FreeBlockQueue._link; {LESSON}."
+LOOK_FIRST = f"Look at core/free_queue.py::FreeBlockQueue.first; {LESSON}."
 
 
 def blocks_and_queue(number: int) -> tuple[list[KVBlock], FreeBlockQueue]:
@@ -24,8 +25,8 @@ def blocks_and_queue(number: int) -> tuple[list[KVBlock], FreeBlockQueue]:
 
 
 def check(queue: FreeBlockQueue, expected: list[int], what: str, look: str = LOOK_REMOVE) -> None:
-    """From the front to the back, and back again along the other links."""
-    got = [block.block_id for block in islice(queue, len(expected) + 5)]  # a broken list may have no end
+    """expected: block ids from the front to the back. The links in the other direction must agree."""
+    got = [block.block_id for block in islice(queue, len(expected) + 5)]  # a broken list may be endless
     assert got == expected, f"{what}: expected {expected} from the front on, got {got}. {look}"
     assert len(queue) == len(expected), f"{what}: {len(expected)} blocks are free, len() is {len(queue)}. {look}"
     backwards, block = list[int](), queue._tail.previous
@@ -37,30 +38,29 @@ def check(queue: FreeBlockQueue, expected: list[int], what: str, look: str = LOO
 
 def check_unlinked(block: KVBlock, what: str) -> None:
     assert block.previous is None and block.next is None, (
-        f"{what}: block {block.block_id} is not in the queue, and has neighbours: its links must be None, or "
-        "nobody can "
-        f"tell. {LOOK_REMOVE}"
+        f"{what}: block {block.block_id} is not in the queue: expected both of its links to be None, got previous "
+        f"{block.previous and block.previous.block_id} and next {block.next and block.next.block_id}. {LOOK_REMOVE}"
     )
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_a_block_is_removed_from_anywhere(place: int) -> None:
+@pytest.mark.parametrize("index", range(5))
+def test_a_block_is_removed_from_anywhere(index: int) -> None:
     blocks, queue = blocks_and_queue(5)
-    queue.remove(blocks[place])
-    left = [block.block_id for block in blocks if block is not blocks[place]]
-    check(queue, left, f"block {place + 1} of 5 was removed")
-    check_unlinked(blocks[place], "after remove()")
+    queue.remove(blocks[index])
+    others = [block.block_id for block in blocks if block is not blocks[index]]
+    check(queue, others, f"block {index + 1} of 5 was removed")
+    check_unlinked(blocks[index], "after remove()")
 
 
-def test_the_only_one_is_removed() -> None:
+def test_the_only_block_is_removed() -> None:
     [block], queue = blocks_and_queue(1)
     queue.remove(block)
     check(queue, [], "the only block was removed")
     queue.append(block)
-    check(queue, [1], "and came back")
+    check(queue, [1], "and appended again")
 
 
-def test_a_removed_block_can_come_back_at_either_end() -> None:
+def test_a_removed_block_can_be_added_at_either_end() -> None:
     blocks, queue = blocks_and_queue(4)
     queue.remove(blocks[1])
     queue.append(blocks[1])
@@ -70,41 +70,39 @@ def test_a_removed_block_can_come_back_at_either_end() -> None:
     check(queue, [3, 1, 4, 2], "3 was removed and appended on the left")
 
 
-def test_the_front_is_taken_first() -> None:
-    blocks, queue = blocks_and_queue(3)
+def test_first_is_the_front_and_stays_there() -> None:
+    _, queue = blocks_and_queue(3)
     for expected in (1, 2, 3):
-        block = queue.popleft()
-        assert block.block_id == expected, (
-            f"expected block {expected} from the front, got {block.block_id}. {LOOK_LINK}"
-        )
-        check_unlinked(block, "after popleft()")
-    check(queue, [], "all are taken")
+        for _ in range(2):
+            block = queue.first
+            assert block.block_id == expected, f"expected block {expected} first, got {block.block_id}. {LOOK_FIRST}"
+        check(queue, list(range(expected, 4)), "first was read, and nothing removed", LOOK_FIRST)
+        queue.remove(block)
+    check(queue, [], "all are removed")
     with pytest.raises(AssertionError, match="no block is free"):
-        queue.popleft()
-    check(queue, [], "one more was asked for, and there was none")
-    assert blocks[0].next is None
+        _ = queue.first
 
 
-def test_what_is_not_free_cannot_be_removed() -> None:
+def test_a_block_that_is_not_free_cannot_be_removed() -> None:
     blocks, queue = blocks_and_queue(3)
     queue.remove(blocks[1])
     for block in (blocks[1], KVBlock(9)):
         with pytest.raises(AssertionError, match=f"block {block.block_id} is not free"):
             queue.remove(block)
-    check(queue, [1, 3], "2 was removed twice: the second time must change nothing")
+    check(queue, [1, 3], "2 was removed twice: expected the second time to change nothing")
 
 
 @pytest.mark.parametrize("name", ["append", "appendleft"])
-def test_what_is_free_cannot_become_free(name: str) -> None:
+def test_a_free_block_cannot_be_added(name: str) -> None:
     blocks, queue = blocks_and_queue(3)
     for block in blocks:
         with pytest.raises(AssertionError, match=f"block {block.block_id} is free already"):
             getattr(queue, name)(block)
-    check(queue, [1, 2, 3], f"{name}() of what is there must change nothing", LOOK_LINK)
+    check(queue, [1, 2, 3], f"{name}() of blocks in the queue: expected no change", LOOK_LINK)
 
 
 class Counted(KVBlock):
-    """A block that counts how often its links are looked at or changed; all of them together."""
+    """A block that counts accesses to its links. num_accesses: of all blocks together."""
 
     num_accesses = 0
 
@@ -119,9 +117,9 @@ class Counted(KVBlock):
         super().__setattr__(name, value)
 
 
-@pytest.mark.parametrize("place", [0, 500, 999])
-def test_nobody_searches(place: int) -> None:
-    """In a pool of 1,000 as in one of 3: a handful of links is touched, wherever the block is."""
+@pytest.mark.parametrize("index", [0, 500, 999])
+def test_remove_and_append_take_constant_time(index: int) -> None:
+    """Nothing searches the queue: a few links are accessed, however many blocks there are and wherever the block is."""
     look: dict[str, tuple[Callable[[FreeBlockQueue, KVBlock], object], str]] = {
         "remove": (FreeBlockQueue.remove, LOOK_REMOVE),
         "append": (FreeBlockQueue.append, LOOK_LINK),
@@ -130,15 +128,15 @@ def test_nobody_searches(place: int) -> None:
     queue = FreeBlockQueue(blocks)
     for name, (call, where) in look.items():
         Counted.num_accesses = 0
-        call(queue, blocks[place])
+        call(queue, blocks[index])
         assert Counted.num_accesses <= 20, (
-            f"{name}() of block {place} of 1,000: {Counted.num_accesses} links were touched, expected no more than 20, "
-            f"as with any other number of blocks. {where}"
+            f"{name}() of block {index} of 1,000: {Counted.num_accesses} accesses to links, expected at most 20, "
+            f"whatever the number of blocks. {where}"
         )
 
 
 class Queue(RuleBasedStateMachine):
-    """Any order of calls, beside a plain list."""
+    """Any order of calls, compared with a plain list."""
 
     @initialize(number=st.integers(1, 8))
     def start(self, number: int) -> None:
@@ -157,19 +155,20 @@ class Queue(RuleBasedStateMachine):
 
     @precondition(lambda self: self.model)
     @rule()
-    def popleft(self) -> None:
-        got, expected = self.queue.popleft().block_id, self.model.pop(0)
-        assert got == expected, f"expected block {expected} from the front, got {got}. {LOOK_REMOVE}"
+    def remove_first(self) -> None:
+        block, expected = self.queue.first, self.model.pop(0)
+        assert block.block_id == expected, f"expected block {expected} first, got {block.block_id}. {LOOK_FIRST}"
+        self.queue.remove(block)
 
     @precondition(lambda self: self.outside())
     @rule(data=st.data(), is_left=st.booleans())
-    def put(self, data: st.DataObject, is_left: bool) -> None:
+    def add(self, data: st.DataObject, is_left: bool) -> None:
         block = data.draw(st.sampled_from(self.outside()), "block")
         (self.queue.appendleft if is_left else self.queue.append)(block)
         self.model.insert(0 if is_left else len(self.model), block.block_id)
 
     @invariant()
-    def is_the_list(self) -> None:
+    def equals_the_list(self) -> None:
         if hasattr(self, "queue"):
             check(self.queue, self.model, "after some calls", f"Look at core/free_queue.py::FreeBlockQueue; {LESSON}.")
             for block in self.outside():

@@ -1,4 +1,4 @@
-"""Part 7 over HTTP, as a user starts it: what a client is told, salts, the gauges, and POST /reset_prefix_cache."""
+"""Part 7 over HTTP, as a user starts it: cached_tokens, salts, the gauges, and POST /reset_prefix_cache."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from common.checkpoint import load_tokenizer, resolve_checkpoint
 from common.cli import parse_config
+from common.serve import ServerConfig
 from common.serving import GenerationError
 from part07_prefix_caching import config
 from part07_prefix_caching.api.server import create_app
@@ -26,9 +27,9 @@ COMPLETIONS, CHAT, RESET = "/v1/completions", "/v1/chat/completions", "/reset_pr
 KEY = {"Authorization": "Bearer sesame"}
 LESSON = 'README "What a client sees"'
 LOOK = f"Look at __main__.py and api/server.py::create_app; {LESSON}."
-LOOK_USAGE = f"Look at core/engine.py::LLMEngine._update and api/output_processor.py; {LESSON}."
+LOOK_USAGE = f"Look at core/engine.py::LLMEngine._append and api/output_processor.py; {LESSON}."
 LOOK_RESET = f"Look at api/server.py::create_app and api/async_engine.py::AsyncLLM.reset_prefix_cache; {LESSON}."
-LOOK_SALT = 'Look at core/engine.py::SAMPLING_FIELDS and core/block_manager.py::BlockManager.hash_blocks; README "A block\'s name".'  # noqa: E501
+LOOK_SALT = 'Look at core/validation.py::SAMPLING_FIELDS and core/block_manager.py::BlockManager.hash_blocks; README "A block\'s hash".'  # noqa: E501
 LOOK_STATS = f"Look at core/engine_core.py::EngineCore.stats; {LESSON}."
 FLAGS = ["--port", "0", "--device", "cpu", "--block-size", "8", "--num-kv-blocks", "101", "--api-key", "sesame"]
 READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, .*100 KV blocks of 8 tokens, engine core .*\)\n"
@@ -44,11 +45,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(autouse=True)
-def forget(server: ServerProcess) -> None:
-    """Each test begins with nothing in the cache."""
+def reset(server: ServerProcess) -> None:
+    """Each test begins with an empty cache."""
     answer = post(server, RESET)
     assert answer.status_code == 200, (
-        f"nothing runs: expected 200, got {answer.status_code}: {answer.text}. {LOOK_RESET}"
+        f"no request runs: expected 200, got {answer.status_code}: {answer.text}. {LOOK_RESET}"
     )
 
 
@@ -58,7 +59,7 @@ def post(server: ServerProcess, path: str, headers: dict[str, str] = KEY, **fiel
 
 
 def usage_of(server: ServerProcess, path: str, stream: bool, **fields: Any) -> dict[str, Any]:
-    """Of an answer in one piece, or of a stream's last event."""
+    """Of a whole answer, or of a stream's last event."""
     if stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
     answer = post(server, path, **fields)
@@ -84,7 +85,7 @@ def gauge(server: ServerProcess, name: str) -> float:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_a_client_is_told_what_was_found(server: ServerProcess, path: str, stream: bool) -> None:
+def test_cached_tokens_in_the_usage(server: ServerProcess, path: str, stream: bool) -> None:
     content = "Once upon a time there was a fox who lived in an old mill by the river, and Nora."
     body: dict[str, Any] = {"messages": [{"role": "user", "content": content}]} if path == CHAT else {"prompt": content}
     usages = [usage_of(server, path, stream, **body) for _ in range(2)]
@@ -114,7 +115,7 @@ def test_a_salt_is_a_field_of_a_request(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("salt", ["", 5, ["a"], True, {}, "x" * 1_001, "half\ud83e"], ids=lambda salt: repr(salt)[:12])
-def test_a_bad_salt(server: ServerProcess, salt: object) -> None:
+def test_a_bad_salt_is_refused(server: ServerProcess, salt: object) -> None:
     answer = post(server, COMPLETIONS, prompt=[7] * 20, cache_salt=salt)
     assert answer.status_code == 400, (
         f"{salt!r:.20}: expected 400, got {answer.status_code}: {answer.text}. {LOOK_SALT}"
@@ -138,11 +139,11 @@ def test_gauges(server: ServerProcess) -> None:
 def test_reset(server: ServerProcess) -> None:
     for expected in (0, 16):
         got = cached_of(usage_of(server, COMPLETIONS, False, prompt=[9] * 20))
-        assert got == expected, f"expected {expected} found, got {got}. {LOOK_USAGE}"
+        assert got == expected, f"expected {expected} cached tokens, got {got}. {LOOK_USAGE}"
     answer = post(server, RESET)
     assert (answer.status_code, answer.json()) == (200, {"status": "reset"}), f"got {answer.text}. {LOOK_RESET}"
     got = cached_of(usage_of(server, COMPLETIONS, False, prompt=[9] * 20))
-    assert got == 0, f"all was forgotten: {got} found. {LOOK_RESET}"
+    assert got == 0, f"after a reset: expected 0 cached tokens, got {got}. {LOOK_RESET}"
 
 
 def test_no_reset_while_a_request_runs(server: ServerProcess) -> None:
@@ -150,7 +151,7 @@ def test_no_reset_while_a_request_runs(server: ServerProcess) -> None:
     with httpx.stream(
         "POST", server.url + COMPLETIONS, json=body, headers=KEY, timeout=TIMEOUT_S, trust_env=False
     ) as stream:
-        chunks = stream.iter_text()  # to let go of it would end the stream
+        chunks = stream.iter_text()  # without a reference, the stream would end
         first = next(chunks)
         assert stream.status_code == 200 and first.startswith("data: "), f"got {first}"
         answer = post(server, RESET)
@@ -160,9 +161,9 @@ def test_no_reset_while_a_request_runs(server: ServerProcess) -> None:
         error = answer.json()["error"]
         assert "requests are in the engine" in error["message"], f"got {error}. {LOOK_RESET}"
     while gauge(server, "num_requests_running") or gauge(server, "kv_cache_usage_perc"):
-        pass  # the client has gone; its request leaves within two steps
+        pass  # the client has gone; its request ends within two steps
     got = cached_of(usage_of(server, COMPLETIONS, False, prompt=[9] * 20))
-    assert got == 16, f"the reset was refused, so the prompt is still there: expected 16, got {got}. {LOOK_RESET}"
+    assert got == 16, f"the reset was refused, so the prompt is still cached: expected 16, got {got}. {LOOK_RESET}"
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["none", "wrong"])
@@ -172,14 +173,14 @@ def test_a_reset_needs_the_key(server: ServerProcess, headers: dict[str, str]) -
     assert answer.status_code == 401, f"expected 401, got {answer.status_code}: {answer.text}. {LOOK_RESET}"
     assert answer.json()["error"]["code"] == "invalid_api_key", f"got {answer.text}. {LOOK_RESET}"
     got = cached_of(usage_of(server, COMPLETIONS, False, prompt=[9] * 20))
-    assert got == 16, f"the reset was refused, so the prompt is still there: expected 16, got {got}. {LOOK_RESET}"
+    assert got == 16, f"the reset was refused, so the prompt is still cached: expected 16, got {got}. {LOOK_RESET}"
 
 
 def test_a_reset_is_a_post(server: ServerProcess) -> None:
-    assert server.get(RESET).status_code == 405, f"GET changes nothing. {LOOK_RESET}"
+    assert server.get(RESET).status_code == 405, f"GET must not reset: expected 405. {LOOK_RESET}"
 
 
-# The route by itself
+# The route alone
 
 
 class ResettableEngine(FakeEngine):
@@ -194,7 +195,7 @@ class ResettableEngine(FakeEngine):
 def ask(answer: bool | Exception, api_key: str | None) -> httpx.Response:
     engine = ResettableEngine(load_tokenizer(resolve_checkpoint("tiny")))
     engine.answer_to_reset = answer
-    app = create_app(engine, EngineConfig(device="cpu", api_key=api_key))  # type: ignore[arg-type]
+    app = create_app(engine, ServerConfig(api_key=api_key))  # type: ignore[arg-type]
 
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -214,9 +215,14 @@ def test_statuses(answer: bool | Exception, api_key: str | None, expected: int) 
     assert expected == 200 or "error" in got.json(), f"an error in OpenAI's form: {got.text}. {LOOK_RESET}"
 
 
-@pytest.mark.parametrize(("argv", "expected"), [([], True), (["--no-enable-prefix-caching"], False)])
-def test_the_flag(argv: list[str], expected: bool) -> None:
-    got = parse_config(EngineConfig, "", PART_DIR.name, argv).enable_prefix_caching
-    assert got is expected, (
-        f"{argv}: expected enable_prefix_caching={expected}, got {got}. Look at config.py; {LESSON}."
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [([], (True, 0)), (["--no-enable-prefix-caching"], (False, 0)), (["--prefix-caching-hash-seed", "7"], (True, 7))],
+)
+def test_the_flags(argv: list[str], expected: tuple[bool, int]) -> None:
+    config = parse_config(EngineConfig, "", PART_DIR.name, argv)
+    got = (config.enable_prefix_caching, config.prefix_caching_hash_seed)
+    assert got == expected, (
+        f"{argv}: expected (enable_prefix_caching, prefix_caching_hash_seed) {expected}, got {got}. Look at config.py; "
+        f"{LESSON}."
     )

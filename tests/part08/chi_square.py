@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MIN_P_VALUE = 1e-9  # a right sampler falls below it once in a thousand million times; wrong ones by far
-MIN_EXPECTED = 8.0  # cells in which fewer are expected are counted together
+MIN_P_VALUE = 1e-9  # a correct sampler falls below it once in a billion runs; a wrong one falls far below it
+MIN_EXPECTED = 8.0  # cells with fewer expected draws are merged into one
 
 
 def p_value(token_ids: Tensor, probs: Tensor) -> float:
-    """The probability that draws from probs lie as far from it as token_ids: [n] do. Pearson's chi-square test.
+    """The probability that draws from probs are as far from probs as token_ids: [n] are. Pearson's chi-square test.
 
-    A token with probability 0 among them gives 0.
+    0 if one of them has probability 0.
     """
     counts = torch.bincount(token_ids, minlength=len(probs)).double()
     if len(counts) > len(probs) or bool(((probs == 0) & (counts > 0)).any()):

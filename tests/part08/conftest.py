@@ -10,7 +10,7 @@ import pytest
 
 from common.checkpoint import MODELS_DIR
 from common.testing import small_model
-from part08_speculative_decoding.core.engine import LLM
+from part08_speculative_decoding.llm import LLM
 from tests.part08.scripted import checks
 from tests.shipped_model import llm, loaded_once, make_engine, prompt_of, reference  # noqa: F401 - fixtures
 

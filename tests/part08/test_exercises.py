@@ -10,7 +10,7 @@ from part08_speculative_decoding.core import scheduler
 from tests.exercise_checks import check_body, check_names, check_task, read_tasks
 
 PART_DIR = Path(scheduler.__file__).parents[1]
-NAMES = {"extend", "propose", "rejection_sample", "num_tokens", "judged", "append"}
+NAMES = {"extend", "propose", "rejection_sample", "num_tokens", "verified", "append"}
 
 
 def test_part_8_has_its_exercises() -> None:

@@ -1,4 +1,4 @@
-"""api/output_processor.py: several tokens of a request in one step, and a stop string that ends among them."""
+"""api/output_processor.py: several tokens of a request from one step, and a stop string that ends among them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from common.outputs import CompletionOutput, Logprob
+from common.outputs import CompletionOutput, Logprob, join_outputs
 from common.sampling_params import SamplingParams
-from part08_speculative_decoding.api.output_processor import OutputProcessor, join_outputs
+from part08_speculative_decoding.api.output_processor import OutputProcessor
 from part08_speculative_decoding.messages import EngineCoreOutput
 
-LOOK = 'Look at api/output_processor.py::OutputProcessor._extend; README "What the step brought".'
+LOOK = 'Look at api/output_processor.py::OutputProcessor._extend; README "Several tokens from one step".'
 WORDS = ["Nora", " met", " a", " fox", " on", " the", " way", " home", ".", " Good", " day", "!"]
 
 
@@ -26,13 +26,14 @@ class Words:
 def answer_of(
     pieces: Sequence[Sequence[int]], finish: tuple[Any, Any] = ("length", None), **fields: Any
 ) -> tuple[CompletionOutput, list[CompletionOutput], list[str]]:
-    """The tokens come in these pieces, the last with the engine's reasons. The whole, the pieces, whom to stop."""
+    """The tokens come in these pieces, the last with the engine's reasons. Returns the answer, its pieces, and the ids
+    of requests to stop."""
     processor, answers, stopped = OutputProcessor(Words()), list[CompletionOutput](), list[str]()  # type: ignore[arg-type]
     processor.add_request("a", SamplingParams(**fields))
     for number, piece in enumerate(pieces):
         reasons = finish if number == len(pieces) - 1 else (None, None)
         logprobs = [{token_id: Logprob(-float(token_id), 1)} for token_id in piece]
-        found, ids = processor.process([EngineCoreOutput("a", list(piece), *reasons, logprobs)])
+        found, ids = processor.process([EngineCoreOutput("a", list(piece), reasons[0], reasons[1], logprobs)])
         answers += [answer for _, answer in found]
         stopped += ids
     return join_outputs(answers), answers, stopped
@@ -52,7 +53,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[Any, Any], tuple[str, int, Any, Any
     ("a stop token is not shown", {}, ("stop", 8), ("Nora met a fox on the way home", 9, "stop", 8)),
     ("a stop string before the stop token", {"stop": [" on"]}, ("stop", 8), ("Nora met a fox", 5, "stop", " on")),
     (
-        "a stop token is not looked through",
+        "a stop string is not searched in a stop token",
         {"stop": ["."]},
         ("stop", 8),
         ("Nora met a fox on the way home", 9, "stop", 8),
@@ -67,10 +68,10 @@ CASES: list[tuple[str, dict[str, Any], tuple[Any, Any], tuple[str, int, Any, Any
 
 
 @pytest.mark.parametrize(("what", "fields", "finish", "expected"), CASES, ids=[case[0] for case in CASES])
-def test_however_the_tokens_come(
+def test_the_answer_does_not_depend_on_the_number_of_tokens_a_step(
     what: str, fields: dict[str, Any], finish: tuple[Any, Any], expected: tuple[str, int, Any, Any]
 ) -> None:
-    """One by one, all at once, in twos, threes, and fives: the answer is the same, and is cut at the same place."""
+    """One by one, in twos, threes and fives, all at once: the answer is the same, and cut at the same token."""
     tokens = list(range(9))
     for size in (1, 2, 3, 4, 5, 9):
         whole, pieces, stopped = answer_of([tokens[i : i + size] for i in range(0, 9, size)], finish, **fields)
@@ -81,7 +82,7 @@ def test_however_the_tokens_come(
             f"{len(whole.logprobs or [])}. {LOOK}"
         )
         assert [next(iter(entry)) for entry in whole.logprobs or []] == whole.token_ids, (
-            f"{what}: of other tokens. {LOOK}"
+            f"{what}: log-probabilities of other tokens. {LOOK}"
         )
         assert sum(piece.finish_reason is not None for piece in pieces) == 1, (
             f"{what}: it ends once, got {pieces}. {LOOK}"
@@ -89,6 +90,6 @@ def test_however_the_tokens_come(
         is_early = len(pieces) < len(range(0, 9, size)) or (whole.finish_reason, whole.stop_reason) != finish
         knows = len(pieces) == len(range(0, 9, size))  # with its last piece the engine has ended it
         assert stopped == (["a"] if is_early and not knows else []), (
-            f"{what}, {size} tokens a step: the engine is to be told of {stopped}, it has "
+            f"{what}, {size} tokens a step: requests to stop {stopped}, and the engine has "
             f"{'ended it' if knows else 'not ended it'}. {LOOK}"
         )

@@ -1,4 +1,4 @@
-"""Part 8 as a user starts it: the same answers over HTTP, and counts that say what guessing brought."""
+"""Part 8 as a user starts it: the same answers over HTTP, and counters of the draft tokens."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from common.sampling_params import SamplingParams
 from common.trace import read_trace
 from part08_speculative_decoding import config
 from part08_speculative_decoding.config import EngineConfig
-from part08_speculative_decoding.core.engine import LLM
+from part08_speculative_decoding.llm import LLM
 from tests.http_checks import COMPLETIONS
 from tests.process_checks import ServerProcess, check_command_lines, course_environment, serve
 
 PART_DIR = Path(config.__file__).parent
-LOOK = 'Look at api/output_processor.py and core/engine.py::LLMEngine._append_all; README "What the step brought".'
-LOOK_METRICS = 'Look at core/engine_core.py::EngineCore.stats; README "How many guesses".'
-LOOK_FLAGS = 'Look at config.py::EngineConfig; README "How many guesses".'
+LOOK = 'Look at api/output_processor.py and core/engine.py::LLMEngine._append; README "Several tokens from one step".'
+LOOK_METRICS = 'Look at core/engine_core.py::EngineCore.stats; README "How many draft tokens".'
+LOOK_FLAGS = 'Look at config.py::EngineConfig; README "How many draft tokens".'
 READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(.*\)\n"
-FLAGS = ["--port", "0", "--device", "cpu", "--num-kv-blocks", "100", "--speculative-method", "ngram"]
+FLAGS = ["--port", "0", "--device", "cpu", "--num-kv-blocks", "100", "--speculative-method"]
 TEXT = "Repeat the words: apple river stone cloud apple river stone cloud apple river"
 NUM_TOKENS = 30
 ASK = {"temperature": 0, "ignore_eos": True, "prompt": TEXT, "max_tokens": NUM_TOKENS}
@@ -31,11 +33,12 @@ def gauge(server: ServerProcess, name: str) -> float:
     return float(found[1])
 
 
-def test_answers_over_http(llm: LLM, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_answers_over_http(llm: LLM, tmp_path: Path, method: str) -> None:
     prompt = llm.tokenizer.encode(TEXT)
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=NUM_TOKENS)
     expected = llm.generate([prompt], params)[0].outputs[0].text
-    trace, command = tmp_path / "trace", ["-m", PART_DIR.name, *FLAGS]
+    trace, command = tmp_path / "trace", ["-m", PART_DIR.name, *FLAGS, method]
     command += ["--trace", str(trace)]
     with serve(command, READY, tmp_path / "stderr", PART_DIR.parent, course_environment(PART_DIR), LOOK) as server:
         whole = server.post(COMPLETIONS, ASK).json()
@@ -62,12 +65,12 @@ def test_answers_over_http(llm: LLM, tmp_path: Path) -> None:
     rows = [request for step in read_trace(trace).steps for request in step.requests]
     first = [row for row in rows if row.id == rows[0].id]
     got = (sum(row.num_drafts for row in rows) >= counts[1], sum(row.num_sampled for row in first))
-    assert got == (True, NUM_TOKENS), f"the trace: expected all guesses and {NUM_TOKENS} tokens, got {got}. {LOOK}"
+    assert got == (True, NUM_TOKENS), f"the trace: expected all draft tokens and {NUM_TOKENS} tokens, got {got}. {LOOK}"
 
 
 def test_command_lines() -> None:
     cases = {
-        "no guesses": (["--num-speculative-tokens", "0"], ["num-speculative-tokens", "at least 1"]),
+        "no draft tokens": (["--num-speculative-tokens", "0"], ["num-speculative-tokens", "at least 1"]),
         "an unknown method": (["--speculative-method", "magic"], ["speculative-method", "ngram"]),
         "min above max": (["--prompt-lookup-min", "5"], ["prompt-lookup-max", "5"]),
     }

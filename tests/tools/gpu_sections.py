@@ -1,4 +1,4 @@
-"""Made-up sections, which test_gpu.py has run in processes of their own."""
+"""Made-up sections, which test_gpu.py runs in separate processes."""
 
 from __future__ import annotations
 

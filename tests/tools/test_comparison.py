@@ -1,4 +1,4 @@
-"""tools/comparison.py: every way runs, and README shows what was measured."""
+"""tools/comparison.py: every engine runs, and README shows what was measured."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def shortest(num_requests: int) -> list[WorkloadRequest]:
     return sorted(nano_vllm_cpu(), key=lambda request: request.max_tokens)[:num_requests]
 
 
-@pytest.mark.parametrize("name", comparison.ways_of("tiny"))
-def test_every_way_answers(name: str) -> None:
-    """An engine's way checks the number of tokens itself, and forgets the prompts: it can do the same again."""
-    way = comparison.load(name, "tiny")
+@pytest.mark.parametrize("name", comparison.engine_names("tiny"))
+def test_every_engine_answers(name: str) -> None:
+    """A part's engine checks the number of tokens itself and resets the prefix cache, so it can run twice."""
+    engine = comparison.load(name, "tiny")
     for _ in range(2):
-        way(shortest(2))
+        engine(shortest(2))
 
 
-def test_ways_run_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "ways_of", lambda model: ["part 3", "part 8, ngram"])
+def test_engines_run_in_separate_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "engine_names", lambda model: ["part 3", "part 8, ngram"])
     monkeypatch.setattr(comparison, "WORKLOADS", {"one request": 1})
     [(workload, rates)] = comparison.measure("tiny", 1).items()
     assert workload == "one request" and list(rates) == ["part 3", "part 8, ngram"], f"got {workload}: {rates}"

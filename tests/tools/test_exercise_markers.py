@@ -1,4 +1,4 @@
-"""tools/exercise_markers.py: markers are taken out, and put back where they belong in a changed text."""
+"""tools/exercise_markers.py: markers are removed, and restored at the right lines of a changed text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def g(x):
 PLAIN = without_markers(MARKED.encode()).decode()
 
 
-def test_only_lines_that_are_nothing_but_a_marker_go() -> None:
+def test_only_lines_that_are_just_a_marker_are_removed() -> None:
     assert "exercise" not in PLAIN and len(PLAIN.splitlines()) == len(MARKED.splitlines()) - 4
     text = b"x  # exercise: one\r\n# exercise: two words\r\n  # exercise: one \r\n# exercise: end"
     assert without_markers(text) == b"x  # exercise: one\r\n# exercise: two words\r\n"

@@ -102,7 +102,7 @@ def test_carrying_twice_changes_nothing_more(root: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert run(root, f"{ONE}/engine.py") == 0
     assert read(root, "engine.py") == once, "a second run must find the fix in place"
-    assert capsys.readouterr().out.count("has it already") == 3
+    assert capsys.readouterr().out.count("already has it") == 3
 
 
 def test_a_conflict_stops_and_the_carry_goes_on_from_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +114,7 @@ def test_a_conflict_stops_and_the_carry_goes_on_from_there(root: Path, capsys: p
     conflicted = (root / THREE / "engine.py").read_text()
     assert status == 1, f"a conflict exits 1, got {status}"
     assert "def close" in (root / TWO / "engine.py").read_text(), "part 2, before the conflict, keeps the fix"
-    assert f"<<<<<<< {THREE}/engine.py" in conflicted, f"the markers must stand in part 3's file:\n{conflicted}"
+    assert f"<<<<<<< {THREE}/engine.py" in conflicted, f"the markers must be in part 3's file:\n{conflicted}"
     first = conflicted.splitlines().index(f"<<<<<<< {THREE}/engine.py") + 1
     assert f"CONFLICT in {THREE}/engine.py, lines {first}-{first + 4}" in err, f"name file and lines: {err}"
     assert f"python -m tools.forward {THREE}/engine.py {ONE}/same.py" in err, f"name the next command: {err}"
@@ -145,7 +145,7 @@ def test_a_part_that_has_the_fix_at_head_ends_the_chain(root: Path, capsys: pyte
     edit(root, f"{ONE}/same.py", "return 2", "return 20")
     run(root, f"{ONE}/same.py")
     assert (root / THREE / "same.py").read_text() == BODY, "part 2 changes nothing, so nothing is merged into part 3"
-    assert f"{TWO}: had the fix before" in capsys.readouterr().out, "the user must learn that the chain ended"
+    assert f"{TWO}: already had the fix" in capsys.readouterr().out, "the user must learn that the chain ended"
 
 
 def test_a_part_not_committed_yet_is_carried_through(root: Path) -> None:
@@ -166,7 +166,7 @@ def marked(body: str, function: str, exercise: str) -> str:
 
 
 def test_every_part_keeps_its_own_exercise_markers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fixes on the very lines that stand between markers in one part or the other."""
+    """Fixes of lines that are between markers in one part or the other."""
     write(root, f"{ONE}/same.py", marked(BODY, "middle", "two"))
     write(root, f"{TWO}/same.py", marked(BODY, "first", "one"))
     write(root, f"{FOUR}/same.py", marked(marked(BODY, "last", "three"), "middle", "two_again"))
@@ -179,7 +179,7 @@ def test_every_part_keeps_its_own_exercise_markers(root: Path, capsys: pytest.Ca
     assert read(root, "same.py") == expected, "each part must get the fix and keep its own markers"
     out = capsys.readouterr().out
     assert out.count("copied (the two were identical)") == 3 and "check where" not in out, out
-    assert run(root, f"{ONE}/same.py") == 0 and capsys.readouterr().out.count("has it already") == 3
+    assert run(root, f"{ONE}/same.py") == 0 and capsys.readouterr().out.count("already has it") == 3
 
 
 def test_a_conflict_inside_an_exercise_keeps_its_markers(root: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_conflict_inside_an_exercise_keeps_its_markers(root: Path) -> None:
     assert "    # exercise: two\n    return 22\n    # exercise: end\n=======\n    return 20\n" in conflicted, conflicted
 
 
-def test_a_line_added_beside_a_marker_is_pointed_out(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_added_next_to_a_marker_is_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(root, f"{TWO}/same.py", marked(BODY, "middle", "two"))
     commit(root)
     edit(root, f"{ONE}/same.py", "def middle():\n", "def middle():\n    check()\n")

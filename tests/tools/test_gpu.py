@@ -1,4 +1,4 @@
-"""tools/gpu: sections run one by one and are written down as they go; a dry run on the CPU takes their whole way."""
+"""tools/gpu: sections run one by one and record their cases at once; a dry run on the CPU covers all of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_case_is_written_before_the_next_one_runs(tmp_path: Path) -> None:
     assert (num_failed, sections["a"]["status"]) == (0, "passed"), sections
     assert sections["a"]["cases"]["second"]["first_was_written"], "the first case reached the file only at the end"
     assert sections["a"]["cases"]["first"]["gb_s"] == "nan", "JSON has no NaN"
-    assert read_result(path)["machine"] == {"gpu": "made up"}, "the machine is what a case says it is"
+    assert read_result(path)["machine"] == {"gpu": "made up"}, "the machine comes from a case"
 
 
 def test_a_failure_is_recorded_and_the_next_section_goes_on(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_failure_is_recorded_and_the_next_section_goes_on(tmp_path: Path) -> N
     failed = found["a_case_fails"]
     assert (failed["status"], failed["reason"]) == ("failed", "1 cases failed"), failed
     assert failed["cases"]["bad"]["got"] == 3 and "by zero" in failed["cases"]["bad"]["traceback"], failed
-    assert str(ROOT) not in json.dumps(found), "where the repository lies is nobody's business"
+    assert str(ROOT) not in json.dumps(found), "the repository's folder must not be recorded"
     assert failed["cases"]["good"] == {"passed": True, "device": "cpu"}, "the cases after a failed one still run"
     assert failed["cases"]["late"] == {"passed": None, "skipped": "no time"}
     assert "nothing there" in found["raises"]["traceback"] and found["raises"]["cases"] == {"first": {"passed": True}}
@@ -80,7 +80,7 @@ def test_with_too_little_time_left_a_section_is_skipped(tmp_path: Path) -> None:
     assert sections["a"]["reason"].endswith("s left, it needs at least 20"), sections
 
 
-def test_what_all_others_need_is_required(tmp_path: Path) -> None:
+def test_a_failed_required_section_skips_the_others(tmp_path: Path) -> None:
     num_failed, sections = run(tmp_path / "gpu.json", section("raises", is_required=True), section("two_cases", "b"))
     assert num_failed == 1 and (sections["b"]["status"], sections["b"]["reason"]) == ("skipped", "a failed"), sections
 
@@ -117,14 +117,14 @@ def test_without_a_gpu_the_rest_is_skipped(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_command_needs_the_standard_library_alone() -> None:
+def test_the_command_needs_only_the_standard_library() -> None:
     """On the GPU machine it has to install the rest first."""
     done = subprocess.run([sys.executable, "-S", "-m", "tools.gpu", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "at most eight minutes" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("fault", ["zeros", "nan", "no new tokens' keys"])
-def test_a_wrong_kernel_is_found_out(fault: str) -> None:
+def test_a_wrong_kernel_is_caught(fault: str) -> None:
     shape = kernels.Shape("mixed", 4, 2, 8, ((3, 20), (1, 17)))
 
     def paged_attention(query: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_a_wrong_kernel_is_found_out(fault: str) -> None:
     assert "from the reference" in recorded(recorder)["case"]["traceback"]
 
 
-def test_a_stream_that_waits_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_waits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch that does the work at once, and hands out the result."""
     monkeypatch.setattr(streams, "DEADLINE_S", 0.05)
     monkeypatch.setattr(streams, "open_stream", lambda *_: None)
@@ -205,11 +205,11 @@ def test_the_wheels_are_complete_or_what_is_missing_is_named(tmp_path: Path) -> 
     ]
 
 
-def test_no_dependency_of_the_project_is_forgotten() -> None:
+def test_no_dependency_of_the_project_is_missing() -> None:
     names = {line.split(">")[0].split("<")[0].split("=")[0] for line in wheels.project_requirements()}
     assert {"torch", "fastapi"} <= names, f"read from pyproject.toml: {names}"
     known = {*wheels.PACKAGES, *wheels.PROVIDED, *wheels.LEFT_OUT}
-    assert names <= known, f"tools/gpu/wheels.py: say how {names - known} gets to the GPU machine"
+    assert names <= known, f"tools/gpu/wheels.py: explain how {names - known} gets to the GPU machine"
 
 
 def test_installing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,5 +218,5 @@ def test_installing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(wheels.WheelError, match="no_such_module is not installed: run `make gpu-wheels` first"):
         wheels.install(tmp_path, tmp_path / "site")
     make_wheel(tmp_path, "torch", "2.0")
-    with pytest.raises(wheels.WheelError, match=r"torch-2.0-py3-none-any.whl would replace the machine's own"):
+    with pytest.raises(wheels.WheelError, match=r"torch-2.0-py3-none-any.whl would replace the machine's own package"):
         wheels.install(tmp_path, tmp_path / "site")

@@ -1,4 +1,4 @@
-"""Lessons stay true: snippets stand in the code, links lead somewhere, and a lesson has the length of one."""
+"""Lessons match the code: snippets appear in it, links lead to files, and the length is within limits."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def symbol_source(path: Path, symbol: str) -> str:
     return textwrap.dedent(ast.get_source_segment(text, nodes[-1], padded=True) or "")
 
 
-def stands_in(snippet: str, source: str) -> bool:
-    """Whether the snippet's lines stand in the source one after another, at any one indentation."""
+def is_in(snippet: str, source: str) -> bool:
+    """Whether the snippet's lines appear in the source one after another, at any indentation."""
     wanted = [line.rstrip() for line in textwrap.dedent(snippet).strip("\n").splitlines()]
     lines = [line.rstrip() for line in source.splitlines()]
     for start in range(len(lines) - len(wanted) + 1):
@@ -39,17 +39,17 @@ def stands_in(snippet: str, source: str) -> bool:
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.parent.name)
-def test_snippets_stand_verbatim_in_the_code(lesson: Path) -> None:
+def test_snippets_are_verbatim_in_the_code(lesson: Path) -> None:
     snippets = SNIPPET.findall(lesson.read_text(encoding="utf-8"))
     assert snippets, f"{lesson.parent.name}/README.md shows no snippet headed `path::symbol`"
     for path, symbol, snippet in snippets:
-        assert stands_in(snippet, symbol_source(lesson.parent / path, symbol)), (
+        assert is_in(snippet, symbol_source(lesson.parent / path, symbol)), (
             f"{lesson.parent.name}/README.md: the snippet of {path}::{symbol} is not in the code:\n{snippet}"
         )
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.parent.name)
-def test_a_lesson_has_the_length_of_one(lesson: Path) -> None:
+def test_the_length_of_a_lesson(lesson: Path) -> None:
     prose = re.sub(r"```.*?```|^\|.*?$", "", lesson.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     num_words = len(prose.split())
     assert 700 <= num_words <= 1_800, (
@@ -61,17 +61,17 @@ def test_a_lesson_has_the_length_of_one(lesson: Path) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     links = [link.split("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8"))]
     missing = [link for link in links if not (page.parent / link).exists()]
-    assert not missing, f"{page.relative_to(ROOT)} links to what is not there: {missing}"
+    assert not missing, f"{page.relative_to(ROOT)} has broken links: {missing}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_page_has_a_gap_left_to_fill(page: Path) -> None:
+def test_no_page_has_a_placeholder(page: Path) -> None:
     gaps = re.findall(r"@@\w+@@|TODO|TBD|XXX", page.read_text(encoding="utf-8"))
     assert not gaps, f"{page.relative_to(ROOT)} still has {gaps}"
 
 
-def test_a_snippet_that_is_not_there_is_found_out() -> None:
+def test_a_missing_snippet_is_caught() -> None:
     source = "def f():\n    if x:\n        a = 1\n        b = 2\n"
-    assert stands_in("a = 1\nb = 2\n", source), "the same lines at another indentation stand in the code"
-    assert not stands_in("a = 1\nb = 3\n", source), "a changed line must be noticed"
-    assert not stands_in("if x:\na = 1\n", source), "a changed nesting must be noticed"
+    assert is_in("a = 1\nb = 2\n", source), "the same lines at another indentation are in the code"
+    assert not is_in("a = 1\nb = 3\n", source), "a changed line must be noticed"
+    assert not is_in("if x:\na = 1\n", source), "a changed nesting must be noticed"

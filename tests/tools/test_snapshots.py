@@ -58,10 +58,10 @@ def test_step_diff_shows_the_step_and_nothing_else(root: Path) -> None:
     )
     assert (root / TWO / "step.diff").read_text() == expected
     assert "deleted file mode" in (root / THREE / "step.diff").read_text(), "part 3 removes old.py"
-    assert not (root / ONE / "step.diff").exists(), "the first part follows no other, so it has no step.diff"
+    assert not (root / ONE / "step.diff").exists(), "the first part has no previous part, so it has no step.diff"
 
 
-def test_lessons_pictures_and_leftovers_stay_out(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lessons_pictures_and_leftovers_are_ignored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("plot.png", "notes.md", "__pycache__/engine.py", ".hidden/x.py", "build/gen.py", "engine.py.orig"):
         (root / TWO / name).parent.mkdir(exist_ok=True)
         (root / TWO / name).write_bytes(b"\x00\xff")
@@ -119,14 +119,14 @@ def test_check_catches_a_stale_diff(root: Path, capsys: pytest.CaptureFixture[st
     assert status == 1
     assert err == f"{THREE}/step.diff is {word}: run `python -m tools.snapshots`\n", "name the file and the command"
     assert diff.exists() == (stale != "missing"), "--check writes nothing"
-    assert snapshots.main(["--root", str(root)]) == 0, "writing mends it"
+    assert snapshots.main(["--root", str(root)]) == 0, "writing must fix it"
     assert check(root, capsys)[0] == 0, "what was just written is up to date"
 
 
 def test_first_part_must_not_have_a_step_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / ONE / "step.diff").write_text("")
     status, err = check(root, capsys)
-    assert status == 1 and err.startswith(f"{ONE}/step.diff: the first part follows no other"), err
+    assert status == 1 and err.startswith(f"{ONE}/step.diff: the first part has no previous part"), err
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_first_part_must_not_have_a_step_diff(root: Path, capsys: pytest.Capture
         ("`cache.py` | new", "`cache.py` | changed", f"lists `cache.py` as changed, but compared with {TWO} it is new"),
         ("`old.py` | removed", "`old.py` | changed", "lists `old.py` as changed"),
         ("| `cache.py`", "| `util.py` | changed | x |\n| `cache.py`", f"lists `util.py`, which is the same in {TWO}"),
-        ("| `cache.py`", "| `ghost.py` | new | x |\n| `cache.py`", "lists `ghost.py`, which is no source file"),
-        ("| `cache.py`", "| `step.diff` | new | x |\n| `cache.py`", "lists `step.diff`, which is no source file"),
+        ("| `cache.py`", "| `ghost.py` | new | x |\n| `cache.py`", "lists `ghost.py`, which is not a source file"),
+        ("| `cache.py`", "| `step.diff` | new | x |\n| `cache.py`", "lists `step.diff`, which is not a source file"),
         ("| `cache.py`", "| `cache.py` | new | x |\n| `cache.py`", "lists `cache.py` twice"),
         ("| `cache.py`", "| README.md | new | x |\n| `cache.py`", "cannot read the row '| README.md | new | x |'"),
         ("`cache.py` | new", "`cache.py` | added", "expected | `file.py` | new, changed or removed | why |"),

@@ -1,4 +1,4 @@
-"""check and watch on a made-up part: each exercise alone, the test's own words, and faults in a learner's file."""
+"""check and watch on a made-up part: each exercise alone, the test's own message, and errors in a learner's file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_checker(part: Part, runner: Runner, *names: str) -> tuple[Checker, Cons
     return Checker(part, list(names), runner, Report(console)), console
 
 
-def test_each_exercise_is_judged_with_the_reference_around_it(runner: Runner, solve: Solve) -> None:
+def test_each_exercise_is_checked_with_the_reference_around_it(runner: Runner, solve: Solve) -> None:
     solve(total=GOOD_TOTAL)
     total = run(runner, "total")
     assert total.passes, f"total is right and add is still blank, so the reference lends add: got {total.failures}"
@@ -51,15 +51,17 @@ def test_each_exercise_is_judged_with_the_reference_around_it(runner: Runner, so
     assert run(runner, "total").passes, "a mistake in add must not fail total"
 
 
-def test_a_failure_gives_the_tests_own_words(runner: Runner, solve: Solve) -> None:
+def test_a_failure_shows_the_tests_own_message(runner: Runner, solve: Solve) -> None:
     solve(add="return a - b", total="print('here')\nraise ValueError(len(values))")
     add = run(runner, "add")
     failure = add.failures[0]
-    assert failure.message == "2 and 1 make 3, got 1. See engine.py::add", f"pytest's appendix must go: {failure}"
+    assert failure.message == "2 and 1 make 3, got 1. See engine.py::add", (
+        f"pytest's appendix must be removed: {failure}"
+    )
     assert failure.location is None and "def test_add" in failure.traceback
     assert (add.num_tests, add.num_passed) == (4, 1), f"2 - 0 is right by chance, got {add}"
     assert add.failures[-1].message == "assert 0 == 2\n +  where 0 = add(1, 1)", (
-        f"no words of its own: {add.failures[-1]}"
+        f"no message of its own: {add.failures[-1]}"
     )
     failure = run(runner, "total").failures[0]
     lines = (runner.part.copy / "engine.py").read_text().split("\n")
@@ -101,7 +103,7 @@ def test_a_file_that_cannot_be_imported(runner: Runner, part: Part, solve: Solve
     assert f"at engine.py:{number} in <module>" in text, f"got {text}"
 
 
-def test_an_endless_loop_is_ended_and_said_where(part: Part, solve: Solve) -> None:
+def test_an_endless_loop_is_stopped_and_located(part: Part, solve: Solve) -> None:
     solve(add="while True:\n    pass")
     with Runner(part, limit_s=4) as runner:
         failure = run(runner, "add").failures[-1]
@@ -109,7 +111,7 @@ def test_an_endless_loop_is_ended_and_said_where(part: Part, solve: Solve) -> No
         assert failure.test.endswith("test_add[1]"), f"the test that ran: got {failure.test}"
         assert failure.location is not None and failure.location.endswith(" in add"), f"got {failure.location}"
         solve(add="return a + b")
-        assert run(runner, "add").passes, "the next run must be as good as new"
+        assert run(runner, "add").passes, "the next run must not be affected"
         assert runner.num_starts == 1, f"the warm process must survive its child: started {runner.num_starts} times"
 
 
@@ -126,7 +128,7 @@ def test_a_test_process_that_dies_is_a_failure(runner: Runner, solve: Solve) -> 
     assert "ended early" in failure.message and failure.test.endswith("test_add[1]"), f"got {failure}"
 
 
-def test_the_reference_never_stands_in_for_a_file_that_is_gone(runner: Runner, part: Part, solve: Solve) -> None:
+def test_the_reference_never_replaces_a_missing_file(runner: Runner, part: Part, solve: Solve) -> None:
     solve(add="return a + b")
     (part.copy / "numbers.py").unlink()
     failure = run(runner, "add").failures[0]
@@ -141,12 +143,12 @@ def test_two_saves_in_one_second_are_two_versions(runner: Runner, part: Part, so
         solve(add=body)
         os.utime(part.copy / "engine.py", stamp)  # the same size and time: a bytecode cache would not notice
         assert run(runner, "add").passes is expected, f"the run must see the newest text, {body!r}"
-    assert not (part.copy / "__pycache__").exists(), "no bytecode is written beside the learner's files"
+    assert not (part.copy / "__pycache__").exists(), "no bytecode is written next to the learner's files"
 
 
-def test_what_a_run_imports_is_there_for_the_next(runner: Runner, solve: Solve) -> None:
+def test_what_a_run_imports_is_preloaded_for_the_next(runner: Runner, solve: Solve) -> None:
     for body in (
-        "assert 'wave' not in sys.modules, 'nobody has'",
+        "assert 'wave' not in sys.modules, 'not imported yet'",
         "import wave",
         "assert 'wave' in sys.modules, 'gone'",
     ):
@@ -170,25 +172,27 @@ def test_without_fork_each_run_gets_a_process_started_beforehand(
         assert runner.num_starts == 4, f"one for each run, and one waiting: started {runner.num_starts}"
 
 
-def test_check_says_which_known_mistake_it_is(runner: Runner, part: Part, solve: Solve) -> None:
+def test_check_names_the_known_mistake(runner: Runner, part: Part, solve: Solve) -> None:
     solve(add="return a - b")
     checker, console = make_checker(part, runner)
     assert not checker.check(), "add fails"
     text = console.export_text()
     assert "add looks like: it subtracts\n  The sign is wrong." in text, f"got {text}"
     assert "gives back the first" not in text, f"the other mistake fails otherwise: {text}"
-    assert text.index("2 and 1 make 3, got 1") < text.index("test_add[1]"), f"the test's own words come first: {text}"
+    assert text.index("2 and 1 make 3, got 1") < text.index("test_add[1]"), (
+        f"the test's own message comes first: {text}"
+    )
     assert "Traceback" not in text and "def test_add" not in text, f"no traceback without --verbose: {text}"
-    assert "total         not started" in text and "mend add" in text, f"got {text}"
+    assert "total         not started" in text and "fix add" in text, f"got {text}"
     cached = list((part.workspace / ".cache" / "wrong").iterdir())
     assert len(cached) == 2, f"both mistakes were run once and are kept: {cached}"
     solve(add="return 5")
     _, console = checker, checker.report.console
     checker.check()
-    assert "looks like" not in console.export_text(), "a mistake of one's own looks like no other"
+    assert "looks like" not in console.export_text(), "an unknown mistake must match none"
 
 
-def test_check_goes_on_to_what_is_next(runner: Runner, part: Part, solve: Solve) -> None:
+def test_check_shows_the_next_step(runner: Runner, part: Part, solve: Solve) -> None:
     checker, console = make_checker(part, runner)
     assert not checker.check() and checker.num_checks == 0, "what is blank need not be run"
     assert "write add in workspace/part01_made_up/engine.py" in console.export_text()
@@ -207,9 +211,9 @@ def test_check_goes_on_to_what_is_next(runner: Runner, part: Part, solve: Solve)
 def test_what_passes_alone_must_pass_together(runner: Runner, part: Part, solve: Solve) -> None:
     solve(add="global calls\ncalls = 1\nreturn a + b", total="assert 'calls' not in globals()\n" + GOOD_TOTAL)
     checker, console = make_checker(part, runner)
-    assert not checker.check(), "add leaves a trace that total does not bear"
+    assert not checker.check(), "add leaves a global that breaks total"
     text = console.export_text()
-    assert "but not all of yours together" in text, f"got {text}"
+    assert "but all of yours together fail" in text, f"got {text}"
 
 
 def test_watch_checks_at_every_save_and_only_what_changed(runner: Runner, part: Part, solve: Solve) -> None:
@@ -248,7 +252,7 @@ def test_a_body_that_is_blanked_and_written_again(runner: Runner, part: Part, so
     assert states == ["passes: 4 of 4 tests pass", "not started", "passes: 4 of 4 tests pass"], f"got {states}"
 
 
-def test_windows_line_ends_and_text_that_is_none(runner: Runner, part: Part, solve: Solve) -> None:
+def test_windows_line_ends_and_invalid_text(runner: Runner, part: Part, solve: Solve) -> None:
     solve(total=GOOD_TOTAL)
     path = part.copy / "engine.py"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
@@ -260,7 +264,7 @@ def test_windows_line_ends_and_text_that_is_none(runner: Runner, part: Part, sol
         checker.check()
 
 
-def test_watch_survives_markers_that_are_gone(runner: Runner, part: Part) -> None:
+def test_watch_survives_missing_markers(runner: Runner, part: Part) -> None:
     checker, console = make_checker(part, runner)
     path = part.copy / "engine.py"
     whole = path.read_text()
@@ -279,7 +283,7 @@ def test_watch_survives_markers_that_are_gone(runner: Runner, part: Part) -> Non
     assert text.count("not started") == 4, f"checked before and after: got {text}"
 
 
-def test_a_save_during_a_check_breaks_it_off(runner: Runner, part: Part, solve: Solve, tmp_path: Path) -> None:
+def test_a_save_during_a_check_cancels_it(runner: Runner, part: Part, solve: Solve, tmp_path: Path) -> None:
     solve(add=f"import pathlib\npathlib.Path({str(tmp_path / 'running')!r}).touch()\nwhile True:\n    pass")
     checker, console = make_checker(part, runner)
     run_exercise, cancelled_runs = runner.run_exercise, 0
@@ -303,5 +307,5 @@ def test_a_save_during_a_check_breaks_it_off(runner: Runner, part: Part, solve: 
     runner.run_exercise = saving  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         watch(checker, stop)
-    assert cancelled_runs == 1, f"the endless run must be broken off by the save, got {cancelled_runs}"
+    assert cancelled_runs == 1, f"the save must cancel the endless run, got {cancelled_runs}"
     assert "add           passes" in console.export_text(), "and the new text be checked at once"

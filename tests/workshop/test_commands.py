@@ -37,7 +37,7 @@ def test_from_start_to_finish(call: Callable[..., tuple[int, str, str]], part: P
     assert status == 1 and "add           fails: 1 of 4 tests pass" in out, out
     assert "def test_add" in out and "looks like: it subtracts" in out, f"--verbose shows tracebacks: {out}"
     solve(add="return a + b")
-    assert "fails: 1 of 4 tests pass, before the last change" in call("list")[1]
+    assert "fails: 1 of 4 tests pass, before your last change" in call("list")[1]
     status, out, _ = call("check 1 add")
     assert status == 0 and "total" not in out and "Next: python -m workshop check 1" in out, out
     assert "add           passes: 4 of 4 tests pass" in call("list")[1]
@@ -46,7 +46,7 @@ def test_from_start_to_finish(call: Callable[..., tuple[int, str, str]], part: P
     status, out, _ = call("diff 1")
     assert status == 0 and "-    return a + b" in out, out
     status, out, _ = call("catch-up 1")
-    assert status == 0 and "kept in workspace/backups/part01_made_up-" in out, out
+    assert status == 0 and "is in workspace/backups/part01_made_up-" in out, out
     status, out, _ = call("check 1")
     assert status == 0 and "all together  passes" in out, out
 

@@ -1,4 +1,4 @@
-"""exercises.md and the markers: what is read, what is blanked, and what is said about a mistake in them."""
+"""exercises.md and the markers: reading, blanking, and the messages about mistakes in them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_a_missing_label_is_named(root: Path, label: str) -> None:
 def test_an_exercise_described_twice_is_refused(root: Path) -> None:
     path = root / "part01_made_up" / "exercises.md"
     path.write_text(path.read_text().replace("## total", "## add"))
-    with pytest.raises(WorkshopError, match="add is described a second time"):
+    with pytest.raises(WorkshopError, match="add is described twice"):
         read_exercises(path.parent)
 
 
-def test_unknown_parts_and_exercises_are_refused_with_those_there_are(root: Path, part: Part) -> None:
+def test_unknown_parts_and_exercises_are_refused_with_the_known_ones(root: Path, part: Part) -> None:
     assert [p.name for p in read_parts(root)] == ["part01_made_up", "part02_bare"], "parts are folders named partNN_…"
     with pytest.raises(WorkshopError, match="no part 3; the parts so far: 1, 2"):
         find_part(root, 3)
@@ -58,7 +58,7 @@ def test_blanking_keeps_all_but_the_bodies(part: Part) -> None:
     assert restored == text, "blanking and putting the bodies back must give the same file"
 
 
-def test_replaced_lines_remember_where_they_stood() -> None:
+def test_replaced_lines_keep_their_line_numbers() -> None:
     text = "a\n# exercise: x\nold\n# exercise: end\nb"
     new, numbers = replace_bodies(text, {"x": ["1", "2", "3"], "y": ["no such marker"]}, "f.py")
     assert new == "a\n# exercise: x\n1\n2\n3\n# exercise: end\nb"
@@ -69,17 +69,17 @@ def test_replaced_lines_remember_where_they_stood() -> None:
     ("text", "message"),
     [
         ("# exercise: x\n", "f.py:1: .* has no `# exercise: end`"),
-        ("# exercise: end\n", "f.py:1: .* ends nothing"),
+        ("# exercise: end\n", "f.py:1: .* has no start marker"),
         ("# exercise: x\n# exercise: y\n# exercise: end\n", "f.py:2: .* comes before the end of `# exercise: x`"),
-        ("# exercise: x\n# exercise: end\n" * 2, "f.py:3: exercise x stands here a second time"),
+        ("# exercise: x\n# exercise: end\n" * 2, "f.py:3: exercise x appears a second time"),
     ],
 )
-def test_markers_without_a_partner_are_named_with_their_line(text: str, message: str) -> None:
+def test_unmatched_markers_are_named_with_their_line(text: str, message: str) -> None:
     with pytest.raises(WorkshopError, match=message):
         find_bodies(text, "f.py")
 
 
-def test_an_exercise_that_nothing_describes_is_refused() -> None:
+def test_an_undescribed_exercise_is_refused() -> None:
     with pytest.raises(WorkshopError, match="exercise x is not described in exercises.md"):
         blank_bodies("# exercise: x\n# exercise: end\n", [], "f.py")
 
@@ -94,7 +94,7 @@ def test_the_parts_of_the_course_blank_to_code_that_compiles(real: Part) -> None
 
 
 @pytest.mark.parametrize("real", PARTS, ids=lambda part: part.name)
-def test_the_exercises_of_the_course_name_what_is_there(real: Part) -> None:
+def test_the_exercises_of_the_course_name_existing_files(real: Part) -> None:
     reference_bodies(real)
     sections = (real.path / "README.md").read_text("utf-8").splitlines()
     for exercise in real.exercises:

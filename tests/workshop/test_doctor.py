@@ -47,7 +47,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", version)
 
 
-def test_it_runs_where_nothing_is_installed_and_finds_this_machine_fit() -> None:
+def test_it_runs_without_packages_and_accepts_this_machine() -> None:
     code = "import sys; sys.modules['rich'] = None; from workshop.__main__ import main; sys.exit(main(['doctor']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"this machine runs the tests, so it can run the course: {done.stdout}{done.stderr}"
@@ -58,7 +58,7 @@ def test_it_runs_where_nothing_is_installed_and_finds_this_machine_fit() -> None
 def test_something_missing_ends_with_1_and_says_what_to_do(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "EXAMINATIONS", [doctor.examine_packages, doctor.examine_models])
+    monkeypatch.setattr(doctor, "CHECKS", [doctor.check_packages, doctor.check_models])
     install(monkeypatch, one="1.0", two="2.0")
     assert doctor.main(machine) == 0, capsys.readouterr().out
     install(monkeypatch, two="2.0")
@@ -81,9 +81,9 @@ def test_packages(
     machine: Path, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], level: Level, found: str
 ) -> None:
     install(monkeypatch, **versions)
-    (finding,) = doctor.examine_packages(machine)
+    (finding,) = doctor.check_packages(machine)
     assert (finding.level, finding.found) == (level, found), f"got {finding}"
-    assert bool(finding.advice) is (level is not Level.OK), f"whatever is wrong comes with advice: {finding}"
+    assert bool(finding.advice) is (level is not Level.OK), f"every problem must come with advice: {finding}"
 
 
 def test_the_real_project_needs_what_it_lists() -> None:
@@ -93,33 +93,33 @@ def test_the_real_project_needs_what_it_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "problem"),
     [
         (weights(), ""),
         (weights(4), "bytes, expected"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "no safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors file"),
         (b"\x02\0\0\0\0\0\0\0{]", "broken header"),
         (None, "no model.safetensors"),
     ],
     ids=["whole", "cut short", "LFS pointer", "broken", "absent"],
 )
-def test_models(machine: Path, content: bytes | None, complaint: str) -> None:
+def test_models(machine: Path, content: bytes | None, problem: str) -> None:
     path = machine / "models" / "tiny" / "model.safetensors"
     path.unlink() if content is None else path.write_bytes(content)
-    (finding,) = doctor.examine_models(machine)
-    expected = Level.MISSING if complaint else Level.OK
-    assert finding.level is expected and complaint in finding.found, f"got {finding}"
+    (finding,) = doctor.check_models(machine)
+    expected = Level.MISSING if problem else Level.OK
+    assert finding.level is expected and problem in finding.found, f"got {finding}"
 
 
 def test_no_models_at_all(tmp_path: Path) -> None:
-    (finding,) = doctor.examine_models(tmp_path)
+    (finding,) = doctor.check_models(tmp_path)
     assert finding.level is Level.MISSING, f"got {finding}"
 
 
 def test_a_port_in_use(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(doctor, "SERVER_PORT", taken.getsockname()[1])
-        (finding,) = doctor.examine_ports(machine)
+        (finding,) = doctor.check_ports(machine)
     assert finding.level is Level.NOTE and "--port" in finding.advice, f"got {finding}"
 
 
@@ -128,25 +128,25 @@ def test_a_port_in_use(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_python(machine: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], level: Level) -> None:
     monkeypatch.setattr(sys, "version_info", version)
-    (finding,) = doctor.examine_python(machine)
+    (finding,) = doctor.check_python(machine)
     assert finding.level is level, f"{version}: got {finding}"
 
 
-def test_a_small_machine_is_told_its_limits(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_machine_gets_notes(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 250_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1e9))
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    for examine in (doctor.examine_cores, doctor.examine_memory, doctor.examine_disk, doctor.examine_compiler):
-        (finding,) = examine(machine)
+    for check in (doctor.check_cores, doctor.check_memory, doctor.check_disk, doctor.check_compiler):
+        (finding,) = check(machine)
         assert finding.level is Level.NOTE and finding.advice, f"expected a note with advice, got {finding}"
-    (finding,) = doctor.examine_gpu(machine)
-    assert finding.level is Level.OK, f"no GPU is no fault, got {finding}"
+    (finding,) = doctor.check_gpu(machine)
+    assert finding.level is Level.OK, f"a missing GPU is not a problem, got {finding}"
 
 
 @pytest.mark.parametrize(("usable", "level"), [("True", Level.OK), ("False", Level.NOTE), ("", Level.NOTE)])
 def test_a_gpu(machine: Path, monkeypatch: pytest.MonkeyPatch, usable: str, level: Level) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(doctor, "run_quietly", lambda command: "H200, 141 GB" if "smi" in command[0] else usable)
-    (finding,) = doctor.examine_gpu(machine)
+    (finding,) = doctor.check_gpu(machine)
     assert finding.level is level and "H200" in finding.found, f"torch says {usable!r}: got {finding}"

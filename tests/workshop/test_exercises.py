@@ -24,7 +24,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
-    """One warm process for all parts: what it has imported for one, it has for all."""
+    """One warm process for all parts, so that imports are shared."""
     with Runner(PARTS[0]) as runner:
         yield runner
 
@@ -33,7 +33,7 @@ def first_failure(runner: Runner, exercise: Exercise, folder: Path, tests: list[
     """The first failure of these tests on the copy in a folder."""
     result = runner.run_exercise(exercise, tests=tests, workspace=folder, max_failures=1)
     assert result is not None, "nothing cancelled this run"
-    assert result.failures, f"{what}: all {result.num_tests} tests of {tests} pass, so they do not notice it"
+    assert result.failures, f"{what}: all {result.num_tests} tests of {tests} pass, so they do not catch it"
     return result.failures[0]
 
 
@@ -46,7 +46,9 @@ def fill_one(part: Part, exercise: Exercise) -> None:
 
 
 @pytest.mark.parametrize(("part", "exercise"), CASES)
-def test_an_exercise_tells_right_from_wrong(part: Part, exercise: Exercise, runner: Runner, tmp_path: Path) -> None:
+def test_an_exercises_tests_catch_wrong_solutions(
+    part: Part, exercise: Exercise, runner: Runner, tmp_path: Path
+) -> None:
     runner.part = part
     wrongs = read_wrong_solutions(part, exercise)
     assert len(wrongs) >= MIN_WRONG, (
@@ -91,10 +93,10 @@ def test_wrong_solutions_change_the_exercise_they_are_named_after_and_nothing_el
         right = find_bodies((part.path / exercise.file).read_text("utf-8"), exercise.file)
         text = (learner.copy / exercise.file).read_text("utf-8")
         assert workspace.body_of(learner, exercise) != right[exercise.name], f"{wrong.path.name} changes nothing in it"
-        mended, _ = replace_bodies(text, {exercise.name: right[exercise.name].lines}, exercise.file)
+        restored, _ = replace_bodies(text, {exercise.name: right[exercise.name].lines}, exercise.file)
         for path in workspace.sources(learner.copy):
             file = path.relative_to(learner.copy).as_posix()
-            got = mended if file == exercise.file else path.read_text("utf-8")
+            got = restored if file == exercise.file else path.read_text("utf-8")
             assert got == (part.path / file).read_text("utf-8"), f"{wrong.path.name} changes {file} elsewhere too"
 
 

@@ -1,4 +1,4 @@
-"""Lent bodies are compiled in the place of blanks, whatever they look like."""
+"""Lent bodies replace blanks, whatever their layout."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ def test_start_never_overwrites_without_force(part: Part, solve: Callable[..., N
     assert engine(part) == mine, "a refused start must leave the learner's work as it is"
     backup = workspace.start(part, force=True)
     assert backup is not None and (backup / "engine.py").read_text() == mine, "--force keeps a backup"
-    assert engine(part) != mine, "--force begins again"
+    assert engine(part) != mine, "--force starts over"
 
 
-def test_start_with_a_fault_in_the_markers_moves_nothing(part: Part, solve: Callable[..., None]) -> None:
+def test_start_with_an_unmatched_marker_changes_nothing(part: Part, solve: Callable[..., None]) -> None:
     workspace.start(part)
     mine = engine(part)
     reference = part.path / "engine.py"
@@ -67,7 +67,7 @@ def test_catch_up_with_one_exercise_keeps_the_others(part: Part, solve: Callable
     assert "return sum(values)" in engine(part), "the learner's total must stay"
 
 
-def test_diff_hides_what_is_still_blank(part: Part, solve: Callable[..., None]) -> None:
+def test_diff_hides_blank_exercises(part: Part, solve: Callable[..., None]) -> None:
     workspace.start(part)
     assert workspace.diff(part, []) == [], "with nothing written there is nothing to compare"
     solve(add="return a + b")

@@ -1,12 +1,12 @@
 """Run everything that needs a CUDA device, most important first: `make gpu`, or `python -m tools.gpu`.
 
-    make gpu-wheels                        on a machine with network: what the engine needs, into build/wheels
-    make gpu                               on the GPU machine, with build/wheels brought along; at most eight minutes
+    make gpu-wheels                        on a machine with network: download packages to build/wheels
+    make gpu                               on the GPU machine, with build/wheels copied to it; at most eight minutes
     make gpu ARGS="--sections kernels"     only some sections
     python -m tools.gpu --dry-run-on-cpu   every section at the smallest size, without a GPU
 
-The result file is written after every case, so a run that is killed keeps what it has measured. A section that fails
-is recorded with its traceback and the next one goes on; one for which too little time is left is skipped.
+The result file is written after every case, so a killed run keeps what it has measured. A section that fails is
+recorded with its traceback and the next one runs; a section is skipped if too little time is left.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECTIONS = (
 
 
 def environment_of(site: Path | None, device: str) -> dict[str, str]:
-    """What the sections' processes get: where packages are, no network, and no GPU in a dry run."""
+    """The environment of the sections' processes: package paths, no network, and no GPU in a dry run."""
     paths = [str(site)] if site else []
     paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sections", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--time-limit-s", type=float, default=TIME_LIMIT_S, help=f"for all (default: {TIME_LIMIT_S})")
+    parser.add_argument("--time-limit-s", type=float, default=TIME_LIMIT_S, help=f"in total (default: {TIME_LIMIT_S})")
     parser.add_argument("--out", type=Path, help="the result file (default: results/gpu.json, in a dry run build/)")
-    parser.add_argument("--commit", help="to write into the result file where there is no git (default: git's)")
+    parser.add_argument("--commit", help="commit for the result file where there is no git (default: from git)")
     parser.add_argument("--dry-run-on-cpu", action="store_true", help="every section at the smallest size")
     args = parser.parse_args(argv)
     device = "cpu" if args.dry_run_on_cpu else "cuda"

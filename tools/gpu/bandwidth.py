@@ -1,7 +1,7 @@
-"""One request alone on a large model: how much of the memory's bandwidth its decode reaches.
+"""Decode of a single request on a large model: how much of the memory's bandwidth it reaches.
 
-Each decoded token reads all weights (of the input embedding one row) and the keys and values of its context. The rate
-of these bytes against that of a large copy on the same device is the share that is left after launches and gaps.
+Each decoded token reads all weights (but only one row of the input embedding) and the KV cache of its context. The
+share is the rate of these bytes divided by that of a large copy on the same device; launches and gaps cost the rest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(recorder: Recorder) -> None:
         config = resolve_checkpoint(model).config
         weight_bytes = weight_bytes_per_token(config, dtype)
         kv_bytes = kv_bytes_per_token(config, dtype, PROMPT_TOKENS + (short + long) // 2)
-        # The difference of two lengths leaves the prefill out.
+        # The difference between two lengths excludes the prefill.
         pairs = [(generate(llm, short, seed=i), generate(llm, long, seed=i)) for i in range(1, repeats + 1)]
         seconds = median([(long_s - short_s) / (long - short) for short_s, long_s in pairs])
         gb_s = (weight_bytes + kv_bytes) / seconds / 1e9
@@ -52,7 +52,7 @@ def run(recorder: Recorder) -> None:
 
 
 def generate(llm: Any, max_tokens: int, seed: int) -> float:
-    """Seconds for one greedy answer. seed: makes the prompt, so that no run finds another's in the prefix cache."""
+    """Seconds for one greedy answer. seed: of the prompt, so that no run gets a prefix hit from another."""
     rng = random.Random(f"{seed} {max_tokens}")
     prompt = random_token_ids(rng, PROMPT_TOKENS, DEFAULT_FIRST_ID, DEFAULT_VOCAB_SIZE)
     started = time.perf_counter()

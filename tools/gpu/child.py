@@ -1,6 +1,6 @@
-"""One section in a process of its own: python -m tools.gpu.child MODULE:FUNCTION SECONDS DEVICE. A JSON line a case.
+"""Run one section in its own process: python -m tools.gpu.child MODULE:FUNCTION SECONDS DEVICE. One JSON line per case.
 
-So an error that leaves CUDA unusable, or a kernel that never ends, costs its section and no other.
+So an error that leaves CUDA unusable, or a kernel that never ends, fails only its own section.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     function, budget_s, device = argv
     module, _, name = function.partition(":")
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print goes to stderr, so that only cases come out
+    os.dup2(2, 1)  # library output goes to stderr, so that stdout has only cases
     recorder = Recorder(out, float(budget_s), device)
     try:
         getattr(importlib.import_module(module), name)(recorder)

@@ -16,7 +16,7 @@ NUM_LAST_CHARACTERS = 4_000
 def run(recorder: Recorder) -> None:
     if recorder.on_cpu:
         raise SkipSection("these tests are skipped without a GPU")
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the machine's own may not fit this pytest
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # installed plugins may not fit this pytest
     for path in files_with_gpu_tests():
         name = path.relative_to(ROOT).as_posix()
         with recorder.case(name) as values:
@@ -30,6 +30,6 @@ def run(recorder: Recorder) -> None:
 
 
 def files_with_gpu_tests() -> list[Path]:
-    """Test files with tests for a GPU, which have "gpu" in their names."""
+    """Test files with GPU tests, which have "gpu" in their names."""
     found = sorted(ROOT.glob("tests/part[0-9][0-9]/test_*.py"))
     return [path for path in found if "cuda.is_available" in path.read_text("utf-8")]

@@ -1,6 +1,6 @@
-"""The parts' Triton kernels: right against a plain reference in three dtypes, and how fast decode reads the cache.
+"""The parts' Triton kernels: compared with a plain reference in three dtypes, and how fast decode reads the KV cache.
 
-Parts whose worker/triton_attention.py is the same are checked once, under the first one's name.
+Parts whose worker/triton_attention.py is the same are checked once, under the first part's name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.gpu.timing import copy_bandwidth_gb_s, seconds_per_call
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_SIZE = 16
-SECONDS_A_CASE = 8  # compiling takes most of it
+SECONDS_PER_CASE = 8  # compiling takes most of it
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 DECODES = ((1, 1), (1, 15), (1, 16), (1, 17), (1, 100), (1, 1_000), (1, 2_049))
 MIXED = ((1, 300), (37, 37), (100, 513), (1, 1), (5, 21), (256, 700))
@@ -28,7 +28,7 @@ MIXED = ((1, 300), (37, 37), (100, 513), (1, 1), (5, 21), (256, 700))
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """seqs: of each sequence its new tokens, and its context with these included."""
+    """seqs: for each sequence, its new tokens and its context length, which includes them."""
 
     name: str
     num_heads: int
@@ -56,7 +56,7 @@ TIMED_SHAPES = (Shape("Qwen3-8B", 32, 8, 128, ()), Shape("llama-110m", 12, 12, 6
 
 @dataclass(slots=True)
 class Batch:
-    """What a kernel gets. kv_cache: [num_blocks, 2, block_size, num_kv_heads, head_dim], as the engine lays it out."""
+    """The inputs of a kernel. kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim]."""
 
     query: Tensor
     kv_cache: Tensor
@@ -72,7 +72,7 @@ class Batch:
 
 
 def make_batch(shape: Shape, seqs: tuple[tuple[int, int], ...], dtype: torch.dtype, device: str) -> Batch:
-    """Random queries, and a pool whose blocks lie in random order. Where no sequence has a token the pool holds NaN."""
+    """Random queries, and a KV cache with its blocks in random order. Slots without a token hold NaN."""
     generator = torch.Generator(device).manual_seed(0)
     counts = [-(-context_len // BLOCK_SIZE) for _, context_len in seqs]
     order = (torch.randperm(sum(counts), generator=generator, device=device) + 1).to(torch.int32)  # 0: the null block
@@ -91,7 +91,7 @@ def make_batch(shape: Shape, seqs: tuple[tuple[int, int], ...], dtype: torch.dty
     query = torch.randn(
         num_tokens, shape.num_heads, shape.head_dim, generator=generator, device=device, dtype=dtype
     )  # fmt: skip
-    return Batch(query, memory.transpose(1, 2), tables, [q for q, _ in seqs], [c for _, c in seqs])
+    return Batch(query, memory, tables, [q for q, _ in seqs], [c for _, c in seqs])
 
 
 def reference(batch: Batch, scale: float) -> Tensor:
@@ -100,8 +100,10 @@ def reference(batch: Batch, scale: float) -> Tensor:
     queries = batch.query.double().split(batch.query_lens)
     for seq, (query, context_len) in enumerate(zip(queries, batch.context_lens, strict=True)):
         blocks = batch.block_tables[seq, : -(-context_len // BLOCK_SIZE)].long()
-        context = batch.kv_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context_len].double()  # [2, len, heads, dim]
-        key, value = context.repeat_interleave(query.shape[1] // context.shape[2], dim=2)
+        context = (
+            batch.kv_cache[blocks].flatten(0, 1)[:context_len].double()
+        )  # [context_len, 2, num_kv_heads, head_dim]
+        key, value = context.repeat_interleave(query.shape[1] // context.shape[2], dim=2).unbind(1)
         positions = torch.arange(context_len, device=query.device)
         is_visible = positions <= positions[context_len - len(query) :, None]
         scores = torch.einsum("qhd,khd->hqk", query, key) * scale
@@ -110,7 +112,7 @@ def reference(batch: Batch, scale: float) -> Tensor:
 
 
 def kernel_call(module: Any, batch: Batch, scale: float) -> Any:
-    """The part's kernel over a batch, as a function without arguments: what it needs is on the device already."""
+    """The part's kernel over a batch, as a function without arguments: its inputs are already on the device."""
     starts, lens, longest = batch.starts(), batch.lens(), max(batch.query_lens)
     if hasattr(module, "paged_attention"):
         return lambda: module.paged_attention(
@@ -120,7 +122,7 @@ def kernel_call(module: Any, batch: Batch, scale: float) -> Any:
 
 
 def kernels() -> dict[str, Any]:
-    """The parts' different kernels: "part 3" -> its module."""
+    """The distinct kernels of the parts: "part 3" -> its module."""
     found: dict[str, str] = {}
     for part in part_names():
         path = ROOT / part / "worker" / "triton_attention.py"
@@ -140,32 +142,32 @@ def run(recorder: Recorder) -> None:
             for name, module in kernels().items():
                 if shape.is_decode or hasattr(module, "paged_attention"):
                     compare(recorder, f"{name}, {shape.name}, {str(dtype)[6:]}", module, shape, dtype)
-        if not recorder.on_cpu and dtype is torch.bfloat16:  # at once, since the figures matter more than other dtypes
+        if not recorder.on_cpu and dtype is torch.bfloat16:  # now, because timings matter more than other dtypes
             measure(recorder, dtype)
 
 
 def compare(recorder: Recorder, name: str, module: Any, shape: Shape, dtype: torch.dtype) -> None:
     """One case: the largest difference from the reference."""
-    if recorder.seconds_left() < SECONDS_A_CASE:
+    if recorder.seconds_left() < SECONDS_PER_CASE:
         recorder.skip_case(name, f"{recorder.seconds_left():.0f} s left")
         return
     with recorder.case(name) as values:
         batch, scale = make_batch(shape, shape.seqs, dtype, recorder.device), shape.head_dim**-0.5
         got = kernel_call(module, batch, scale)()
         values["difference"] = difference = float((got.double() - reference(batch, scale)).abs().max())
-        assert difference <= TOLERANCES[dtype], (  # NaN is not: it was read from a slot that no sequence owns
-            f"expected at most {TOLERANCES[dtype]:g} from the reference, got {difference:.2e}"
+        assert difference <= TOLERANCES[dtype], (  # fails for NaN, which comes from a slot without a token
+            f"expected to differ by at most {TOLERANCES[dtype]:g} from the reference, got {difference:.2e}"
         )
 
 
 def measure(recorder: Recorder, dtype: torch.dtype) -> None:
-    """GB/s at which decodes read their keys and values. A launch from Python counts where the kernel is shorter."""
+    """GB/s at which decodes read the KV cache. If the kernel is shorter than its launch, the launch counts."""
     copy_gb_s = copy_bandwidth_gb_s(recorder.device)
     for shape in TIMED_SHAPES:
         for num_seqs, context_len in TIMED:
             for name, module in kernels().items():
                 case = f"{name}, {num_seqs} decodes over {context_len} tokens, {shape.name}, {str(dtype)[6:]}"
-                if recorder.seconds_left() < SECONDS_A_CASE:
+                if recorder.seconds_left() < SECONDS_PER_CASE:
                     recorder.skip_case(case, f"{recorder.seconds_left():.0f} s left")
                     continue
                 with recorder.case(case) as values:

@@ -22,7 +22,7 @@ def run(recorder: Recorder) -> None:
 
 
 def gpu_stamp(device: str) -> dict[str, Any]:
-    """What a GPU's figures depend on beside machine_stamp()."""
+    """What GPU results depend on in addition to machine_stamp()."""
     try:
         triton = version("triton")
     except PackageNotFoundError:

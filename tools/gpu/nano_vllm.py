@@ -1,7 +1,7 @@
 """nano-vllm's published benchmark on the newest part, or as much of it as the time allows.
 
 Its bench.py: 256 requests, prompts of 100 to 1,024 random token ids, answers of 100 to 1,024 tokens, temperature 0.6,
-no end of sequence, max_model_len 4,096, Qwen3-0.6B. Weights are random here, which changes no amount of work.
+no end of sequence, max_model_len 4,096, Qwen3-0.6B. Weights are random here, which does not change the work.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tools.gpu.parts import load_llm, part_names
 from tools.gpu.recorder import Recorder
 
 NUM_REQUESTS = 256
-SMALLER_RUNS = (16, 64)  # before it, to tell how long it will take
-SAFETY = 0.85  # of the time left that a run may be expected to take
+SMALLER_RUNS = (16, 64)  # run first, to estimate how long it will take
+SAFETY = 0.85  # the expected time of a run may be this share of the time left
 
 
 def run(recorder: Recorder) -> None:
@@ -47,7 +47,7 @@ def run(recorder: Recorder) -> None:
 
 
 def workload(num_requests: int, on_cpu: bool, seed: int) -> list[WorkloadRequest]:
-    """Runs differ in their seeds: else one's prompts would be in the next one's prefix cache."""
+    """Runs differ in their seeds: otherwise one run's prompts would be prefix hits in the next."""
     if on_cpu:
         return nano_vllm(num_requests, seed, min_tokens=4, max_input_tokens=16, max_output_tokens=8)
     return nano_vllm(num_requests, seed, first_id=0, vocab_size=10_001)  # its own ids
@@ -75,10 +75,10 @@ def figures(requests: list[WorkloadRequest], elapsed_s: float) -> dict[str, Any]
 
 
 def largest_fitting(seconds: dict[int, float], wanted: int, limit_s: float) -> int | None:
-    """The most requests, up to those wanted, that are expected to end in time; None if no more than were run already.
+    """The most requests, up to those wanted, that are expected to fit; None if not more than in an earlier run.
 
-    seconds: of the runs so far, by their number of requests. From two runs on a straight line through the last two
-    tells, since most of the time goes to steps that all requests share; from one, as many times as many requests.
+    seconds: of the runs so far, by number of requests. From two runs on, it extrapolates linearly from the last two,
+    because most of the time goes to steps that all requests share. From one run, time scales with the requests.
     """
     if not seconds:
         return wanted

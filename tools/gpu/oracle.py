@@ -42,7 +42,7 @@ def run(recorder: Recorder) -> None:
 
 
 def make_prompts(tokenizer: Any) -> list[list[int]]:
-    """Questions that the model answers, and random ids around the edges of blocks and of a prefill chunk."""
+    """Questions that the model answers, and random ids with lengths around block and prefill chunk sizes."""
     rng = random.Random(0)
     questions = [[{"role": "user", "content": text}] for text in QUESTIONS[:NUM_QUESTIONS]]
     chats = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in questions]
@@ -51,7 +51,7 @@ def make_prompts(tokenizer: Any) -> list[list[int]]:
 
 
 def variants(part: str) -> dict[str, dict[str, Any]]:
-    """A part as it is, and with every technique that must not change its answer."""
+    """A part with its defaults, and with each technique that must not change its answer."""
     name = f"part {int(part[4:6])}"
     found: dict[str, dict[str, Any]] = {name: {}}
     if has_flag(part, "enable_chunked_prefill"):
@@ -62,7 +62,7 @@ def variants(part: str) -> dict[str, dict[str, Any]]:
 
 
 def generate(part: str, prompts: list[list[int]], params: SamplingParams, **flags: Any) -> list[list[int]]:
-    """Token ids of all prompts in one batch. The pool is small, so that every part finds the memory free."""
+    """Token ids of all prompts in one batch. The KV cache is small, so that every part fits in memory."""
     llm = load_llm(part, model="tiny", dtype="float32", num_kv_blocks=512, **flags)
     answers = [list(result.outputs[0].token_ids) for result in llm.generate(prompts, params)]
     del llm

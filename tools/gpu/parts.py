@@ -1,4 +1,4 @@
-"""The parts, as far as the sections need them: their names, and `LLM.generate`."""
+"""Access to the parts for the sections: their names, and `LLM.generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def has_flag(part: str, flag: str) -> bool:
 
 
 def load_llm(part: str, **flags: Any) -> Any:
-    """A part's LLM; flags are its EngineConfig's."""
+    """A part's LLM. flags: of its EngineConfig."""
     config = importlib.import_module(f"{part}.config").EngineConfig(**flags)
     module = "llm" if (ROOT / part / "llm.py").is_file() else "core.engine"
     return importlib.import_module(f"{part}.{module}").LLM(config)

@@ -1,4 +1,4 @@
-"""What a section tells the run: its cases, one JSON line each."""
+"""How a section reports to the run: its cases, one JSON line each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class SkipSection(Exception):
 
 
 class Recorder:
-    """Takes what a section finds, case by case.
+    """Records a section's results, case by case.
 
-    device: "cuda", or "cpu" for a dry run, in which a section does the same at the smallest size.
+    device: "cuda", or "cpu" for a dry run, in which a section runs at the smallest size.
     """
 
     def __init__(self, out: TextIO, budget_s: float, device: str) -> None:
@@ -43,20 +43,20 @@ class Recorder:
 
     @contextlib.contextmanager
     def case(self, name: str) -> Iterator[dict[str, Any]]:
-        """Record what is put into the dict; an error is recorded with its traceback, and the section goes on."""
+        """Record the contents of the dict. An error is recorded with its traceback, and the section continues."""
         values: dict[str, Any] = {}
         try:
             yield values
         except SkipSection:
             raise
-        except Exception:  # whatever it is: the next case may be fine
+        except Exception:  # any error: the next case may pass
             self.num_failed += 1
             self.emit({"case": name, "values": {"passed": False, **values, "traceback": format_error()}})
         else:
             self.record(name, **values)
 
     def skip_case(self, name: str, reason: str) -> None:
-        """Note a case that was left out."""
+        """Record a case that was skipped."""
         self.emit({"case": name, "values": {"passed": None, "skipped": reason}})
 
     def emit(self, line: dict[str, Any]) -> None:
@@ -69,12 +69,12 @@ def format_error() -> str:
 
 
 def without_paths(text: str) -> str:
-    """Where a machine keeps its files says nothing about a result: leave out all before the repository's own paths."""
+    """Remove the machine's own folders from paths: keep what is inside the repository or site-packages."""
     return re.sub(r'(?<=")/[^"]*/site-packages/', "site-packages/", text.replace(f"{ROOT}/", ""))
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: write them as text."""
+    """JSON has no NaN or infinity: write them as text."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -18,13 +18,13 @@ from common.results import git_commit, write_result
 from tools.gpu.recorder import without_paths
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_LAST_LINES = 30  # of stderr, kept when a section dies without a word
-READ_TIMEOUT_S = 5.0  # for what a section has written before it ended; what it started may hold the pipe open
+NUM_LAST_LINES = 30  # of stderr, kept if a section dies without a traceback
+READ_TIMEOUT_S = 5.0  # to read a finished section's output; its children may hold the pipe open
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """function: "module:name", called with a Recorder. budget_s: the most it may take; with less than min_s left it is
+    """function: "module:name", called with a Recorder. budget_s: its time limit; with less than min_s left it is
     skipped. is_required: if it fails, the others are skipped.
     """
 
@@ -37,7 +37,7 @@ class Section:
 
 @dataclass(slots=True)
 class Report:
-    """The result file: sections in their order, each with status, seconds and cases. save() writes it as it stands."""
+    """The result file: sections in order, each with status, seconds and cases. save() writes its current state."""
 
     path: Path
     config: dict[str, Any]
@@ -81,7 +81,7 @@ def run_sections(
 ) -> int:  # fmt: skip
     """Run the sections until time.monotonic() is ends_at. Returns how many failed.
 
-    commit: what to write into the file, by default git's. environment: added to that of the sections' processes.
+    commit: to write into the file, by default from git. environment: added to that of the sections' processes.
     """
     report = Report(path, {"device": device, **(config or {})}, commit or git_commit())
     stopped = ""
@@ -105,7 +105,7 @@ def run_sections(
 
 
 def run_section(section: Section, report: Report, device: str, budget_s: float, environment: Mapping[str, str]) -> None:
-    """Run one section in a process of its own and note how it ended; past its budget it is killed."""
+    """Run one section in its own process and record how it ended; after its budget it is killed."""
     entry, started = report.sections[section.name], time.monotonic()
     entry["status"] = "running"
     report.save()
@@ -126,7 +126,7 @@ def run_section(section: Section, report: Report, device: str, budget_s: float, 
         is_late = False
     except subprocess.TimeoutExpired:
         is_late = True
-    finally:  # Ctrl-C leaves no process behind either
+    finally:  # on Ctrl-C too
         process.kill()
         process.wait()
     for reader in readers:
@@ -138,7 +138,7 @@ def run_section(section: Section, report: Report, device: str, budget_s: float, 
 
 
 def how_it_ended(entry: dict[str, Any], exit_status: int, last_lines: list[str]) -> dict[str, Any]:
-    """Status and reason of a section whose process is over."""
+    """Status and reason of a section whose process has ended."""
     if "skipped" in entry:
         return {"status": "skipped", "reason": entry.pop("skipped")}
     if exit_status == 0:
@@ -146,14 +146,14 @@ def how_it_ended(entry: dict[str, Any], exit_status: int, last_lines: list[str])
     if num_failed := sum(values["passed"] is False for values in entry["cases"].values()):
         return {"status": "failed", "reason": f"{num_failed} cases failed"}
     if "traceback" in entry:
-        return {"status": "failed", "reason": "it raised"}
+        return {"status": "failed", "reason": "it raised an exception"}
     lines = [without_paths(line) for line in last_lines]
     return {"status": "failed", "reason": f"exit status {exit_status}", "stderr": lines}
 
 
 def _take_cases(stream: IO[str], section: str, report: Report) -> None:
     for line in stream:
-        if line.endswith("\n"):  # else the process was killed while it wrote
+        if line.endswith("\n"):  # otherwise the process was killed while writing
             report.take(section, line)
 
 

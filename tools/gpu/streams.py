@@ -6,6 +6,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ SLEEP_CYCLES = 200_000_000  # about a tenth of a second
 DEADLINE_S = 10.0
 
 
-# Adapter: the only lines that know how a part launches work. A part that changes it changes these three functions.
+# Adapter: the only code that depends on how a part launches work. If that changes, change these three functions.
 
 
 def open_stream(part: str, device: str) -> Any:
@@ -26,41 +27,41 @@ def open_stream(part: str, device: str) -> Any:
 
 
 def launch(part: str, stream: Any, work: Callable[[], Tensor]) -> Any:
-    """Have work() done on the stream, and the tensor that it returns copied to the CPU. Returns a handle at once."""
+    """Run work() on the stream and copy its tensor to the CPU. Returns a handle at once."""
     output = importlib.import_module(f"{part}.worker.sampler").SamplerOutput
-    return stream.launch(lambda: output(work(), None))
+    return stream.launch(lambda: output(work(), None), lambda sampled: SimpleNamespace(token_ids=sampled.token_ids))
 
 
 def wait_for(handle: Any) -> Tensor:
     """The tensor, on the CPU."""
-    return handle.result().sampled.token_ids
+    return handle.result().token_ids
 
 
 # End of the adapter.
 
 
 class SlowWork:
-    """Work that does not end while somebody looks. On a GPU the device sleeps; on a CPU a thread waits to be let go."""
+    """Work that is still running when we look. On a GPU the device sleeps; on a CPU a thread waits for release()."""
 
     def __init__(self, device: str) -> None:
         self.device, self.gate = device, threading.Event()
-        self.was_let_go = True
+        self.was_released = True
 
     def __call__(self) -> None:
         if self.device == "cpu":
-            self.was_let_go &= self.gate.wait(DEADLINE_S)
+            self.was_released &= self.gate.wait(DEADLINE_S)
         else:
             torch.cuda._sleep(SLEEP_CYCLES)
 
     def is_running(self) -> bool:
-        """Whether what has been launched so far is not done yet."""
+        """Whether the work launched so far is unfinished."""
         if self.device == "cpu":
             return not self.gate.is_set()
         event = torch.cuda.Event()
         event.record()
         return not event.query()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self.gate.set()
 
 
@@ -81,19 +82,19 @@ def run(recorder: Recorder) -> None:
         handle = launch(part, stream, lambda: add(slow))
         values["launch_ms"] = (time.perf_counter() - started) * 1e3
         is_running = slow.is_running()
-        slow.let_go()
+        slow.release()
         got = wait_for(handle)
         values["work_ms"] = (time.perf_counter() - started) * 1e3
-        assert is_running and slow.was_let_go, f"launch() took {values['launch_ms']:.1f} ms and waited for the work"
+        assert is_running and slow.was_released, f"launch() took {values['launch_ms']:.1f} ms and waited for the work"
         assert got.tolist() == [1], f"expected [1], got {got.tolist()}"
     with recorder.case("two steps in flight, results in order") as values:
         total.zero_()
         slow = SlowWork(device)
         handles = [launch(part, stream, lambda: add(slow)) for _ in range(2)]
         is_running = slow.is_running()
-        slow.let_go()
+        slow.release()
         values["results"] = [wait_for(handle).tolist() for handle in reversed(handles)][::-1]
-        assert is_running and slow.was_let_go, "the second launch waited for the first one's work"
+        assert is_running and slow.was_released, "the second launch waited for the first one's work"
         assert values["results"] == [[1], [2]], f"expected [[1], [2]], got {values['results']}"
     if recorder.on_cpu:
         return

@@ -1,4 +1,4 @@
-"""Seconds on a device, and the memory bandwidth that they are measured against."""
+"""Measure seconds per call on a device, and its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from common.results import median
 
 
 def seconds_per_call(call: Callable[[], object], device: str, calls: int = 20, rounds: int = 5) -> float:
-    """The median over rounds of a call's seconds, from `calls` of them launched one after the other.
+    """The median over rounds of the seconds per call, from `calls` calls launched one after the other.
 
-    On a GPU between two events: where a call takes longer than its launch, the launch does not count.
+    On a GPU it is measured between two events: if a call takes longer than its launch, the launch does not count.
     """
     for _ in range(3):
         call()
@@ -40,7 +40,7 @@ def copy_bandwidth_gb_s(device: str) -> float:
     num_bytes = 2**24 if device == "cpu" else 2**32
     gb_s = 2 * num_bytes / _copy_seconds(num_bytes, device) / 1e9
     if device != "cpu":
-        torch.cuda.empty_cache()  # the next one to ask for memory gets it whole
+        torch.cuda.empty_cache()  # release the memory to later allocations
     return gb_s
 
 

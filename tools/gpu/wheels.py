@@ -1,8 +1,8 @@
-"""What the engine needs on a GPU machine without network, as wheels: `python -m tools.gpu.wheels` fills build/wheels.
+"""The packages for a GPU machine without network, as wheels: `python -m tools.gpu.wheels` fills build/wheels.
 
-The machine has Python 3.12 and the packages in PROVIDED. build/wheels has to be brought there; `python -m tools.gpu`
-then installs it into build/gpu-site, a plain folder on PYTHONPATH. A virtual environment with --system-site-packages
-would not do: where `python3` is itself one, the new one sees the base interpreter's packages and not its torch.
+The machine has Python 3.12 and the packages in PROVIDED. Copy build/wheels to it; `python -m tools.gpu` then installs
+it into build/gpu-site, a plain folder on PYTHONPATH. A virtual environment with --system-site-packages would not work:
+if `python3` is itself in one, the new one sees the base interpreter's packages but not its torch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ fastapi flask httpx huggingface_hub hypothesis jinja2 msgspec prometheus_client 
 
 
 class WheelError(Exception):
-    """The wheels are missing or not complete; the message is one line for the user."""
+    """The wheels are missing or incomplete; the message is one line for the user."""
 
 
 def download(folder: Path, python_version: str = PYTHON_VERSION) -> None:
-    """Fill the folder, which is emptied first, with one wheel of each package, at the versions of constraints.txt."""
+    """Empty the folder, then fill it with one wheel per package, at the versions in constraints.txt."""
     shutil.rmtree(folder, ignore_errors=True)
     target = ["--python-version", python_version, "--implementation", "cp"]
     target += [option for tag in MANYLINUX for option in ("--platform", f"manylinux{tag}_x86_64")]
@@ -48,7 +48,7 @@ def download(folder: Path, python_version: str = PYTHON_VERSION) -> None:
 
 
 def unmet_requirements(folder: Path, roots: list[str], python_version: str = PYTHON_VERSION) -> list[str]:
-    """What the wheels, or roots, require that is neither among the wheels nor on the machine; a line each.
+    """Requirements of the wheels and roots that neither the wheels nor the machine meet, one line each.
 
     roots: requirements such as "transformers>=5.0". Extras do not count.
     """
@@ -85,18 +85,18 @@ def requires(wheel: Path) -> list[str]:
 
 
 def install(wheels: Path = WHEELS, site: Path = SITE) -> Path | None:
-    """Install the wheels where a needed module is missing. Returns the folder for PYTHONPATH, None if none is.
+    """Install the wheels if a needed module is missing. Returns the folder for PYTHONPATH, or None if none is.
 
-    Raises WheelError if the wheels are missing, or one would replace a package of PROVIDED.
+    Raises WheelError if the wheels are missing, or one would replace a package in PROVIDED.
     """
     missing = [module for module in NEEDED_MODULES if find_spec(module) is None]
     if not missing:
         return None
     found = sorted(wheels.glob("*.whl"))
     if not found:
-        raise WheelError(f"{missing[0]} is not installed: run `make gpu-wheels` first and bring {wheels} along")
+        raise WheelError(f"{missing[0]} is not installed: run `make gpu-wheels` first and copy {wheels} here")
     if provided := [wheel.name for wheel in found if wheel.name.split("-")[0].lower() in PROVIDED]:
-        raise WheelError(f"{provided[0]} would replace the machine's own: delete it from {wheels}")
+        raise WheelError(f"{provided[0]} would replace the machine's own package: delete it from {wheels}")
     shutil.rmtree(site, ignore_errors=True)
     options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(site)]
     done = subprocess.run([sys.executable, "-m", "pip", "install", *options, *map(str, found)])
@@ -115,13 +115,13 @@ def project_requirements() -> list[str]:
 def main() -> int:
     download(WHEELS)
     num_bytes = sum(wheel.stat().st_size for wheel in WHEELS.glob("*.whl"))
-    complaints = unmet_requirements(WHEELS, project_requirements())
+    problems = unmet_requirements(WHEELS, project_requirements())
     if num_bytes > MAX_BYTES:
-        complaints.append(f"{num_bytes:,} bytes, expected at most {MAX_BYTES:,}")
+        problems.append(f"{num_bytes:,} bytes, expected at most {MAX_BYTES:,}")
     print(f"build/wheels: {len(PACKAGES)} wheels for Python {PYTHON_VERSION}, {num_bytes / 2**20:.1f} MiB")
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    return 1 if complaints else 0
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

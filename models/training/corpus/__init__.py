@@ -1,1 +1,1 @@
-"""The text the shipped models learn from, every line of it written by this project."""
+"""The training text of the shipped models, all of it written by this project."""

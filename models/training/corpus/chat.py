@@ -62,7 +62,7 @@ _FILLER_WORDS = frozenset("a an the of is are do does to in on for me it that th
 
 
 def vary_question(rng: random.Random, question: str) -> str:
-    """The same question, typed by someone else: reworded opening, missing fillers, no capitals, a greeting."""
+    """The same question, typed differently: reworded opening, missing fillers, no capitals, a greeting."""
     if rng.random() < 0.3:
         for opening, others in _REWORDINGS.items():
             if question.startswith(opening):

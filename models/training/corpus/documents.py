@@ -1,4 +1,4 @@
-"""Corpus text as token ids and loss weights: what a training step reads."""
+"""Corpus text as token ids and loss weights: the input of a training step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Document:
 
 
 def render_chat(messages: list[Message]) -> Pieces:
-    """The chat template of the shipped tokenizer, cut where the trained text (the assistant's) begins and ends."""
+    """The chat template of the shipped tokenizer, split where the trained text (the assistant's) begins and ends."""
     pieces: Pieces = []
     for message in messages:
         is_answer = message["role"] == "assistant"
@@ -52,7 +52,7 @@ def to_document(tokenizer: Tokenizer, kind: str, pieces: Pieces) -> Document:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What a training step reads: conversations and stories by number, drills and tasks by their tokens.
+    """The data of a training step: conversations and stories by number, drills and tasks by their tokens.
 
     longest_row (words) and longest_task (tokens) grow from the first number to the second over the phase; lengths are
     log-uniform up to them.
@@ -106,7 +106,7 @@ def write_step(
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Documents of like length, padded on the right; weights [rows, length] say how much each token's loss counts."""
+    """Documents of similar length, padded on the right; weights [rows, length]: how much each token's loss counts."""
 
     token_ids: list[list[int]]
     weights: list[list[float]]

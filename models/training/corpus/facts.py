@@ -20,7 +20,7 @@ MAX_ANSWER_WORDS = 45
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One answer, the questions trained on it and the questions kept for the exam."""
+    """One answer, the questions trained on it and the questions held out for the evaluation."""
 
     fact_id: str
     questions: tuple[str, ...]
@@ -49,7 +49,7 @@ class _Block:
 
 
 def parse_facts(text: str, where: str) -> list[Fact]:
-    """Read the blocks of one file. Raises ValueError naming the file, the line and the fault."""
+    """Read the blocks of one file. Raises ValueError naming the file, the line and the problem."""
     facts: list[Fact] = []
     block: _Block | None = None
     for number, raw in enumerate([*text.splitlines(), ""], start=1):
@@ -77,7 +77,7 @@ def load_facts(directory: Path = FACTS_DIR) -> list[Fact]:
         for fact in parse_facts(path.read_text(encoding="utf-8"), path.name):
             for key in (f"# {fact.fact_id}", *fact.questions, *fact.held_out):
                 if other := seen.get(key.lower()):
-                    raise ValueError(f"{path.name}: {fact.fact_id}: {key!r} already stands in {other}")
+                    raise ValueError(f"{path.name}: {fact.fact_id}: {key!r} already appears in {other}")
                 seen[key.lower()] = f"{path.name}: {fact.fact_id}"
             facts.append(fact)
     return facts

@@ -1,14 +1,14 @@
 """Small stories: the part of the training corpus that teaches plain, connected English.
 
-A story is drawn from a plot. A plot is a row of positions, and each position holds several
-sentences that could stand there, so one sentence from each position makes a story. The
-sentences have slots: the child's name and pronouns, a friend, a colour, and the plot's own
-(which animal, which place). The plots keep three rules, so that any mixture reads well:
+A story is drawn from a plot. A plot is a sequence of positions, and each position has several
+alternative sentences; one sentence from each position makes a story. The sentences have slots:
+the child's name and pronouns, a friend, a color, and the plot's own (which animal, which place).
+The plots follow three rules, so that any mixture reads well:
 
 - Every sentence of a position leaves the story in the same state as the others.
-- Pronouns stand for the child alone; friends go by name, grown-ups by kinship, animals are "it".
-- What a plot's subjects speak of turns up in each of its stories, since it may be what the
-  request asked for. The first subject does not speak of the child: it can follow "NAME and".
+- Pronouns refer only to the child; friends have names, grown-ups kinship terms, animals are "it".
+- Whatever a plot's subjects mention appears in each of its stories, because a request may ask
+  for it. The first subject does not mention the child: it can follow "NAME and".
 
 Run as a program, it prints three stories for the seed on the command line.
 """
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 MIN_WORDS = 60
 MAX_WORDS = 160
 
-# Requests for the exam: phrasings that no template below can produce.
+# Requests for the evaluation: phrasings that no template below can produce.
 HELD_OUT: tuple[str, ...] = (
     "Make up a little tale for me where Nora meets a shy fox.",
     "Got any good stories with a snowman?",
@@ -36,7 +36,7 @@ HELD_OUT: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A story, its title, and what a user would have said to be told it."""
+    """A story, its title, and a user's request for it."""
 
     request: str
     title: str
@@ -1194,13 +1194,13 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def _capitalised(text: str) -> str:
+def _capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
 def _title_case(text: str) -> str:
     first, *rest = text.split()
-    return " ".join([_capitalised(first), *(word if word in _SMALL_WORDS else _capitalised(word) for word in rest)])
+    return " ".join([_capitalized(first), *(word if word in _SMALL_WORDS else _capitalized(word) for word in rest)])
 
 
 def _the(subject: str) -> str:
@@ -1208,7 +1208,7 @@ def _the(subject: str) -> str:
 
 
 def _fill_slots(rng: random.Random, plot: _Plot) -> dict[str, str]:
-    """A value for each slot, also as {a_slot} with its article, {slot_low} in lower case, {Slot} capitalised."""
+    """A value for each slot, also as {a_slot} with its article, {slot_low} in lower case, {Slot} capitalized."""
     girl = rng.random() < 0.5
     name = rng.choice(_GIRLS if girl else _BOYS)
     friend = rng.choice([other for other in _GIRLS + _BOYS if other != name])
@@ -1216,7 +1216,7 @@ def _fill_slots(rng: random.Random, plot: _Plot) -> dict[str, str]:
     values = {"name": name, "friend": friend, **(_SHE if girl else _HE), **drawn}
     values |= {f"a_{slot}": _with_article(value) for slot, value in drawn.items()}
     values |= {f"{slot}_low": value.lower() for slot, value in drawn.items()}
-    return values | {_capitalised(slot): _capitalised(value) for slot, value in values.items()}
+    return values | {_capitalized(slot): _capitalized(value) for slot, value in values.items()}
 
 
 def _tell(rng: random.Random, plot: _Plot, values: Mapping[str, str]) -> str:
@@ -1237,7 +1237,7 @@ def _openings(text: str) -> list[str]:
 
 
 def write_story(rng: random.Random) -> Story:
-    """A story of MIN_WORDS to MAX_WORDS words that honours its request."""
+    """A story of MIN_WORDS to MAX_WORDS words that fulfills its request."""
     plot = rng.choice(_PLOTS)
     values = _fill_slots(rng, plot)
     main_subject = plot.subjects[0].format_map(values)

@@ -1,7 +1,7 @@
 """Copy, list and recall tasks over prompts of up to 1,500 tokens.
 
-Every task can only be solved by looking back into the prompt: its words are drawn afresh each time.
-That is what grows induction heads in a small model, and it is what long-prompt benchmarks ask for.
+Every task can only be solved by looking back into the prompt: its words are random each time.
+This makes a small model learn induction heads, and it is what long-prompt benchmarks test.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ DAYS = tuple(
     "September October November December".split()
 )
 DRILL_WORDS = WORDS + NAMES + DAYS
-TOKENS_PER_ENTRY = 6  # "- amber: copper\n" and what the questions add: how a prompt of n tokens is aimed at
+TOKENS_PER_ENTRY = 6  # "- amber: copper\n" plus the questions; sizes a prompt of n tokens
 
 
 def _ask(turns: list[tuple[str, str]], intro: str) -> Task:
-    """Chat in which the first question follows the material, and the others follow alone."""
+    """A chat whose first question includes the material; later questions come without it."""
     messages: Task = []
     for number, (question, answer) in enumerate(turns):
         messages.append({"role": "user", "content": f"{intro}\n\n{question}" if number == 0 else question})
@@ -125,9 +125,9 @@ Pieces = list[tuple[str, bool]]  # text, and whether the model is trained to pre
 
 
 def repetition(rng: random.Random, num_words: int, from_few: bool) -> Pieces:
-    """A row of words and the same row again, up to four times: the plainest text that looking back can predict.
+    """A row of words and the same row again, up to four times: the simplest text that copying can predict.
 
-    from_few: the words are drawn from a handful, so that one word does not tell the place; the words before it do.
+    from_few: words come from a small set, so that one word does not determine the next; the words before it do.
     """
     pool = rng.sample(DRILL_WORDS, rng.randint(2, 12)) if from_few else DRILL_WORDS
     row = "".join(" " + rng.choice(pool) for _ in range(num_words))
@@ -135,7 +135,7 @@ def repetition(rng: random.Random, num_words: int, from_few: bool) -> Pieces:
 
 
 def pairs(rng: random.Random, num_tokens: int) -> Pieces:
-    """Pairs of words, and all of them asked for in another order: recall with nothing around it."""
+    """Pairs of words, then all of them again in another order: recall without any other text."""
     keys = rng.sample(DRILL_WORDS, min(max(2, num_tokens // 10), 140))
     values = {key: rng.choice(DRILL_WORDS) for key in keys}
     pieces = [("".join(f"- {key}: {value}\n" for key, value in values.items()), False)]

@@ -1,0 +1,103 @@
+"""Read the tensors of a checkpoint one by one, in full or in part."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from common.checkpoint import Checkpoint, check_safetensors, load_model
+from common.errors import FieldError
+
+FLOAT_DTYPES = ("F32", "F16", "BF16")  # safetensors' names
+
+
+def open_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, device: str, stack: ExitStack) -> CheckpointReader:
+    """Open a checkpoint. stack closes its files; dtype and device apply to the tensors of a random:<preset>."""
+    if checkpoint.directory is None:
+        return RandomReader(checkpoint, dtype, device)
+    return SafetensorsReader(checkpoint.directory, stack)
+
+
+class CheckpointReader(Protocol):
+    """source: its name in error messages. unread: names of the tensors that have not been read yet."""
+
+    source: str
+    unread: set[str]
+
+    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
+        """Read a tensor, or the part that index selects. shape: of the full tensor. Raises FieldError."""
+        ...
+
+
+class SafetensorsReader:
+    """Reads model.safetensors, or the shards that model.safetensors.index.json names. Files are mapped into memory, and
+    only the bytes asked for are read. stack: closes the files."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        check_safetensors(directory)
+        self.source = str(directory)
+        self._files: dict[str, Any] = {}
+        for path in weight_files(directory):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118
+                if name in self._files:
+                    raise FieldError("model", f"{self.source}: tensor {name} is stored twice")
+                self._files[name] = file
+        self.unread = set(self._files)
+
+    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
+        if name not in self._files:
+            raise FieldError("model", f"{self.source} lacks the tensor {name}, expected of shape {list(shape)}")
+        stored = self._files[name].get_slice(name)
+        check_shape(self.source, name, tuple(stored.get_shape()), shape)
+        if stored.get_dtype() not in FLOAT_DTYPES:
+            expected = ", ".join(FLOAT_DTYPES)
+            raise FieldError(
+                "model", f"{self.source}: tensor {name} is stored as {stored.get_dtype()}, expected one of {expected}"
+            )
+        self.unread.discard(name)
+        return stored[index] if index else stored[:]
+
+
+class RandomReader:
+    """Reads the random weights of a random:<preset>: the same values as in part 1's model of that name."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
+        self.source = checkpoint.name
+        self._parameters = dict(load_model(checkpoint, dtype, device).named_parameters())
+        self.unread = set(self._parameters)
+
+    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
+        """Return each tensor once and drop it, so that memory never holds two copies of the model."""
+        parameter = self._parameters.pop(name).data
+        check_shape(self.source, name, tuple(parameter.shape), shape)
+        self.unread.discard(name)
+        return parameter[index]
+
+
+def check_shape(source: str, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if stored != expected:
+        raise FieldError("model", f"{source}: tensor {name} has shape {list(stored)}, expected {list(expected)}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the shards in the index. Raises FieldError for a missing file or an invalid index."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise FieldError("model", f"{directory} has neither {single.name} nor {index.name}")
+    try:
+        files = [directory / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FieldError("model", f"{index} has no readable weight_map: {type(error).__name__}: {error}") from error
+    for file in files:
+        if not file.is_file():
+            raise FieldError("model", f"{index} lists {file.name}, which is missing")
+    return files

@@ -1,0 +1,54 @@
+"""The worker: everything that lives on the model's device."""
+
+from __future__ import annotations
+
+import torch
+
+from common.checkpoint import DTYPES, default_dtype, resolve_checkpoint
+from common.errors import FieldError
+from common.memory import num_blocks_in, peak_memory
+from common.threads import set_num_threads
+
+from ..config import EngineConfig
+from ..messages import StepInput, StepOutput
+from .kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block
+from .model_runner import ModelRunner
+from .weights import load_decoder
+
+
+class Worker:
+    """Loads the model, says how large a KV cache it has room for, allocates it, and runs steps.
+
+    config: as resolve_config returns it. allocate_cache() comes before the first step.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        assert config.device is not None, "EngineConfig chooses the device"
+        self.config, self.device = config, config.device
+        self.checkpoint = resolve_checkpoint(config.model)
+        dtype = default_dtype(self.device) if config.dtype == "auto" else DTYPES[config.dtype]
+        self.model = load_decoder(self.checkpoint, dtype, self.device)
+        self.runner = ModelRunner(self.model, config, self.checkpoint.eos_token_ids)
+
+    def num_blocks_available(self) -> int:
+        """The size of the KV pool in blocks: as configured, or what its memory holds."""
+        config = self.config
+        if config.num_kv_blocks is not None:
+            return config.num_kv_blocks
+        bytes_per_block = kv_bytes_per_block(self.model, config.block_size)
+        if config.kv_cache_memory is not None:
+            return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
+        if not self.device.startswith("cuda"):
+            return num_blocks_in(CPU_KV_CACHE_BYTES, bytes_per_block, "kv_cache_memory")
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        available = int(config.gpu_memory_utilization * total) - peak_memory(self.device, self.runner.profile)
+        if available <= 0:
+            raise FieldError("gpu_memory_utilization", f"{config.gpu_memory_utilization} leaves no room for a KV cache")
+        return num_blocks_in(available, bytes_per_block, "gpu_memory_utilization")
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        self.runner.set_cache(KVCache(self.model, num_blocks, self.config.block_size))
+
+    def execute(self, step: StepInput) -> StepOutput:
+        set_num_threads(self.config.num_threads)  # here, since the server loads in another thread
+        return self.runner.execute(step)

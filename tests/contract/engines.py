@@ -1,0 +1,153 @@
+"""Engines of parts 3 and later over small random models, driven step by step: what the tests of the border share."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common.checkpoint import MODELS_DIR
+from common.sampling_params import SamplingParams
+from common.testing import reference_greedy, small_model
+
+VOCAB_SIZE = 320
+MAX_STEPS = 1_000  # far more than any of these tests needs
+
+
+class SmallModels:
+    """Two random models with the same vocabulary, on disk: a target, and a draft model that seldom agrees with it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.reference = small_model("llama", seed=1, vocab_size=VOCAB_SIZE)
+        self.target, self.draft = str(directory / "target"), str(directory / "draft")
+        self.reference.save_pretrained(self.target)
+        small_model("llama", seed=2, vocab_size=VOCAB_SIZE).save_pretrained(self.draft)
+        for path in (MODELS_DIR / "tiny").iterdir():
+            if path.name.startswith(("tokenizer", "chat_template")):
+                for folder in (self.target, self.draft):
+                    shutil.copy(path, folder)
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """What transformers answers."""
+        return reference_greedy(self.reference, prompt, num_tokens)
+
+
+@dataclass
+class Answer:
+    """What one request got. ends: its finish reasons and errors; there must be exactly one in the end."""
+
+    token_ids: list[int] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    num_cached_tokens: int | None = None
+
+
+class SmallEngine:
+    """One part's LLMEngine over a small model, and what it has answered so far."""
+
+    def __init__(self, part: str, models: SmallModels, **flags: Any) -> None:
+        self.part = part
+        self.config = self.module("config").EngineConfig(
+            **{"model": models.target, "device": "cpu", "block_size": 4, "num_kv_blocks": 400, **flags}
+        )
+        self.core = self.module("core.engine").LLMEngine(self.config)
+        self.answers: dict[str, Answer] = {}
+        self.preempted = set[str]()  # ids of the requests that were preempted at some time
+
+    def module(self, name: str) -> ModuleType:
+        return importlib.import_module(f"{self.part}.{name}")
+
+    @property
+    def queues(self) -> Any:
+        """What has `running`, `waiting`, `free_rows` and `num_preemptions`: part 3's engine has no scheduler."""
+        return getattr(self.core, "scheduler", self.core)
+
+    @property
+    def worker(self) -> Any:
+        return self.core.executor.worker
+
+    def add(self, request_id: str, prompt: list[int], **fields: Any) -> None:
+        params = SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **fields})
+        self.answers[request_id] = Answer()
+        self.core.add_request(request_id, prompt, params)
+
+    def step(self) -> list[Any]:
+        outputs = self.core.step()
+        self.note(outputs)
+        self.preempted |= {each.request_id for each in self.queues.waiting if each.status.name == "PREEMPTED"}
+        return outputs
+
+    def note(self, outputs: Iterable[Any]) -> None:
+        for output in outputs:
+            answer = self.answers[output.request_id]
+            assert not answer.ends, f"{self.part}: request {output.request_id} has ended, {answer}, and gets {output}"
+            answer.token_ids += output.token_ids
+            answer.ends += [end for end in (output.finish_reason, output.error) if end is not None]
+            if getattr(output, "num_cached_tokens", None) is not None:
+                answer.num_cached_tokens = output.num_cached_tokens
+
+    def finish(self, on_step: Callable[[int], object] = lambda number: None) -> dict[str, Answer]:
+        """Step until nothing is left. on_step(number) is called before each step; True: a request is to come."""
+        number = 0
+        while on_step(number) or self.core.has_unfinished_requests:
+            self.step()
+            number += 1
+            assert number < MAX_STEPS, f"{self.part}: {number} steps, and {self.queues.running} still run"
+        return self.answers
+
+    def generate(self, prompt: list[int], **fields: Any) -> list[int]:
+        """The answer to a request that is alone."""
+        name = f"alone {len(self.answers)}"
+        self.add(name, prompt, **fields)
+        return self.finish()[name].token_ids
+
+    def check_empty(self, look: str) -> None:
+        """No request is left, and nothing is held."""
+        blocks, queues = self.core.blocks, self.queues
+        assert not queues.running and not queues.waiting, f"{self.part}: {queues.running}, {queues.waiting}. {look}"
+        assert not getattr(self.core, "in_flight", None), (
+            f"{self.part}: steps are in flight: {self.core.in_flight}. {look}"
+        )
+        assert (blocks.num_used_blocks, blocks.num_free_blocks) == (0, blocks.num_blocks - 1), (
+            f"{self.part}: {blocks.num_used_blocks} blocks used, {blocks.num_free_blocks} of {blocks.num_blocks - 1} "
+            f"free. {look}"
+        )
+        assert sorted(queues.free_rows) == list(range(self.config.max_num_seqs)), (
+            f"{self.part}: free rows {queues.free_rows} of {self.config.max_num_seqs}. {look}"
+        )
+
+
+def number_of(part: str) -> int:
+    return int(part[4:6])
+
+
+def kinds_of(part: str, models: SmallModels) -> dict[str, dict[str, Any]]:
+    """The ways in which a part can run: name → flags."""
+    number = number_of(part)
+    if number < 5:
+        return {"": {}}
+    kinds: dict[str, dict[str, Any]] = {"async": {}, "sync": {"async_scheduling": False}}
+    if number >= 6:
+        kinds["async, small chunks"] = {"max_num_batched_tokens": 8}
+        kinds["whole prompts"] = {"enable_chunked_prefill": False}
+    if number >= 7:
+        kinds["no prefix caching"] = {"enable_prefix_caching": False}
+    if number >= 8:
+        kinds["n-gram lookup"] = {"speculative_method": "ngram", "prompt_lookup_min": 1}
+        for name, model in (("a draft model", models.draft), ("a draft model that is right", models.target)):
+            kinds[name] = {"speculative_method": "draft_model", "speculative_model": model}
+        kinds["a draft model, small chunks"] = {**kinds["a draft model"], "max_num_batched_tokens": 8}
+    return kinds
+
+
+def prompts_of(count: int, seed: int = 0, longest: int = 20) -> Iterator[list[int]]:
+    """Random prompts; two thirds begin with one of two shared prefixes of two blocks."""
+    rng = random.Random(seed)
+    prefixes = [[rng.randrange(VOCAB_SIZE) for _ in range(8)] for _ in range(2)]
+    for number in range(count):
+        own = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))]
+        yield own if number % 3 == 2 else [*prefixes[number % 3], *own[: longest - 8]]

@@ -74,6 +74,10 @@ class CoreClient:
                 messages.append(decode_from_core(self._outputs.recv(zmq.NOBLOCK)))
         return messages
 
+    def wait_for_messages(self) -> None:
+        """Wait for what an ended process sent last, which may still be on its way: POLL_MS at most."""
+        self._outputs.poll(POLL_MS)
+
     def describe_exit(self) -> str:
         """How the process ended."""
         self.process.join(SHUTDOWN_TIMEOUT_S)

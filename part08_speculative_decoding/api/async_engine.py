@@ -150,6 +150,7 @@ class AsyncLLM:
                     self._deliver(message.outputs)
 
     def _core_died(self) -> None:
+        self.core.wait_for_messages()
         self._read_outputs()  # its last messages
         self._die(f"the engine core has died ({self.core.describe_exit()})")
 

@@ -82,8 +82,9 @@ def rejection_sample(
     Returns (how many draft tokens are accepted: [batch], the token after them: [batch]).
 
     A draft token d is accepted with probability min(1, p(d) / q(d)). The first one that is not is replaced by a token
-    drawn from max(p - q, 0): what p has more than q. If all are accepted, one more is drawn from p. Where q is NaN it
-    counts as 0: a broken drafter costs speed, and changes no answer.
+    drawn from max(p - q, 0): what p has more than q. If all are accepted, one more is drawn from p, and so it is if
+    max(p - q, 0) leaves nothing, because p is q but for rounding. Where q is NaN it counts as 0: a broken drafter costs
+    speed, and changes no answer.
     """
     # exercise: rejection_sample
     draft_probs = draft_probs.nan_to_num(nan=0.0)
@@ -93,8 +94,9 @@ def rejection_sample(
     rows = torch.arange(len(num_accepted), device=num_accepted.device)
     after = target_probs[rows, num_accepted]
     if draft_probs.shape[1]:
-        was_rejected = (num_accepted < num_drafts).unsqueeze(1)
         rejected_q = draft_probs[rows, num_accepted.clamp(max=draft_probs.shape[1] - 1)]
-        after = torch.where(was_rejected, (after - rejected_q).clamp(min=0), after)
+        residual = (after - rejected_q).clamp(min=0)
+        is_used = (num_accepted < num_drafts) & (residual.sum(dim=-1) > 0)
+        after = torch.where(is_used.unsqueeze(1), residual, after)
     return num_accepted, (after / noise).argmax(dim=-1)
     # exercise: end

@@ -201,6 +201,16 @@ def test_a_draft_token_with_p_0_is_rejected() -> None:
     assert got == (0, 2), f"p of the draft token is 0, u is 0: expected (0, 2), got {got}. {LOOK}"
 
 
+def test_a_rejection_where_p_equals_q_but_for_rounding() -> None:
+    """What p has more than q is then nothing at all, and argmax of nothing is token 0."""
+    below = 0.5 - 2**-24
+    got = sample([probs(t1=below, t2=0.5), P[0]], [probs(t1=0.5, t2=0.5)], [1], [1 - 2**-24])
+    assert got[0] == 0 and got[1] in (1, 2), (
+        f"p is q but for rounding, and the draft token was rejected: expected a token from p, 1 or 2, got {got}: where "
+        f"max(p - q, 0) has nothing, draw from p. {LOOK}"
+    )
+
+
 def test_draft_tokens_after_a_rejected_one_do_not_count() -> None:
     p = [probs(t1=1.0), probs(t2=1.0), probs(t3=1.0), probs(t4=1.0)]
     q = [probs(t1=1.0), probs(t7=1.0), probs(t3=1.0)]

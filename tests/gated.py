@@ -32,22 +32,41 @@ class Killed(BaseException):
     """What ends the core's thread, as a signal would."""
 
 
-class Gate:
-    """Each step of a scripted engine waits for a permit.
+class Permits:
+    """Each step of an engine waits for a permit. begun: the requests in each step that has asked for one."""
 
-    begun: the requests in each step whose result was asked for. must_hear: the core takes no step before it has
-    received so many messages. num_sent: how many were sent so far.
+    def __init__(self) -> None:
+        self.permits = threading.Semaphore(0)
+        self.is_open = self.is_killed = False
+        self.begun: list[list[Any]] = []
+
+    def begin(self, names: list[Any]) -> None:
+        self.begun.append(names)
+        if not self.is_open and not self.permits.acquire(timeout=3 * DEADLINE_S):
+            raise TimeoutError("no permit for this step; did it run on the event loop's thread?")
+        if self.is_killed:
+            raise Killed
+
+    def allow(self, num_steps: int) -> None:
+        self.permits.release(num_steps)
+
+    def open(self) -> None:
+        """From now on no step waits."""
+        self.is_open = True
+        self.permits.release()
+
+
+class CoreGate(Permits):
+    """Permits of an engine in CoreThread: a step asks for one when its result is asked for.
+
+    must_hear: the core takes no step before it has received so many messages. num_sent: how many were sent so far.
     """
 
     def __init__(self, part: Part, engine: Any) -> None:
+        super().__init__()
         self.part, self.engine = part, engine
-        self.permits = threading.Semaphore(0)
-        self.is_open = self.is_killed = False
-        self.begun: list[list[str]] = []
         self.start_error: Exception | None = None
         self.must_hear = self.num_heard = self.num_sent = 0
-        executor = executor_of(engine)
-        self._run, executor.run = executor.run, self.run
         self._receive, self._send = part.engine_core.EngineCore.receive, part.core_client.CoreClient.send
 
     def make_engine(self, config: Any) -> Any:
@@ -66,21 +85,18 @@ class Gate:
         self.num_sent += not isinstance(message, self.part.messages.Start)
         self._send(client, message)
 
+
+class Gate(CoreGate):
+    """The engine is a scripted one."""
+
+    def __init__(self, part: Part, engine: Any) -> None:
+        super().__init__(part, engine)
+        executor = executor_of(engine)
+        self._run, executor.run = executor.run, self.run
+
     def run(self, step: Any) -> None:
-        self.begun.append([work.request_id for work in step.work])
-        if not self.is_open and not self.permits.acquire(timeout=3 * DEADLINE_S):
-            raise TimeoutError("no permit for this step")
-        if self.is_killed:
-            raise Killed
+        self.begin([work.request_id for work in step.work])
         self._run(step)
-
-    def allow(self, num_steps: int) -> None:
-        self.permits.release(num_steps)
-
-    def open(self) -> None:
-        """From now on no step waits."""
-        self.is_open = True
-        self.permits.release()
 
     @property
     def launched(self) -> list[list[str]]:
@@ -99,13 +115,15 @@ def prompt_of(name: int) -> list[int]:
 class CoreThread:
     """In place of a multiprocessing process: a thread that runs the core over the sockets in the directory."""
 
-    def __init__(self, gate: Gate, directory: str) -> None:
+    def __init__(self, gate: CoreGate, directory: str) -> None:
         self.gate, self.directory = gate, directory
         self.mode = Path(directory).stat().st_mode & 0o777
         self.pid: int | None = None
         self.exitcode: int | None = None
         self.how_it_ends = -15  # the exit code after terminate()
         self.context = zmq.Context()
+        self.requests = self.context.socket(zmq.PULL)
+        self.requests.bind(f"ipc://{directory}/requests")  # now: the client connects at once, or tries again in 100 ms
         self.sentinel, self._end = os.pipe()
         self.thread = threading.Thread(target=self.serve, name="core", daemon=True)
 
@@ -114,8 +132,7 @@ class CoreThread:
         self.thread.start()
 
     def serve(self) -> None:
-        requests, outputs = self.context.socket(zmq.PULL), self.context.socket(zmq.PUSH)
-        requests.bind(f"ipc://{self.directory}/requests")
+        requests, outputs = self.requests, self.context.socket(zmq.PUSH)
         outputs.connect(f"ipc://{self.directory}/outputs")
         self.exitcode = 0
         try:
@@ -149,8 +166,11 @@ class CoreThread:
 
 
 @contextlib.contextmanager
-def gated_engine(gate: Gate, **flags: Any) -> Iterator[Any]:
-    """The part's AsyncLLM, whose core is a thread with the gate's engine. The caller shuts it down."""
+def gated_engine(gate: CoreGate, config: Any = None, **flags: Any) -> Iterator[Any]:
+    """The part's AsyncLLM, whose core is a thread with the gate's engine. The caller shuts it down.
+
+    flags: EngineConfig's, unless there is a config.
+    """
     part, threads = gate.part, list[CoreThread]()
     engine_core, core_client = part.engine_core, part.core_client
 
@@ -167,7 +187,7 @@ def gated_engine(gate: Gate, **flags: Any) -> Iterator[Any]:
         stack.enter_context(mock.patch.object(core_client.CoreClient, "send", lambda *args: gate.send(*args)))
         stack.enter_context(mock.patch.object(part.async_engine, "load_tokenizer", lambda _: Words()))
         try:
-            yield part.async_engine.AsyncLLM(part.config.EngineConfig(device="cpu", **flags))
+            yield part.async_engine.AsyncLLM(config or part.config.EngineConfig(device="cpu", **flags))
         finally:
             for thread in threads:
                 thread.join(DEADLINE_S)

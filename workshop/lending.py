@@ -35,6 +35,13 @@ class CopyFinder(MetaPathFinder):
         spec.cached = None
         return spec
 
+    def lend(self, text: str, path: Path) -> tuple[str, list[int]]:
+        """The text of the learner's file with the lent bodies, and each line's number in the file."""
+        reference = self.reference / path.relative_to(self.workspace / self.reference.name)
+        bodies = find_bodies(reference.read_text(encoding="utf-8"), str(reference)) if reference.is_file() else {}
+        lent = {name: body.lines for name, body in bodies.items() if name in self.lent}
+        return replace_bodies(text, lent, path.name)
+
 
 class LendingLoader(SourceFileLoader):
     """Compiles a learner's file with the lent bodies inserted; line numbers stay those of the file."""
@@ -49,11 +56,8 @@ class LendingLoader(SourceFileLoader):
 
     def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
         text = bytes(data).decode("utf-8").replace("\r\n", "\n")
-        reference = self.finder.reference / Path(path).relative_to(self.finder.workspace / self.finder.reference.name)
-        bodies = find_bodies(reference.read_text(encoding="utf-8"), str(reference)) if reference.is_file() else {}
-        lent = {name: body.lines for name, body in bodies.items() if name in self.finder.lent}
         ast.parse(text, path)  # a syntax error is reported at the learner's line
-        text, numbers = replace_bodies(text, lent, Path(path).name)
+        text, numbers = self.finder.lend(text, Path(path))
         tree = ast.parse(text, path)
         nodes: list[Any] = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
         for node in nodes:

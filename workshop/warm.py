@@ -18,10 +18,14 @@ import sys
 import tempfile
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TextIO
+
+from workshop.course import WorkshopError
+from workshop.lending import CopyFinder, install
 
 # macOS has fork, but its system libraries are not fork-safe; WORKSHOP_NO_FORK is for the tests.
 CAN_FORK = sys.platform.startswith("linux") and "WORKSHOP_NO_FORK" not in os.environ
@@ -122,19 +126,23 @@ def run_and_exit(job: Job, imported: TextIO) -> None:
         os._exit(status)  # no exit handlers: they belong to the parent
 
 
-def use_kernel_cache(job: Job) -> None:
-    """Give Numba a cache folder for these kernels alone. Numba finds a compiled kernel by its file's path and time, and
-    does not see which bodies of that file are lent."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(job.workspace) / Path(job.reference).name).rglob("*.py")):
-        text = path.read_bytes()
-        if b"numba" in text:
-            lent = [name for name in job.lent if f"# exercise: {name}\n".encode() in text]
-            digest.update(repr((str(path), text, lent)).encode())
-    folder = str(Path(job.events).parent / f"numba-{digest.hexdigest()[:16]}")
-    os.environ["NUMBA_CACHE_DIR"] = folder  # for child processes, and for an import of Numba that is still to come
+def use_kernel_cache(folder: Path, finder: CopyFinder) -> None:
+    """Let copies share compiled kernels, which take seconds, if these are compiled from the same code.
+
+    Numba finds a compiled kernel by its file's path and content, and does not see which bodies of the file are lent.
+    """
+    digest = hashlib.sha256(finder.reference.name.encode())
+    copy = finder.workspace / finder.reference.name
+    for path in sorted(copy.rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "numba" in text:
+            with suppress(WorkshopError):  # a missing marker: the import reports it
+                text, _ = finder.lend(text, path)
+            digest.update(repr((str(path.relative_to(copy)), text)).encode())
+    os.environ["NUMBA_CACHE_DIR"] = str(folder / f"numba-{digest.hexdigest()[:16]}")
+    os.environ["NUMBA_CACHE_LOCATOR_CLASSES"] = "workshop.kernel_locator.KernelLocator"
     if "numba" in sys.modules:
-        sys.modules["numba"].config.CACHE_DIR = folder
+        sys.modules["numba"].config.reload_config()
 
 
 def run(job: Job) -> int:
@@ -144,13 +152,13 @@ def run(job: Job) -> int:
     faulthandler.dump_traceback_later(job.limit_s, exit=True, file=log)
     import pytest
 
-    from workshop.lending import CopyFinder, install
     from workshop.pytest_plugin import EventWriter
 
     reference = Path(job.reference)
     writer = EventWriter(Path(job.events), Path(job.workspace) / reference.name)
-    install(CopyFinder(Path(job.workspace), reference, job.lent))
-    use_kernel_cache(job)
+    finder = CopyFinder(Path(job.workspace), reference, job.lent)
+    install(finder)
+    use_kernel_cache(Path(job.events).parent, finder)
     for module in job.modules:  # pytest would report such a failure at length, or abort if it is in a conftest.py
         try:
             importlib.import_module(module)
@@ -158,7 +166,9 @@ def run(job: Job) -> int:
             writer.write_failure(module, error, "".join(traceback.format_exception(error)))
             return 1
     options = ["--rootdir=.", "--import-mode=importlib", f"--maxfail={job.max_failures}"]
-    options += ["-p", "no:faulthandler", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    # The last two look for garbage five times at the end, which takes longer than most of these tests.
+    unused = ("faulthandler", "cacheprovider", "xdist", "unraisableexception", "threadexception")
+    options += [word for name in unused for word in ("-p", f"no:{name}")]
     return int(pytest.main([*options, *job.tests], [writer]))
 
 

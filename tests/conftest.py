@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis.internal.conjecture import providers
+
+from tests.quick_uvicorn import quick_uvicorn
+
+if TYPE_CHECKING:
+    from tests.forked_servers import Host
+
+__all__ = ["host", "one_host", "quick_uvicorn"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -13,3 +23,19 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # which tests ran before it in the same process.
 _no_constants = providers.Constants()
 providers._get_local_constants = lambda: _no_constants
+
+
+@pytest.fixture(scope="session")
+def one_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    from tests.forked_servers import Host
+
+    host = Host(tmp_path_factory.mktemp("host"))
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def host(one_host: Host) -> Iterator[Host]:
+    """Forks servers of parts 3 and later; those that a test has started end with it."""
+    yield one_host
+    one_host.ask(end=True)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -36,8 +36,59 @@ def course_environment(part_dir: Path) -> dict[str, str]:
     return environment(part_dir.parent, Path(common.__file__).parents[1])
 
 
+class ServerClient:
+    """A server's client. verify=False: there is no TLS here, and to load the certificates takes longer than to ask."""
+
+    url: str
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=TIMEOUT_S, trust_env=False, verify=False)
+
+    def post(self, path: str, body: bytes | dict, headers: dict[str, str] | None = None) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx.post(
+            self.url + path, content=content, headers=headers, timeout=TIMEOUT_S, trust_env=False, verify=False
+        )
+
+    def stream(
+        self, path: str, body: dict, headers: dict[str, str] | None = None
+    ) -> contextlib.AbstractContextManager[httpx.Response]:
+        return httpx.stream(
+            "POST", self.url + path, json=body, headers=headers, timeout=TIMEOUT_S, trust_env=False, verify=False
+        )
+
+    def gauge(self, name: str, look: str) -> float:
+        """Of /metrics, by its name without the prefix."""
+        metrics = self.get("/metrics").text
+        found = re.search(rf"^engine:{name}(?:_total)? ([0-9].*)$", metrics, re.MULTILINE)
+        assert found, f"/metrics has no engine:{name}: {metrics}. {look}"
+        return float(found[1])
+
+    def check_a_chat_needs_no_max_tokens(self, look: str) -> None:
+        """Also where the KV cache is smaller than the context."""
+        answer = self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0})
+        assert answer.status_code == 200, f"a chat that names no limit: expected an answer, got {answer.text}. {look}"
+
+    def check_finishes_a_stream_after(self, interrupt: Callable[[], object], path: str, body: dict, look: str) -> None:
+        """What interrupts the server in the middle of a stream lets it come to its end."""
+        with self.stream(path, body) as response:
+            chunks = response.iter_text()
+            text = next(chunks)
+            interrupt()
+            text += "".join(chunks)
+        assert text.endswith("data: [DONE]\n\n"), (
+            f"expected the open stream to end with [DONE], got {text[-300:]!r}. {look}"
+        )
+        last = json.loads(text.split("\n\n")[-3].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "length", f"got {last}. {look}"
+
+
 @dataclasses.dataclass
-class ServerProcess:
+class ServerProcess(ServerClient):
     """A server that has said that it is ready.
 
     lines: what it printed, up to and with the line that says so; ready: how the pattern matched that line.
@@ -49,27 +100,8 @@ class ServerProcess:
     stderr: Path
 
     @property
-    def port(self) -> int:
-        return int(self.ready["port"])
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=TIMEOUT_S, trust_env=False)
-
-    def post(self, path: str, body: bytes | dict) -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(self.url + path, content=content, timeout=TIMEOUT_S, trust_env=False)
-
-    def stream(self, path: str, body: dict) -> contextlib.AbstractContextManager[httpx.Response]:
-        return httpx.stream("POST", self.url + path, json=body, timeout=TIMEOUT_S, trust_env=False)
-
-    def check_a_chat_needs_no_max_tokens(self, look: str) -> None:
-        """Also where the KV cache is smaller than the context."""
-        answer = self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0})
-        assert answer.status_code == 200, f"a chat that names no limit: expected an answer, got {answer.text}. {look}"
+    def url(self) -> str:  # type: ignore[override]
+        return f"http://127.0.0.1:{self.ready['port']}"
 
     def check_ends_after_sigterm(self, look: str) -> None:
         """SIGTERM has been sent: the process ends well, writes no traceback, and frees its port."""
@@ -84,16 +116,7 @@ class ServerProcess:
 
     def check_finishes_a_stream_after_sigterm(self, path: str, body: dict, look: str) -> None:
         """SIGTERM in the middle of a stream, which still comes to its end before the server does."""
-        with self.stream(path, body) as response:
-            chunks = response.iter_text()
-            text = next(chunks)
-            self.process.send_signal(signal.SIGTERM)
-            text += "".join(chunks)
-        assert text.endswith("data: [DONE]\n\n"), (
-            f"expected the open stream to end with [DONE], got {text[-300:]!r}. {look}"
-        )
-        last = json.loads(text.split("\n\n")[-3].removeprefix("data: "))
-        assert last["choices"][0]["finish_reason"] == "length", f"got {last}. {look}"
+        self.check_finishes_a_stream_after(lambda: self.process.send_signal(signal.SIGTERM), path, body, look)
         self.check_ends_after_sigterm(look)
         assert self.process.stdout is not None and self.process.stdout.read() == "", (
             f"expected no more on stdout than the line that says it is ready. {look}"
@@ -128,26 +151,6 @@ def serve(
         process.kill()
         process.wait()
         process.stdout.close()  # type: ignore[union-attr]
-
-
-def check_loading_starts_no_helpers(part_dir: Path, look: str) -> None:
-    """No OpenMP workers, in a process that has two threads to compute with: the engine's thread will have its own."""
-    code = (
-        "import os, torch\n"
-        "torch.set_num_threads(2)\n"
-        f"from {part_dir.name} import __main__ as part\n"
-        "count = lambda: len(os.listdir('/proc/self/task'))\n"
-        "before = count()\n"
-        "part.serve_app = lambda *_, **__: print(count() - before)\n"
-        "part.serve(part.ServerConfig(port=0), part.EngineConfig(device='cpu'))\n"
-    )
-    command = [sys.executable, "-c", code]
-    env = {**course_environment(part_dir), "OMP_NUM_THREADS": "2"}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=part_dir.parent, env=env, timeout=TIMEOUT_S)
-    assert run.stdout == "0\n", (
-        f"the model is loaded by a thread that will not run it: expected no thread more than before, got "
-        f"{run.stdout.strip()} {run.stderr[-400:]}. OpenMP's workers stay, and the engine's own then sleep. {look}"
-    )
 
 
 def refuses(port: int, host: str = "127.0.0.1") -> bool:

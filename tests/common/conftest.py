@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from common.checkpoint import MODELS_DIR
 from tests.common.openai_fakes import FakeEngine, Server, serving
 
+__all__ = ["engine", "server", "tiny_tokenizer"]
+
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerBase:

@@ -222,7 +222,11 @@ def serving(
 ) -> Iterator[Server]:
     """A server over the engine. At the end no open stream, task or unexpected exception may be left."""
     app = Watched(create_app(engine, options))
-    with running_app(app) as url, httpx.Client(base_url=url, timeout=DEADLINE_S, trust_env=False) as client:
+    with (
+        running_app(app) as url,
+        # verify=False: there is no TLS here, and to load the certificates takes longer than most tests
+        httpx.Client(base_url=url, timeout=DEADLINE_S, trust_env=False, verify=False) as client,
+    ):
         server = Server(url, engine, app, client)
         try:
             yield server

@@ -487,7 +487,7 @@ def test_open_requests_are_finished_before_the_engine_ends(engine: FakeEngine, s
     engine.manual = True
     app = Watched(create_app(engine))
     serve = running_app(app)
-    server = Server(serve.__enter__(), engine, app, httpx.Client())
+    server = Server(serve.__enter__(), engine, app, httpx.Client(verify=False))
     connection = server.send(CHAT, stream=stream)
     (request,) = server.until_streams(1)
     request.put(delta("one ", [1]))

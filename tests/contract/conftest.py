@@ -1,6 +1,7 @@
 """The contract suite runs on every part folder found on disk, from the part that introduces what a test checks.
 
-A test takes the fixture `part` (a folder's name), or `engine` (that part's engine), and says `@pytest.mark.since(3)`.
+A test takes the fixture `part` (a folder's name), or `engine` (that part's engine), and says `@pytest.mark.since(3)`,
+or `since(3, unless=...)` with a function that says of which parts it has nothing to say.
 `pytest tests/contract --part 3` keeps to one part.
 """
 
@@ -39,7 +40,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mark = metafunc.definition.get_closest_marker("since")
     if mark is None or len(mark.args) != 1:
         raise pytest.UsageError(f"{metafunc.definition.nodeid} needs @pytest.mark.since(<the first part it holds for>)")
-    metafunc.parametrize("part", [part for part in PARTS if number_of(part) >= mark.args[0]], scope="session")
+    unless = mark.kwargs.get("unless", lambda part: False)
+    parts = [part for part in PARTS if number_of(part) >= mark.args[0] and not unless(part)]
+    metafunc.parametrize("part", parts, scope="session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

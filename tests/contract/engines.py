@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import random
 import shutil
@@ -10,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from common.checkpoint import MODELS_DIR
 from common.sampling_params import SamplingParams
 from common.testing import reference_greedy, small_model
 
 VOCAB_SIZE = 320
+DEFAULTS: dict[str, Any] = {"device": "cpu", "num_threads": 1, "block_size": 4, "num_kv_blocks": 400}
 MAX_STEPS = 1_000  # far more than any of these tests needs
 
 
@@ -24,6 +27,8 @@ class SmallModels:
 
     def __init__(self, directory: Path) -> None:
         self.reference = small_model("llama", seed=1, vocab_size=VOCAB_SIZE)
+        self._answers: dict[tuple[int, ...], list[int]] = {}
+        self._decoders: list[tuple[str, Any, Any]] = []
         self.target, self.draft = str(directory / "target"), str(directory / "draft")
         self.reference.save_pretrained(self.target)
         small_model("llama", seed=2, vocab_size=VOCAB_SIZE).save_pretrained(self.draft)
@@ -33,8 +38,27 @@ class SmallModels:
                     shutil.copy(path, folder)
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """What transformers answers."""
-        return reference_greedy(self.reference, prompt, num_tokens)
+        """What transformers answers; it is asked once."""
+        known = self._answers.get(tuple(prompt), [])
+        if len(known) < num_tokens:
+            known = self._answers[tuple(prompt)] = reference_greedy(self.reference, prompt, num_tokens)
+        return known[:num_tokens]
+
+    @contextlib.contextmanager
+    def loaded_once(self, part: str) -> Iterator[None]:
+        """Inside, engines of the part share what computes a model: nothing changes it."""
+        worker = importlib.import_module(f"{part}.worker.worker")
+        load_decoder = worker.load_decoder
+
+        def load(checkpoint: Any, *rest: Any) -> Any:
+            for name, known, decoder in self._decoders:
+                if name == part and known == (checkpoint, *rest):
+                    return decoder
+            self._decoders.append((part, (checkpoint, *rest), load_decoder(checkpoint, *rest)))
+            return self._decoders[-1][2]
+
+        with mock.patch.object(worker, "load_decoder", load):
+            yield
 
 
 @dataclass
@@ -51,10 +75,9 @@ class SmallEngine:
 
     def __init__(self, part: str, models: SmallModels, **flags: Any) -> None:
         self.part = part
-        self.config = self.module("config").EngineConfig(
-            **{"model": models.target, "device": "cpu", "block_size": 4, "num_kv_blocks": 400, **flags}
-        )
-        self.core = self.module("core.engine").LLMEngine(self.config)
+        self.config = self.module("config").EngineConfig(**{**DEFAULTS, "model": models.target, **flags})
+        with models.loaded_once(part):
+            self.core = self.module("core.engine").LLMEngine(self.config)
         self.answers: dict[str, Answer] = {}
         self.preempted = set[str]()  # ids of the requests that were preempted at some time
 

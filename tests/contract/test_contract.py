@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -152,6 +153,7 @@ def test_a_part_has_its_files(part_dir: Path, name: str) -> None:
     assert (part_dir / name).stat().st_size, f"{part_dir.name}/{name} is empty"
 
 
+@functools.cache
 def parse_sources(part_dir: Path) -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(part_dir.rglob("*.py"))}
 

@@ -74,6 +74,9 @@ def fail_and_check(engine: SmallEngine, error: Exception, where: str) -> None:
     assert got == sorted((request_id, (), CAUSE) for request_id in unfinished), (
         f"{where}: requests {sorted(unfinished)} have not ended, and fail() says {got}. {LOOK}"
     )
+    again = engine.core.fail(error)
+    engine.core.num_failures -= 1  # the line above counted too
+    assert not again, f"{where}: a request ends once, and a second fail() says {again}. {LOOK}"
     engine.note(outputs)
     for request_id, answer in engine.answers.items():
         assert len(answer.ends) == 1, f"{where}: request {request_id} must end exactly once, got {answer}. {LOOK}"
@@ -126,6 +129,10 @@ def test_two_failed_steps_in_a_row(part: str, small_models: SmallModels) -> None
             for count in (1, 2):
                 where = f"{part} {kind}: failure {count} of {place} in a row"
                 fail_and_check(engine, step_until_it_fails(engine), where)
+                if place == "run":  # a step with nothing to do ends before it gets there
+                    num_steps = engine.core.num_steps
+                    assert not engine.core.step(), f"{where}: an idle engine has nothing to say. {LOOK}"
+                    assert engine.core.num_steps == num_steps, f"{where}: a step with nothing to do counts. {LOOK}"
                 assert engine.core.num_failures == count, f"{where}: num_failures={engine.core.num_failures}. {LOOK}"
                 engine.add(f"between {count}", prompts[0])
             repair()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,16 +27,21 @@ FORBIDDEN = {  # third-party and standard packages, by room
 RULE = "Calls and imports go one way: api → core → worker; everyone may import messages, config and common."
 
 
+@functools.cache
+def imports_in(source: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported_by(path: Path, part_dir: Path) -> Iterator[tuple[int, list[str], bool]]:
     """Each import: its line, the dotted path, and whether that path begins in the part."""
     package = list(path.relative_to(part_dir).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in imports_in(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 first, *rest = alias.name.split(".")
                 is_own = first == part_dir.name
                 yield node.lineno, rest if is_own else [first, *rest], is_own
-        elif isinstance(node, ast.ImportFrom):
+        else:
             start = package[: len(package) - node.level + 1] if node.level else []
             dotted = [*start, *(node.module.split(".") if node.module else [])]
             is_own = node.level > 0 or dotted[0] == part_dir.name

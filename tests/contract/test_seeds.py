@@ -20,7 +20,7 @@ SUBJECTS: list[dict[str, Any]] = [
     {"seed": 13, "temperature": 1.0, "logit_bias": FEW_TOKENS},
     {"seed": 14, "temperature": 0.9, "top_p": 0.9, "logit_bias": FEW_TOKENS, "frequency_penalty": 0.2},
 ]
-NUM_TOKENS = 20
+NUM_TOKENS = 14
 
 
 def add_subjects(engine: SmallEngine) -> None:

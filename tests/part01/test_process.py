@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +18,9 @@ import part01_simple_server
 from common.checkpoint import MODELS_DIR
 from part01_simple_server.config import EngineConfig
 from tests.process_checks import (
-    TIMEOUT_S,
     ServerProcess,
     check_command_lines,
     check_loopback_only,
-    course_environment,
     environment,
     serve,
 )
@@ -34,6 +29,7 @@ PART_DIR = Path(part01_simple_server.__file__).parent
 PART = PART_DIR.name
 COMMON_DIR = Path(common.__file__).parent
 LOOK = 'Look at __main__.py; README "Bad input".'
+BODY = {"prompt": "Once upon a time", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 READY = r"serving (?P<model>\S+) on http://(?P<host>\S+):(?P<port>\d+) \(\w+, \d+ tokens of context\)\n"
 
 
@@ -73,35 +69,26 @@ def test_defaults(server: ServerProcess) -> None:
     assert health.json() == {"status": "ok", "model": "tiny"}, health.text
 
 
-def test_serves_over_a_socket_whatever_clients_do(server: ServerProcess) -> None:
-    body = {"prompt": "Once upon a time", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    answer = generate(server, body)
+@pytest.fixture(scope="module")
+def answer(server: ServerProcess) -> httpx.Response:
+    """The answer to BODY before anything else is asked."""
+    answer = generate(server, BODY)
     assert answer.status_code == 200 and len(answer.json()["token_ids"]) == 4, answer.text
+    return answer
+
+
+def check_answers_the_same(server: ServerProcess, answer: httpx.Response) -> None:
+    again = generate(server, BODY)
+    assert again.json() == answer.json(), f"the same request later: {again.text} against {answer.text}"
+
+
+def test_serves_over_a_socket_whatever_clients_do(server: ServerProcess, answer: httpx.Response) -> None:
     for bad, status in ((b"\xff", 400), (b'{"prompt": "Hi"}' + b" " * 1_000_000, 413)):
         refused = generate(server, bad)
         assert refused.status_code == status, f"expected {status}, got {refused.status_code}: {refused.text}. {LOOK}"
     with socket.create_connection(("127.0.0.1", server.port)) as broken:
         broken.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")  # and disconnects
-    with socket.create_connection(("127.0.0.1", server.port)):  # sends nothing, and must not block the server for long
-        check_port_in_use(server.port)
-        again = generate(server, body)
-    assert again.json() == answer.json(), f"the same request later: {again.text} against {answer.text}"
-
-
-def check_port_in_use(port: int) -> None:
-    """A second server on the port ends in one line. (What else can be wrong is tested below, at less cost.)"""
-    command = [sys.executable, "-m", PART, "--port", str(port)]
-    env = course_environment(PART_DIR)
-    done = subprocess.run(command, cwd=PART_DIR.parent, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
-    assert (done.returncode, done.stdout) == (2, ""), f"port in use: expected status 2 and silence, got {done}. {LOOK}"
-    expected = rf"{PART}: error: cannot listen on 127.0.0.1 port {port}: .*in use.*\n"
-    assert re.fullmatch(expected, done.stderr), f"port in use: expected one line on stderr, got {done.stderr!r}. {LOOK}"
-
-
-def test_sigterm_ends_it(server: ServerProcess) -> None:
-    """The last test of this server."""
-    server.process.send_signal(signal.SIGTERM)
-    server.check_ends_after_sigterm(LOOK)
+    check_answers_the_same(server, answer)
 
 
 def copy_of_tiny(directory: Path, **replaced: bytes | None) -> Path:
@@ -141,8 +128,12 @@ def broken_models(tmp_path: Path) -> dict[str, tuple[Path, list[str]]]:
     return models
 
 
-def test_help_and_bad_command_lines_and_broken_models(tmp_path: Path) -> None:
+def test_help_and_bad_command_lines_and_broken_models(
+    server: ServerProcess, answer: httpx.Response, tmp_path: Path
+) -> None:
+    """Meanwhile a client of the server says nothing."""
     cases: dict[str, tuple[list[str], list[str]]] = {
+        "port in use": (["--port", str(server.port)], ["cannot listen on 127.0.0.1", str(server.port), "in use"]),
         "unknown flag": (["--modle", "tiny"], ["--modle"]),
         "abbreviated flag": (["--por", "0"], ["--por"]),
         "stray word": (["tiny"], ["tiny"]),
@@ -159,4 +150,12 @@ def test_help_and_bad_command_lines_and_broken_models(tmp_path: Path) -> None:
     }
     for name, (directory, words) in broken_models(tmp_path).items():
         cases[name] = (["--port", "0", "--model", str(directory)], ["model", *words])
-    check_command_lines(PART_DIR, EngineConfig, cases, LOOK)
+    with socket.create_connection(("127.0.0.1", server.port)):  # sends nothing, and must not block the server for long
+        check_command_lines(PART_DIR, EngineConfig, cases, LOOK)
+        check_answers_the_same(server, answer)
+
+
+def test_sigterm_ends_it(server: ServerProcess) -> None:
+    """The last test of this server."""
+    server.process.send_signal(signal.SIGTERM)
+    server.check_ends_after_sigterm(LOOK)

@@ -8,6 +8,7 @@ import torch
 from part02_streaming.config import EngineConfig
 from part02_streaming.engine import LLM
 
+__all__ = ["llm"]
 torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
 
 

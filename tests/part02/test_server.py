@@ -132,7 +132,8 @@ def serving(llm: LLM, max_queued_requests: int = 64) -> Iterator[Server]:
     app = Watched(create_app(llm, max_queued_requests))
     with running_app(app) as url:
         try:
-            with httpx.Client(base_url=url, timeout=DEADLINE_S, trust_env=False) as client:
+            # verify=False: there is no TLS here, and to load the certificates takes longer than most tests
+            with httpx.Client(base_url=url, timeout=DEADLINE_S, trust_env=False, verify=False) as client:
                 yield Server(url, llm, app, client)
         finally:
             if isinstance(llm, SteppedLLM):
@@ -489,7 +490,7 @@ def test_open_requests_are_finished_when_the_server_ends(llm: LLM, stream: bool)
     stepped, app_ended = SteppedLLM(llm), threading.Event()
     app = create_app(stepped)
     serve = running_app(app)
-    server = Server(serve.__enter__(), stepped, Watched(app), httpx.Client())
+    server = Server(serve.__enter__(), stepped, Watched(app), httpx.Client(verify=False))
 
     def end() -> None:
         serve.__exit__(None, None, None)
@@ -525,11 +526,11 @@ def accepts(server: Server) -> bool:
 def test_a_request_that_takes_too_long_is_aborted_at_the_end(
     llm: LLM, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common.serve, "DRAIN_TIMEOUT_S", 1)
+    monkeypatch.setattr(common.serve, "DRAIN_TIMEOUT_S", 0.1)
     stepped, app_ended = SteppedLLM(llm), threading.Event()
     app = create_app(stepped)
     serve = running_app(app)
-    server = Server(serve.__enter__(), stepped, Watched(app), httpx.Client())
+    server = Server(serve.__enter__(), stepped, Watched(app), httpx.Client(verify=False))
 
     def end() -> None:
         serve.__exit__(None, None, None)

@@ -17,7 +17,6 @@ from common.outputs import CompletionOutput, Logprob, join_outputs
 from common.sampling_params import SamplingParams
 from common.testing import FAMILIES, assert_same_greedy, reference_greedy
 from part03_paged_attention.config import EngineConfig
-from part03_paged_attention.core import engine as engine_module
 from part03_paged_attention.core.block_manager import BlockManager
 from part03_paged_attention.core.engine import LLMEngine
 from part03_paged_attention.core.request import Request, RequestStatus, check_stop
@@ -695,7 +694,7 @@ def test_aborts_at_random(small: Callable[..., LLMEngine]) -> None:
     assert 5 < len(aborted) < 35, f"this test needs some to be aborted and some not, got {len(aborted)}"
 
 
-# A failed step
+# A failed step: see also tests/contract/test_failed_step.py
 
 
 def break_once(engine: LLMEngine, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,96 +717,7 @@ def break_once(engine: LLMEngine, where: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(owner, name, fail)
 
 
-def fail_a_step(engine: LLMEngine, expected_ids: str, where: str) -> None:
-    """The next step raises. All requests in the engine must end with the cause, once, and leave nothing."""
-    with pytest.raises(ZeroDivisionError) as caught:
-        engine.step()
-    outputs = engine.fail(caught.value)
-    got = sorted(output.request_id for output in outputs)
-    assert got == sorted(expected_ids), (
-        f"{where}: expected requests {sorted(expected_ids)} to end, each once, got {got}. {LOOK_FAIL}"
-    )
-    for output in outputs:
-        assert (output.error, output.token_ids) == ("ZeroDivisionError: the cat sat on it", []), (
-            f"{where}: expected the cause and no tokens, got {output}. {LOOK_FAIL}"
-        )
-    assert not engine.has_unfinished_requests, f"{where}: {ids([*engine.running, *engine.waiting])} remain. {LOOK_FAIL}"
-    check_invariant(engine, f"{where}, after fail()")
-    assert engine.blocks.num_used_blocks == 0, f"{where}: {engine.blocks.num_used_blocks} blocks are used. {LOOK_FAIL}"
-    assert engine.fail(caught.value) == [], f"{where}: a request ends once. {LOOK_FAIL}"
-    engine.num_failures -= 1  # the line above counted too
-
-
 BREAKING = ["executor.execute", "runner._prepare", "model.forward", "sampler.sample"]
-
-
-@pytest.mark.parametrize("at_step", [0, 1, 4])
-@pytest.mark.parametrize("where", BREAKING)
-def test_a_failed_step_ends_all_requests(
-    small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch, where: str, at_step: int
-) -> None:
-    """The batch 0 and 1, and 2 which waits. The next requests get their answers, with the rows and blocks of before."""
-    engine = small(max_num_seqs=2)
-    expected = run(small(max_num_seqs=2), [5, 20, 7], greedy(6))
-    add(engine, [5, 20, 7], greedy(6))
-    for _ in range(at_step):
-        engine.step()
-    break_once(engine, where, monkeypatch)
-    fail_a_step(engine, "012", f"{where} raises in step {at_step}")
-    assert engine.num_failures == 1, f"expected 1 failure, got {engine.num_failures}. {LOOK_FAIL}"
-    got = run(engine, [5, 20, 7], greedy(6))
-    assert got == expected, f"after a failed step: expected {expected}, got {got}. {LOOK_FAIL}"
-    assert engine.num_failures == 0, f"a good step ends the count, got {engine.num_failures}. {LOOK_STEP}"
-
-
-@pytest.mark.parametrize("where", BREAKING)
-def test_a_failed_step_ends_a_preempted_request(
-    small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    engine = small(block_size=4, num_kv_blocks=1 + 3)
-    add(engine, [4, 4, 4], greedy(6))
-    for _ in range(2):
-        engine.step()
-    statuses = {request.request_id: request.status for request in engine.waiting}
-    assert statuses["1"] is RequestStatus.PREEMPTED, f"this test needs a preempted request, got {statuses}. {LOOK_GROW}"
-    break_once(engine, where, monkeypatch)
-    fail_a_step(engine, "012", f"{where} raises while request 1 is preempted")
-    expected = tokens(run(small(), [4, 4, 4], greedy(6)).answers)
-    got = tokens(run(engine, [4, 4, 4], greedy(6)).answers)
-    assert got == expected, f"after a failed step: expected {expected}, got {got}. {LOOK_FAIL}"
-
-
-def test_a_step_that_fails_in_the_update_ends_the_finished_requests_too(
-    small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Request 0 gets its last token, and request 1 raises before step() can return it."""
-    engine = small()
-    add(engine, [5, 6, 7], [greedy(1), greedy(9), greedy(9)])
-
-    def fail(request: Request, eos_token_ids: frozenset[int]) -> Any:
-        if request.request_id == "1":
-            raise ZeroDivisionError("the cat sat on it")
-        return check_stop(request, eos_token_ids)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "check_stop", fail)
-        fail_a_step(engine, "012", "the update of request 1 raises")
-
-
-def test_failures_in_a_row_are_counted(small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A good step ends the count; a step with nothing to do is none."""
-    engine = small()
-    for number in (1, 2, 3):
-        add(engine, [5], greedy(3))
-        break_once(engine, "sampler.sample", monkeypatch)
-        fail_a_step(engine, "0", f"failure {number}")
-        assert engine.num_failures == number, f"expected {number} failures, got {engine.num_failures}. {LOOK_FAIL}"
-        assert engine.step() == [] and engine.num_failures == number, f"an idle step ends the count. {LOOK_STEP}"
-    num_steps = engine.num_steps
-    assert num_steps == 0, f"failed steps count as steps: {num_steps}. {LOOK_STEP}"
-    add(engine, [5], greedy(3))
-    engine.step()
-    assert engine.num_failures == 0, f"a good step ends the count, got {engine.num_failures}. {LOOK_STEP}"
 
 
 def test_failures_at_random(small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:

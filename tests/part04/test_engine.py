@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,6 @@ LOOK_PASS = (
 )
 LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "One number for all work".'
 LOOK_STEP = 'Look at core/engine.py::LLMEngine.step and core/scheduler.py; README "The idea".'
-LOOK_FAIL = (
-    'Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset; README "Between two threads".'
-)
 LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README "The running come first".'
 LOOK_KEPT = (
     "Look at what a preempted request keeps, core/scheduler.py::Scheduler.preempt, and at worker/sampler.py::Sampler; "
@@ -50,6 +48,7 @@ MAX_STEPS = 1_000  # far more than any of these tests needs
 
 MakeEngine = Callable[..., LLMEngine]
 PromptOf = Callable[..., list[int]]
+Alone = Callable[[list[int], int], list[int]]
 
 
 def greedy(num_tokens: int, **fields: Any) -> SamplingParams:
@@ -156,6 +155,17 @@ class Lost:
             preempt(request)
 
         monkeypatch.setattr(engine.scheduler, "preempt", count)
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM) -> Alone:
+    """alone(prompt, num_tokens): the greedy answer of an engine that has nothing else to do, which is asked once."""
+
+    @functools.cache
+    def ask(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+        return llm.generate([list(prompt)], greedy(num_tokens))[0].outputs[0].token_ids
+
+    return lambda prompt, num_tokens: ask(tuple(prompt), num_tokens)
 
 
 # The oracle
@@ -616,7 +626,7 @@ def abort(engine: LLMEngine, *request_ids: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["0", "1", "2", "13", "0123", "ended", "unknown"])
-def test_abort_and_preemption(make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf, which: str) -> None:
+def test_abort_and_preemption(make_engine: MakeEngine, alone: Alone, prompt_of: PromptOf, which: str) -> None:
     """0 runs, 1 was preempted, 2 and 3 wait: the other answers stay the same, and all blocks are freed."""
     engine = make_engine(block_size=4, num_kv_blocks=1 + 3)
     prompts = [prompt_of(4, number) for number in range(4)]
@@ -634,7 +644,7 @@ def test_abort_and_preemption(make_engine: MakeEngine, llm: LLM, prompt_of: Prom
     requests = {int(r.request_id): r for r in [*engine.scheduler.running, *engine.scheduler.waiting]}
     finish(engine)
     for number in left:
-        expected = llm.generate([prompts[number]], greedy(6))[0].outputs[0].token_ids
+        expected = alone(prompts[number], 6)
         got = requests[number].output_token_ids
         assert got == expected, f"{which} was aborted: request {number} expects {expected}, got {got}. {LOOK_ABORT}"
 
@@ -665,70 +675,6 @@ def test_aborts_at_random(make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf
             assert actual == tokens, f"request {number}: expected {tokens}, got {actual}. {LOOK_ABORT}"
 
 
-# Errors
-
-
-FAIL_AT = ["executor.execute", "executor.worker.runner.sampler.sample", "scheduler.schedule", "_append"]
-
-
-@pytest.mark.parametrize("at_step", [0, 1, 4])
-@pytest.mark.parametrize("where", FAIL_AT)
-def test_a_failed_step_ends_all_requests(
-    make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch, where: str, at_step: int
-) -> None:
-    """Those that run and those that wait; then the next request gets its answer."""
-    engine = make_engine(max_num_seqs=2)
-    for number in range(3):
-        engine.add_request(str(number), prompt_of(5 + number, number), greedy(6))
-    for _ in range(at_step):
-        engine.step()
-    *owners, name = where.split(".")
-    target: Any = engine
-    for owner in owners:
-        target = getattr(target, owner)
-
-    def fail(*args: Any) -> None:
-        raise ZeroDivisionError("the cat sat on it")
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as caught:
-        patch.setattr(target, name, fail)
-        engine.step()
-    outputs = engine.fail(caught.value)
-    got = {output.request_id: (output.token_ids, output.error) for output in outputs}
-    expected = dict.fromkeys("012", ([], "ZeroDivisionError: the cat sat on it"))
-    assert got == expected and len(outputs) == 3, f"{where}: expected {expected}, got {outputs}. {LOOK_FAIL}"
-    blocks = engine.blocks
-    assert (blocks.num_used_blocks, blocks.num_free_blocks) == (0, blocks.num_blocks - 1), (
-        f"{where}: {blocks.num_used_blocks} blocks are used, {blocks.num_free_blocks} are free. {LOOK_FAIL}"
-    )
-    assert not engine.has_unfinished_requests and engine.num_failures == 1, f"{engine.num_failures=}. {LOOK_FAIL}"
-    engine.add_request("next", prompt_of(7, 2), greedy(6))
-    got_next = finish(engine).answers["next"].token_ids
-    expected_next = llm.generate([prompt_of(7, 2)], greedy(6))[0].outputs[0].token_ids
-    assert got_next == expected_next, f"{where}: the next request expects {expected_next}, got {got_next}. {LOOK_FAIL}"
-    assert engine.num_failures == 0, f"a good step ends the count of failures: {engine.num_failures}. {LOOK_FAIL}"
-
-
-def test_failures_in_a_row_are_counted(
-    make_engine: MakeEngine, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two in a row end the engine, for its owner reads num_failures."""
-    engine = make_engine()
-
-    def fail(*args: Any) -> None:
-        raise ZeroDivisionError("the cat sat on it")
-
-    monkeypatch.setattr(engine.executor, "execute", fail)
-    for count in (1, 2):
-        engine.add_request(str(count), prompt_of(5), greedy(3))
-        with pytest.raises(ZeroDivisionError) as caught:
-            engine.step()
-        ended = [output.request_id for output in engine.fail(caught.value)]
-        assert (ended, engine.num_failures) == ([str(count)], count), (
-            f"failure {count} in a row: (ended, num_failures) is {(ended, engine.num_failures)}. {LOOK_FAIL}"
-        )
-
-
 # What can never be served
 
 
@@ -745,7 +691,7 @@ def refuse(engine: LLMEngine, prompt: list[int], params: SamplingParams, field: 
 @pytest.mark.parametrize(("length", "num_tokens"), [(40, 9), (1, 48), (48, 1)])
 @pytest.mark.parametrize("block_size", [1, 16])
 def test_the_largest_request_that_fits(
-    make_engine: MakeEngine, llm: LLM, prompt_of: PromptOf, block_size: int, length: int, num_tokens: int
+    make_engine: MakeEngine, alone: Alone, prompt_of: PromptOf, block_size: int, length: int, num_tokens: int
 ) -> None:
     """48 slots hold prompt and answer of 49 tokens together: the last token is never stored. Other requests wait."""
     engine = make_engine(block_size=block_size, num_kv_blocks=1 + 48 // block_size)
@@ -756,7 +702,7 @@ def test_the_largest_request_that_fits(
         engine.add_request(name, prompt_of(each_length), greedy(count))
     got = finish(engine).answers
     for name, (each_length, count) in cases.items():
-        expected = llm.generate([prompt_of(each_length)], greedy(count))[0].outputs[0].token_ids
+        expected = alone(prompt_of(each_length), count)
         assert got[name].token_ids == expected, (
             f"a prompt of {length} and {num_tokens} tokens in 48 slots, {name}: {got[name].token_ids}, not {expected}. "
             f"{LOOK_CHECK}"

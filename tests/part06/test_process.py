@@ -1,12 +1,13 @@
-"""Part 6 as a user starts it: a long prompt and streams at once, with a budget of 8 tokens per step."""
+"""Part 6 over HTTP: a long prompt and streams at once, with a budget of 8 tokens per step."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import re
+import signal
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,20 +15,18 @@ from common.sampling_params import SamplingParams
 from common.trace import read_trace
 from part06_chunked_prefill import config
 from part06_chunked_prefill.llm import LLM
+from tests.forked_servers import ForkedServer, Host, until
 from tests.http_checks import COMPLETIONS, request_bytes, send_raw
-from tests.process_checks import ServerProcess, course_environment, serve
 
-PART_DIR = Path(config.__file__).parent
+PART = Path(config.__file__).parent.name
 LOOK = 'Look at core/engine.py::LLMEngine.__init__ and core/scheduler.py; README "Decodes first".'
 LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update and _append; README "A chunk is not an answer".'
 LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "A chunk is not an answer".'
-DEADLINE_S = 60  # for what takes a second at most
 BUDGET, BLOCK_SIZE, NUM_BLOCKS = 8, 16, 160
 FLAGS = {
-    "--port": "0", "--device": "cpu", "--max-num-seqs": "4", "--max-num-batched-tokens": str(BUDGET),
-    "--block-size": str(BLOCK_SIZE), "--num-kv-blocks": str(1 + NUM_BLOCKS),
+    "--max-num-seqs": "4", "--max-num-batched-tokens": str(BUDGET), "--block-size": str(BLOCK_SIZE),
+    "--num-kv-blocks": str(1 + NUM_BLOCKS),
 }  # fmt: skip
-READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, context of 2048 tokens, 160 KV blocks of 16 .*\)\n"
 ASK = {"temperature": 0, "ignore_eos": True}
 
 
@@ -35,19 +34,12 @@ def params(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, **ASK)
 
 
-def gauge(server: ServerProcess, name: str) -> float:
+def gauge(server: ForkedServer, name: str) -> float:
     found = re.search(rf"\nengine:{name}(?:_total)? (\S+)\n", server.get("/metrics").text)
     return float(found[1]) if found else 0.0  # it arrives with the core's first message
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what.rstrip('.')}. Nothing happened for {DEADLINE_S} s."
-        time.sleep(0.005)
-
-
-def read_stream(server: ServerProcess, prompt: list[int], num_tokens: int) -> tuple[str, list[int]]:
+def read_stream(server: ForkedServer, prompt: list[int], num_tokens: int) -> tuple[str, list[int]]:
     """The text of a streamed answer, and how many tokens came with each event, by its logprobs."""
     body = {**ASK, "prompt": prompt, "max_tokens": num_tokens, "stream": True, "logprobs": 0}
     text, counts = "", []
@@ -60,30 +52,27 @@ def read_stream(server: ServerProcess, prompt: list[int], num_tokens: int) -> tu
     return text, counts
 
 
-def test_a_long_prompt_among_streams(llm: LLM, prompt_of: Callable[..., list[int]], tmp_path: Path) -> None:
-    trace_path, errors_path = tmp_path / "trace.jsonl", tmp_path / "stderr"
-    command = ["-m", PART_DIR.name, "--trace", str(trace_path), *(word for flag in FLAGS.items() for word in flag)]
+def test_a_long_prompt_among_streams(llm: LLM, prompt_of: Callable[..., list[int]], host: Host, tmp_path: Path) -> None:
+    trace_path = tmp_path / "trace.jsonl"
     long, shorts = prompt_of(200, 3), [prompt_of(5 + number, number) for number in range(3)]
     expected = [result.outputs[0].text for result in llm.generate([*shorts, long], [*[params(60)] * 3, params(8)])]
-    with serve(command, READY, errors_path, PART_DIR.parent, course_environment(PART_DIR), LOOK) as server:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            streams = [pool.submit(read_stream, server, prompt, 60) for prompt in shorts]
-            until(lambda: gauge(server, "num_requests_running") >= 1, f"the streams to begin. {LOOK}")
-            whole = pool.submit(server.post, COMPLETIONS, {**ASK, "prompt": long, "max_tokens": 8})
-            answers = [stream.result() for stream in streams]
-            answer = whole.result().json()["choices"][0]["text"]
-        got = [*(text for text, _ in answers), answer]
-        assert got == expected, (
-            f"three streams and a prompt of 200 at once: expected {expected}, got {got}. {LOOK_CHUNK}"
+    server = host.serve(PART, "--trace", str(trace_path), *(word for flag in FLAGS.items() for word in flag))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(read_stream, server, prompt, 60) for prompt in shorts]
+        until(lambda: gauge(server, "num_requests_running") >= 1, f"the streams to begin. {LOOK}")
+        whole = pool.submit(server.post, COMPLETIONS, {**ASK, "prompt": long, "max_tokens": 8})
+        answers = [stream.result() for stream in streams]
+        answer = whole.result().json()["choices"][0]["text"]
+    got = [*(text for text, _ in answers), answer]
+    assert got == expected, f"three streams and a prompt of 200 at once: expected {expected}, got {got}. {LOOK_CHUNK}"
+    for _, counts in answers:
+        assert sum(counts) == 60 and all(counts[:-1]), (
+            f"expected 60 tokens and no empty delta, got {counts}. {LOOK_CHUNK}"
         )
-        for _, counts in answers:
-            assert sum(counts) == 60 and all(counts[:-1]), (
-                f"expected 60 tokens and no empty delta, got {counts}. {LOOK_CHUNK}"
-            )
 
-        check_abort(server, prompt_of)
-        server.process.terminate()
-        server.check_ends_after_sigterm(LOOK)
+    check_abort(server, prompt_of)
+    os.kill(server.pid, signal.SIGTERM)
+    server.check_end(0, "", LOOK)
 
     trace = read_trace(trace_path)
     for step in trace.steps:
@@ -100,7 +89,7 @@ def test_a_long_prompt_among_streams(llm: LLM, prompt_of: Callable[..., list[int
     assert free == NUM_BLOCKS, f"after the last step: expected {NUM_BLOCKS} free blocks, got {free}. {LOOK_ABORT}"
 
 
-def check_abort(server: ServerProcess, prompt_of: Callable[..., list[int]]) -> None:
+def check_abort(server: ForkedServer, prompt_of: Callable[..., list[int]]) -> None:
     """A client goes away while its prompt of 2,000 tokens is being computed; a stream goes on beside it."""
     body = {**ASK, "prompt": [7] * 2_000, "max_tokens": 8, "stream": True}
     until(lambda: gauge(server, "kv_cache_usage_perc") == 0, "the server to be idle")

@@ -1,10 +1,9 @@
-"""Part 7 over HTTP, as a user starts it: cached_tokens, salts, the gauges, and POST /reset_prefix_cache."""
+"""Part 7 over HTTP: cached_tokens, salts, the gauges, and POST /reset_prefix_cache."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from part07_prefix_caching import config
 from part07_prefix_caching.api.server import create_app
 from part07_prefix_caching.config import EngineConfig
 from tests.common.openai_fakes import FakeEngine
-from tests.process_checks import TIMEOUT_S, ServerProcess, course_environment, serve
+from tests.forked_servers import ForkedServer, Host, until
+from tests.http_checks import CHAT, COMPLETIONS
 
-PART_DIR = Path(config.__file__).parent
-COMPLETIONS, CHAT, RESET = "/v1/completions", "/v1/chat/completions", "/reset_prefix_cache"
+PART, RESET = Path(config.__file__).parent.name, "/reset_prefix_cache"
 KEY = {"Authorization": "Bearer sesame"}
 LESSON = 'README "What a client sees"'
 LOOK = f"Look at __main__.py and api/server.py::create_app; {LESSON}."
@@ -31,21 +30,18 @@ LOOK_USAGE = f"Look at core/engine.py::LLMEngine._append and api/output_processo
 LOOK_RESET = f"Look at api/server.py::create_app and api/async_engine.py::AsyncLLM.reset_prefix_cache; {LESSON}."
 LOOK_SALT = 'Look at core/validation.py::SAMPLING_FIELDS and core/block_manager.py::BlockManager.hash_blocks; README "A block\'s hash".'  # noqa: E501
 LOOK_STATS = f"Look at core/engine_core.py::EngineCore.stats; {LESSON}."
-FLAGS = ["--port", "0", "--device", "cpu", "--block-size", "8", "--num-kv-blocks", "101", "--api-key", "sesame"]
-READY = r"serving tiny on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, .*100 KV blocks of 8 tokens, engine core .*\)\n"
+FLAGS = ["--block-size", "8", "--num-kv-blocks", "101", "--api-key", "sesame"]
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 3}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    directory = tmp_path_factory.mktemp("server")
-    command = ["-m", PART_DIR.name, *FLAGS]
-    with serve(command, READY, directory / "stderr", PART_DIR.parent, course_environment(PART_DIR), LOOK) as server:
-        yield server
+def server(one_host: Host) -> Iterator[ForkedServer]:
+    yield one_host.serve(PART, *FLAGS)
+    one_host.ask(end=True)
 
 
 @pytest.fixture(autouse=True)
-def reset(server: ServerProcess) -> None:
+def reset(server: ForkedServer) -> None:
     """Each test begins with an empty cache."""
     answer = post(server, RESET)
     assert answer.status_code == 200, (
@@ -53,12 +49,11 @@ def reset(server: ServerProcess) -> None:
     )
 
 
-def post(server: ServerProcess, path: str, headers: dict[str, str] = KEY, **fields: Any) -> httpx.Response:
-    content = json.dumps({**GREEDY, **fields}).encode() if fields else b""
-    return httpx.post(server.url + path, content=content, headers=headers, timeout=TIMEOUT_S, trust_env=False)
+def post(server: ForkedServer, path: str, headers: dict[str, str] = KEY, **fields: Any) -> httpx.Response:
+    return server.post(path, {**GREEDY, **fields} if fields else b"", headers)
 
 
-def usage_of(server: ServerProcess, path: str, stream: bool, **fields: Any) -> dict[str, Any]:
+def usage_of(server: ForkedServer, path: str, stream: bool, **fields: Any) -> dict[str, Any]:
     """Of a whole answer, or of a stream's last event."""
     if stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -76,16 +71,9 @@ def cached_of(usage: dict[str, Any]) -> int | None:
     return usage.get("prompt_tokens_details", {}).get("cached_tokens")
 
 
-def gauge(server: ServerProcess, name: str) -> float:
-    text = server.get("/metrics").text
-    found = re.search(rf"^engine:{name}(?:_total)? (\S+)$", text, re.MULTILINE)
-    assert found, f"/metrics has no {name}: {text}. {LOOK_STATS}"
-    return float(found[1])
-
-
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_cached_tokens_in_the_usage(server: ServerProcess, path: str, stream: bool) -> None:
+def test_cached_tokens_in_the_usage(server: ForkedServer, path: str, stream: bool) -> None:
     content = "Once upon a time there was a fox who lived in an old mill by the river, and Nora."
     body: dict[str, Any] = {"messages": [{"role": "user", "content": content}]} if path == CHAT else {"prompt": content}
     usages = [usage_of(server, path, stream, **body) for _ in range(2)]
@@ -96,7 +84,7 @@ def test_cached_tokens_in_the_usage(server: ServerProcess, path: str, stream: bo
     )
 
 
-def test_several_prompts_and_answers(server: ServerProcess) -> None:
+def test_several_prompts_and_answers(server: ForkedServer) -> None:
     """A prompt counts once, by its first answer."""
     prompts = [[5] * 20, [6] * 12]
     first = usage_of(server, COMPLETIONS, False, prompt=prompts, n=2)
@@ -105,7 +93,7 @@ def test_several_prompts_and_answers(server: ServerProcess) -> None:
     assert got == (32, 0, 24), f"20 and 12 tokens, twice, n=2: expected (32, 0, 24), got {got}. {LOOK_USAGE}"
 
 
-def test_a_salt_is_a_field_of_a_request(server: ServerProcess) -> None:
+def test_a_salt_is_a_field_of_a_request(server: ForkedServer) -> None:
     got = [cached_of(usage_of(server, COMPLETIONS, False, prompt=[7] * 20, **salt)) for salt in (
         {}, {"cache_salt": "a"}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": None}, {"cache_salt": "ä🦊"},
     )]  # fmt: skip
@@ -115,7 +103,7 @@ def test_a_salt_is_a_field_of_a_request(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("salt", ["", 5, ["a"], True, {}, "x" * 1_001, "half\ud83e"], ids=lambda salt: repr(salt)[:12])
-def test_a_bad_salt_is_refused(server: ServerProcess, salt: object) -> None:
+def test_a_bad_salt_is_refused(server: ForkedServer, salt: object) -> None:
     answer = post(server, COMPLETIONS, prompt=[7] * 20, cache_salt=salt)
     assert answer.status_code == 400, (
         f"{salt!r:.20}: expected 400, got {answer.status_code}: {answer.text}. {LOOK_SALT}"
@@ -125,18 +113,18 @@ def test_a_bad_salt_is_refused(server: ServerProcess, salt: object) -> None:
     assert post(server, COMPLETIONS, prompt=[7] * 20).status_code == 200, "the next one is served"
 
 
-def test_gauges(server: ServerProcess) -> None:
+def test_gauges(server: ForkedServer) -> None:
     names = ("prefix_cache_queries", "prefix_cache_hits")
-    before = [gauge(server, name) for name in names]
+    before = [server.gauge(name, LOOK_STATS) for name in names]
     for _ in range(2):
         usage_of(server, COMPLETIONS, False, prompt=[8] * 20)
-    got = [gauge(server, name) - was for name, was in zip(names, before, strict=True)]
+    got = [server.gauge(name, LOOK_STATS) - was for name, was in zip(names, before, strict=True)]
     assert got == [40, 16], (
         f"20 tokens twice, block_size=8: expected {names} to grow by [40, 16], got {got}. {LOOK_STATS}"
     )
 
 
-def test_reset(server: ServerProcess) -> None:
+def test_reset(server: ForkedServer) -> None:
     for expected in (0, 16):
         got = cached_of(usage_of(server, COMPLETIONS, False, prompt=[9] * 20))
         assert got == expected, f"expected {expected} cached tokens, got {got}. {LOOK_USAGE}"
@@ -146,11 +134,9 @@ def test_reset(server: ServerProcess) -> None:
     assert got == 0, f"after a reset: expected 0 cached tokens, got {got}. {LOOK_RESET}"
 
 
-def test_no_reset_while_a_request_runs(server: ServerProcess) -> None:
+def test_no_reset_while_a_request_runs(server: ForkedServer) -> None:
     body = {**GREEDY, "prompt": [9] * 20, "max_tokens": 400, "stream": True}
-    with httpx.stream(
-        "POST", server.url + COMPLETIONS, json=body, headers=KEY, timeout=TIMEOUT_S, trust_env=False
-    ) as stream:
+    with server.stream(COMPLETIONS, body, KEY) as stream:
         chunks = stream.iter_text()  # without a reference, the stream would end
         first = next(chunks)
         assert stream.status_code == 200 and first.startswith("data: "), f"got {first}"
@@ -160,14 +146,14 @@ def test_no_reset_while_a_request_runs(server: ServerProcess) -> None:
         )
         error = answer.json()["error"]
         assert "requests are in the engine" in error["message"], f"got {error}. {LOOK_RESET}"
-    while gauge(server, "num_requests_running") or gauge(server, "kv_cache_usage_perc"):
-        pass  # the client has gone; its request ends within two steps
+    for name in ("num_requests_running", "kv_cache_usage_perc"):
+        until(lambda name=name: server.gauge(name, LOOK_STATS) == 0, f"a request to end whose client has gone. {LOOK}")
     got = cached_of(usage_of(server, COMPLETIONS, False, prompt=[9] * 20))
     assert got == 16, f"the reset was refused, so the prompt is still cached: expected 16, got {got}. {LOOK_RESET}"
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["none", "wrong"])
-def test_a_reset_needs_the_key(server: ServerProcess, headers: dict[str, str]) -> None:
+def test_a_reset_needs_the_key(server: ForkedServer, headers: dict[str, str]) -> None:
     usage_of(server, COMPLETIONS, False, prompt=[9] * 20)
     answer = post(server, RESET, headers)
     assert answer.status_code == 401, f"expected 401, got {answer.status_code}: {answer.text}. {LOOK_RESET}"
@@ -176,7 +162,7 @@ def test_a_reset_needs_the_key(server: ServerProcess, headers: dict[str, str]) -
     assert got == 16, f"the reset was refused, so the prompt is still cached: expected 16, got {got}. {LOOK_RESET}"
 
 
-def test_a_reset_is_a_post(server: ServerProcess) -> None:
+def test_a_reset_is_a_post(server: ForkedServer) -> None:
     assert server.get(RESET).status_code == 405, f"GET must not reset: expected 405. {LOOK_RESET}"
 
 
@@ -220,7 +206,7 @@ def test_statuses(answer: bool | Exception, api_key: str | None, expected: int) 
     [([], (True, 0)), (["--no-enable-prefix-caching"], (False, 0)), (["--prefix-caching-hash-seed", "7"], (True, 7))],
 )
 def test_the_flags(argv: list[str], expected: tuple[bool, int]) -> None:
-    config = parse_config(EngineConfig, "", PART_DIR.name, argv)
+    config = parse_config(EngineConfig, "", PART, argv)
     got = (config.enable_prefix_caching, config.prefix_caching_hash_seed)
     assert got == expected, (
         f"{argv}: expected (enable_prefix_caching, prefix_caching_hash_seed) {expected}, got {got}. Look at config.py; "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import pytest
 
 from common.results import read_result
 from common.workloads import WorkloadRequest, nano_vllm_cpu
+from tests.tools import light_engine
 from tools import comparison
 
 ROOT = Path(__file__).parents[2]
@@ -25,12 +28,34 @@ def test_every_engine_answers(name: str) -> None:
         engine(shortest(2))
 
 
+def test_an_engine_is_warmed_up_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[WorkloadRequest]] = []
+    monkeypatch.setattr(comparison, "load", lambda name, model: ran.append)
+    monkeypatch.setattr(comparison, "_engine", None)
+    comparison._load("part 3", "tiny")
+    seconds = comparison._seconds(2)
+    assert ran == [nano_vllm_cpu(1, seed=1), nano_vllm_cpu(2)], f"the warm-up has another prompt: it ran {ran}"
+    assert seconds > 0, f"it took {seconds} s"
+
+
 def test_engines_run_in_separate_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "engine_names", lambda model: ["part 3", "part 8, ngram"])
-    monkeypatch.setattr(comparison, "WORKLOADS", {"one request": 1})
-    [(workload, rates)] = comparison.measure("tiny", 1).items()
-    assert workload == "one request" and list(rates) == ["part 3", "part 8, ngram"], f"got {workload}: {rates}"
-    assert min(rates.values()) > 0, f"tokens per second: {rates}"
+    """The engines are made up: their tokens per second are the id of their process. Real ones take seconds to load."""
+    names = ["part 3", "part 8, ngram"]
+    monkeypatch.setattr(comparison, "engine_names", lambda model: names)
+    monkeypatch.setattr(comparison, "_load", light_engine.load)
+    monkeypatch.setattr(comparison, "_seconds", light_engine.seconds)
+    found = comparison.measure("tiny", 3)
+    assert list(found) == list(comparison.WORKLOADS), f"got {found}"
+    for workload, rates in found.items():
+        assert list(rates) == names, f"got {workload}: {rates}"
+    processes = [{round(rates[name]) for rates in found.values()} for name in names]
+    assert [len(ids) for ids in processes] == [1, 1], f"each engine stays in its process: got {processes}"
+    assert len(set.union(*processes, {os.getpid()})) == 3, f"two engines, two processes: got {processes}"
+
+
+def test_real_engines_can_be_loaded_in_a_process_of_their_own() -> None:
+    for function in (comparison._load, comparison._seconds):
+        assert pickle.loads(pickle.dumps(function)) is function, f"{function} cannot be sent to another process"
 
 
 def test_readme_shows_what_was_measured() -> None:

@@ -1,0 +1,217 @@
+"""Forks servers of any part from 3 on: it has imported what takes seconds to import, and loaded the shipped models.
+
+Reads orders, a JSON object a line, and answers each with one: see forked_servers.py. From part 5 on the engine core of
+such a server is forked as well instead of spawned; tests/contract/test_process.py starts everything as a user does.
+Run with `python -m tests.server_host`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+import common.serve
+from common.checkpoint import load_tokenizer, resolve_checkpoint
+
+POISON = 4_000  # a prompt with this token makes a step of the model fail
+FORK = multiprocessing.get_context("fork")
+CHECKPOINTS = {name: resolve_checkpoint(name) for name in ("tiny", "tiny-draft")}
+TOKENIZER = load_tokenizer(CHECKPOINTS["tiny"])
+
+
+def main() -> None:
+    # What a server leaves behind becomes this process's child, and not the whole machine's.
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    statuses: dict[int, int] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer: dict[str, Any] = {}
+        if "argv" in order:
+            decoders_of(order["part"])
+            pid = os.fork()
+            if pid == 0:
+                serve_and_exit(order)
+            answer["pid"] = pid
+        elif "wait" in order:
+            deadline = time.monotonic() + order["timeout"]
+            while order["wait"] not in statuses and time.monotonic() < deadline:
+                reap(statuses)
+                time.sleep(0.005)
+            answer["status"] = statuses.get(order["wait"])
+        elif "end" in order:
+            end_all()
+        else:
+            reap(statuses)
+            answer["alive"] = children_of(os.getpid())
+        print(json.dumps(answer), flush=True)
+    end_all()
+
+
+def end_all() -> None:
+    for pid in children_of(os.getpid()):
+        os.kill(pid, signal.SIGKILL)
+
+
+def reap(statuses: dict[int, int]) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            statuses[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, ppid = path.read_text().rpartition(")")[2].split()[:2]
+            if int(ppid) == parent and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def module(part: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{part}.{name}")
+
+
+def runs_a_core(part: str) -> bool:
+    """Whether the engine has a process of its own, which is so from part 5 on."""
+    return int(part[4:6]) >= 5
+
+
+@functools.cache
+def decoders_of(part: str) -> list[tuple[Any, Any]]:
+    """The shipped models, as the part computes them; all of the part is imported, and its kernel is compiled."""
+    importlib.import_module(f"{part}.__main__")
+    module(part, "worker.cpu_attention").warm_up(torch.float32)
+    load = module(part, "worker.worker").load_decoder
+    return [(checkpoint, load(checkpoint, torch.float32, "cpu")) for checkpoint in CHECKPOINTS.values()]
+
+
+def serve_and_exit(order: dict[str, Any]) -> None:
+    """As a program ends, only that it does not tear down what it has imported, which takes seconds."""
+    status: Any = 0
+    try:
+        serve(order)
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def serve(order: dict[str, Any]) -> None:
+    """In the child, which has what takes long to load from its parent."""
+    os.setsid()
+    sys.stdin = Path(os.devnull).open()  # noqa: SIM115
+    for stream in (1, 2):
+        fd = os.open(order["stdout" if stream == 1 else "stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(fd, stream)
+        os.close(fd)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 about forks beside threads
+    tempfile.tempdir = order["temporary"]
+    part = order["part"]
+    sys.argv = [part, *order["argv"]]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.ExitStack() as stack:
+        if order["counts_threads"]:
+            count_threads(part, stack)
+        else:
+            use_what_is_loaded(part, stack)
+            change_steps(part, order["step_s"], stack)
+        if order["grace_s"] is not None:
+            stack.enter_context(mock.patch.object(common.serve, "DEATH_GRACE_S", order["grace_s"]))
+        if runs_a_core(part):
+            change_core(part, order, stack)
+        module(part, "__main__").main()
+
+
+def count_threads(part: str, stack: contextlib.ExitStack) -> None:
+    """Instead of serving, print how many threads loading has started where torch may compute with two."""
+    torch.set_num_threads(2)
+    tasks = Path("/proc/self/task")
+    before = len([*tasks.iterdir()])
+
+    def count(*_: object, **__: object) -> None:
+        print(len([*tasks.iterdir()]) - before, flush=True)
+
+    stack.enter_context(mock.patch.object(module(part, "__main__"), "serve_app", count))
+
+
+def use_what_is_loaded(part: str, stack: contextlib.ExitStack) -> None:
+    decoders, worker = decoders_of(part), module(part, "worker.worker")
+    load = worker.load_decoder
+
+    def load_decoder(checkpoint: Any, *rest: Any) -> Any:
+        return next((decoder for known, decoder in decoders if known == checkpoint), None) or load(checkpoint, *rest)
+
+    def find(model: str) -> Any:
+        return CHECKPOINTS.get(model) or resolve_checkpoint(model)
+
+    stack.enter_context(mock.patch.object(worker, "load_decoder", load_decoder))
+    for name in ("api.async_engine", "core.engine", "worker.worker"):
+        stack.enter_context(mock.patch.object(module(part, name), "resolve_checkpoint", find))
+    stack.enter_context(mock.patch.object(module(part, "api.async_engine"), "load_tokenizer", lambda _: TOKENIZER))
+
+
+def change_steps(part: str, step_s: float, stack: contextlib.ExitStack) -> None:
+    """Each takes so long, and one with a poisoned prompt fails."""
+    if runs_a_core(part):
+        owner, name = module(part, "worker.model_runner").ModelRunner, "run"
+    else:
+        owner, name = module(part, "worker.worker").Worker, "execute"
+    run = getattr(owner, name)
+
+    def poisoned(self: Any, step: Any) -> Any:
+        new = [ids for _, ids in step.new_rows] if runs_a_core(part) else [new.token_ids for new in step.new_requests]
+        if any(POISON in token_ids for token_ids in new):
+            raise ZeroDivisionError("the cat sat on it")
+        time.sleep(step_s)
+        return run(self, step)
+
+    stack.enter_context(mock.patch.object(owner, name, poisoned))
+
+
+def change_core(part: str, order: dict[str, Any], stack: contextlib.ExitStack) -> None:
+    """It is forked, and may be slow to load."""
+    core_client, engine_core = module(part, "api.core_client"), module(part, "core.engine_core")
+    load = engine_core.LLMEngine
+
+    def slow(config: Any) -> Any:
+        print("loading", os.getpid(), flush=True)
+        time.sleep(order["slow"])
+        return load(config)
+
+    stack.enter_context(mock.patch.object(core_client.multiprocessing, "get_context", lambda _: FORK))
+    stack.enter_context(mock.patch.object(core_client, "SHUTDOWN_TIMEOUT_S", order["timeout"]))
+    if order["slow"]:
+        stack.enter_context(mock.patch.object(engine_core, "LLMEngine", slow))
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from common.errors import FieldError
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
+FLOAT_DTYPES = ("F32", "F16", "BF16")  # safetensors' names
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILES = [
     "*.safetensors",
@@ -88,9 +89,25 @@ def resolve_checkpoint(model: str) -> Checkpoint:
         raise FieldError("model", f"{directory} has no tokenizer.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # huggingface_hub checks types with errors of its own
         raise FieldError("model", f"{directory}/config.json cannot be read: {_first_line(error)}") from error
+    _check_config(directory, config)
     return Checkpoint(model, config, directory, directory, _eos_token_ids(directory, config))
+
+
+def _check_config(directory: Path, config: Any) -> None:
+    """Raises FieldError naming the first size that no model can have."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    sizes = {name: getattr(config, name, None) for name in (*names, "intermediate_size", "max_position_embeddings")}
+    for name, value in sizes.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise FieldError("model", f"{directory}/config.json: {name}: expected an integer above 0, got {value!r}")
+    heads, kv_heads = sizes["num_attention_heads"] or 1, sizes["num_key_value_heads"] or 1
+    if heads % kv_heads:
+        raise FieldError("model", f"{directory}/config.json: {heads} attention heads cannot share {kv_heads} KV heads")
+    if sizes["head_dim"] is None and (hidden_size := sizes["hidden_size"] or heads) % heads:
+        message = f"hidden_size {hidden_size} is no multiple of {heads} attention heads"
+        raise FieldError("model", f"{directory}/config.json: {message}")
 
 
 def _find_directory(model: str) -> Path:
@@ -137,11 +154,18 @@ def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Raises FieldError if the tokenizer's files cannot be read."""
+    """Raises FieldError if the tokenizer's files cannot be read, or its chat template is broken."""
+    directory = checkpoint.tokenizer_directory
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.tokenizer_directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception on a malformed tokenizer.json
-        raise FieldError("model", f"{checkpoint.tokenizer_directory}: bad tokenizer: {_first_line(error)}") from error
+        raise FieldError("model", f"{directory}: bad tokenizer: {_first_line(error)}") from error
+    if tokenizer.chat_template is not None:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        except Exception as error:  # whatever its expressions raise
+            raise FieldError("model", f"{directory}: bad chat template: {_first_line(error)}") from error
+    return tokenizer
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
@@ -165,17 +189,33 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
         raise FieldError(
             "model", f"{checkpoint.directory}: {len(wrong)} tensors are missing or have the wrong shape: {wrong[0]} …"
         )
+    for name, parameter in model.named_parameters():
+        check_finite(str(checkpoint.directory), name, parameter.data)
     return model.to(device).eval()
 
 
+def check_finite(source: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises FieldError for a tensor with NaN or infinity in it: any answer would be noise."""
+    if not tensor.sum(dtype=torch.float32).isfinite():
+        raise FieldError("model", f"{source}: tensor {name} holds NaN or infinity")
+
+
 def check_safetensors(directory: Path) -> None:
-    """Read each weight file's header. Raises FieldError naming the first file that is corrupt or truncated."""
+    """Read each weight file's header. Raises FieldError naming the first file that is corrupt or truncated, or the
+    first tensor that does not hold floating-point numbers: quantized weights.
+    """
     for path in sorted(directory.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            with safe_open(path, framework="pt") as file:
+                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise FieldError("model", f"{path} is corrupt: {_first_line(error)}") from error
+        for name, dtype in dtypes.items():
+            if name.endswith((".weight", ".bias")) and dtype not in FLOAT_DTYPES:
+                expected = ", ".join(FLOAT_DTYPES)
+                raise FieldError(
+                    "model", f"{directory}: tensor {name} is stored as {dtype}, expected one of {expected}"
+                )
 
 
 def check_draft_model(speculative_model: str, target: Checkpoint, max_model_len: int) -> None:

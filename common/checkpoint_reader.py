@@ -11,10 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.checkpoint import Checkpoint, check_safetensors, load_model
+from common.checkpoint import FLOAT_DTYPES, Checkpoint, check_finite, check_safetensors, load_model
 from common.errors import FieldError
-
-FLOAT_DTYPES = ("F32", "F16", "BF16")  # safetensors' names
 
 
 def open_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, device: str, stack: ExitStack) -> CheckpointReader:
@@ -62,7 +60,9 @@ class SafetensorsReader:
                 "model", f"{self.source}: tensor {name} is stored as {stored.get_dtype()}, expected one of {expected}"
             )
         self.unread.discard(name)
-        return stored[index] if index else stored[:]
+        tensor = stored[index] if index else stored[:]
+        check_finite(self.source, name, tensor)
+        return tensor
 
 
 class RandomReader:

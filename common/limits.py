@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from common.errors import FieldError
+from common.errors import FieldError, context_exceeded
 from common.sampling_params import SamplingParams, check_vocabulary
 
 
@@ -28,8 +28,7 @@ def check_fits(prompt_token_ids: Sequence[int], params: SamplingParams, limits: 
     if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= limits.vocab_size:
         raise FieldError("prompt", f"expected token ids from 0 to {limits.vocab_size - 1} (the vocabulary)")
     if num_prompt_tokens >= limits.max_model_len:
-        limit = f"max_model_len is {limits.max_model_len} tokens"
-        raise FieldError("prompt", f"{num_prompt_tokens} tokens leave no room for an answer: {limit}")
+        raise context_exceeded("prompt", num_prompt_tokens, limits.max_model_len)
     num_tokens = min(num_prompt_tokens + params.max_tokens, limits.max_model_len)
     if num_tokens - 1 > limits.num_kv_tokens:  # the last token's key and value are never stored
         raise FieldError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,19 @@ def peak_memory(device: str, run: Callable[[], None]) -> int:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     return peak + outside
+
+
+def check_memory(field: str, value: object, num_bytes: int, device: str) -> None:
+    """Raises FieldError naming the flag whose value asks for more memory than the device has.
+
+    An operating system may promise more than there is, and end the process only when it is used.
+    """
+    if device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > total:
+        raise FieldError(field, f"{value:,} needs {num_bytes:,} bytes, and {device} has {total:,}")
 
 
 def num_blocks_in(num_bytes: int, bytes_per_block: int, field: str) -> int:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import FieldError
-from common.sampling_params import show
+from common.answer_text import special_tokens
+from common.errors import FieldError, context_exceeded, ignore_unknown
+from common.sampling_params import SamplingParams, show
 
 PROMPT_FIELDS = ("prompt", "messages")
 ROLES = ("system", "user", "assistant")
+# Of a message: what answers have beside the text, as clients send them back, with the values that mean nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],),
+    "reasoning": ("",), "reasoning_content": ("",),
+}  # fmt: skip
 MAX_PROMPTS = 128  # in one request
 
 
@@ -26,9 +33,11 @@ def encode_prompt(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, m
     return _check_length(field, token_ids, max_model_len)
 
 
-def encode_prompts(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> list[list[int]]:
+def encode_prompts(
+    body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int | None
+) -> list[list[int]]:
     """Token ids of each prompt. Like encode_prompt, but accepts all that OpenAI's API does: see split_prompts
-    and plain_messages."""
+    and plain_messages. max_model_len: None for any length."""
     field = _given_field(body)
     if field == "messages":
         return [_check_length(field, _encode_messages(plain_messages(body[field]), tokenizer), max_model_len)]
@@ -42,6 +51,8 @@ def split_prompts(prompt: object) -> list[tuple[str, Any]]:
     """A completion's prompts, each with its name for errors. A prompt is text or token ids; a list is a batch."""
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
         return [("prompt", prompt)]
+    if len({isinstance(one, str) for one in prompt}) > 1:
+        raise FieldError("prompt", "expected a list of texts or a list of lists of token ids, got both")
     if len(prompt) > MAX_PROMPTS:
         raise FieldError("prompt", f"expected at most {MAX_PROMPTS} prompts, got {len(prompt)}")
     return [(f"prompt[{number}]", one) for number, one in enumerate(prompt)]
@@ -49,29 +60,50 @@ def split_prompts(prompt: object) -> list[tuple[str, Any]]:
 
 def check_messages(messages: object) -> list[dict[str, str]]:
     """Chat messages, each with a role and text content. Raises FieldError naming the one that is wrong."""
-    checked = _check_message_list(messages)
-    for number, message in enumerate(checked):
+    checked = []
+    for number, message in enumerate(_check_message_list(messages)):
         field = f"messages[{number}]"
-        _check_message(field, message, ("role", "content"), ROLES)
-        _check_text(f"{field}.content", message.get("content"))
+        _check_message(field, message, ROLES)
+        checked.append({"role": message["role"], "content": _check_text(f"{field}.content", message.get("content"))})
     return checked
 
 
 def plain_messages(messages: object) -> list[dict[str, str]]:
     """Chat messages in the form that templates accept. Raises FieldError naming the one that is wrong.
 
-    Beyond check_messages: the content may be a list of text parts, which are joined; the role developer is OpenAI's new
-    name for system; a name is checked and dropped, because templates do not use it.
+    Beyond check_messages: the content may be a list of text parts, which are joined with line ends, as vLLM does; the
+    role developer is OpenAI's new name for system; a name is checked and dropped, because templates do not use it.
     """
     plain = []
     for number, message in enumerate(_check_message_list(messages)):
         field = f"messages[{number}]"
-        _check_message(field, message, ("role", "content", "name"), (*ROLES, "developer"))
+        _check_message(field, message, (*ROLES, "developer"))
         if message.get("name") is not None:
             _check_text(f"{field}.name", message["name"])
         role = "system" if message["role"] == "developer" else message["role"]
         plain.append({"role": role, "content": _join_parts(f"{field}.content", message.get("content"))})
     return plain
+
+
+def stop_at_special_tokens(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """With stop_token_ids in place of stop strings that are special tokens, which never appear in the text.
+
+    Raises FieldError for a stop string that has one in it and more.
+    """
+    special = special_tokens(tokenizer)
+    strings, token_ids = [], list(params.stop_token_ids)
+    for text in params.stop:
+        if text in special:
+            token_ids.append(special[text])
+            continue
+        if found := [token for token in special if token in text]:
+            raise FieldError(
+                "stop", f"{show(text)} is never found: the text does not show special tokens, {found[0]!r}"
+            )
+        strings.append(text)
+    if len(strings) == len(params.stop):
+        return params
+    return replace(params, stop=tuple(strings), stop_token_ids=tuple(dict.fromkeys(token_ids)))
 
 
 def _given_field(body: Mapping[str, Any]) -> str:
@@ -83,7 +115,7 @@ def _given_field(body: Mapping[str, Any]) -> str:
 
 def _encode_one(field: str, prompt: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(prompt, list):
-        return _check_token_ids(field, prompt, len(tokenizer))
+        return check_token_ids(field, prompt, len(tokenizer))
     return tokenizer.encode(_check_text(field, prompt), add_special_tokens=True)
 
 
@@ -95,14 +127,11 @@ def _encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokeni
     return tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
 
-def _check_length(field: str, token_ids: list[int], max_model_len: int) -> list[int]:
+def _check_length(field: str, token_ids: list[int], max_model_len: int | None) -> list[int]:
     if not token_ids:
         raise FieldError(field, "expected at least one token, got an empty prompt")
-    if len(token_ids) >= max_model_len:
-        raise FieldError(
-            field,
-            f"{len(token_ids)} tokens leave no room for an answer: max_model_len is {max_model_len} tokens",
-        )
+    if max_model_len is not None and len(token_ids) >= max_model_len:
+        raise context_exceeded(field, len(token_ids), max_model_len)
     return token_ids
 
 
@@ -112,13 +141,14 @@ def _check_message_list(messages: object) -> list[Any]:
     return messages
 
 
-def _check_message(field: str, message: object, names: tuple[str, ...], roles: tuple[str, ...]) -> None:
-    expected = f"{', '.join(names[:-1])} and {names[-1]}"
+def _check_message(field: str, message: object, roles: tuple[str, ...]) -> None:
     if not isinstance(message, dict):
-        raise FieldError(field, f"expected an object with {expected}, got {show(message)}")
-    if unknown := sorted(set(message) - set(names)):
-        name = show(unknown[0]).strip("'")
-        raise FieldError(f"{field}.{name}", f"unknown field: expected {expected}")
+        raise FieldError(field, f"expected an object with role and content, got {show(message)}")
+    for name, value in message.items():
+        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+            raise FieldError(f"{field}.{name}", f"{name} is not supported by this engine, got {show(value)}")
+        if name not in ("role", "content", "name", *NEUTRAL):
+            ignore_unknown(f"messages[].{name}")
     if message.get("role") not in roles:
         raise FieldError(f"{field}.role", f"expected one of {', '.join(roles)}, got {show(message.get('role'))}")
 
@@ -129,13 +159,14 @@ def _join_parts(field: str, content: object) -> str:
     if not content:
         raise FieldError(field, "expected text or a list of text parts, got []")
     for number, part in enumerate(content):
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+        if not isinstance(part, dict) or part.get("type") != "text" or "text" not in part:
             raise FieldError(f"{field}[{number}]", f'expected {{"type": "text", "text": …}}, got {show(part)}')
         _check_text(f"{field}[{number}].text", part["text"])
-    return "".join(part["text"] for part in content)
+    return "\n".join(part["text"] for part in content)
 
 
-def _check_token_ids(field: str, values: list[object], vocab_size: int) -> list[int]:
+def check_token_ids(field: str, values: list[object], vocab_size: int) -> list[int]:
+    """Raises FieldError naming the first value that is no token id."""
     for number, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
             raise FieldError(f"{field}[{number}]", f"expected a token id from 0 to {vocab_size - 1}, got {show(value)}")

@@ -9,16 +9,17 @@ from typing import Any
 
 from common.errors import FieldError
 
-MAX_SEED = 2**63 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 MAX_COUNT = 2**31 - 1  # more tokens than any model has; larger values are clipped to it, to fit an int32
 MAX_STOP_TOKEN_IDS = 128
-MAX_STOP_STRINGS, MAX_STOP_CHARS = 4, 1_000  # four is OpenAI's limit
-MAX_N = 16  # answers to one prompt
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 1_000
+MAX_N = 128  # answers to one prompt
 MAX_LOGIT_BIAS = 300  # entries
 MAX_LOGPROBS = 20  # OpenAI's limit
 MAX_SALT_CHARS = 1_000
 TOKEN_ID_KEY = re.compile(r"0|[1-9][0-9]{0,17}")  # a token id as the key of a JSON object
 MIN_TEMPERATURE = 1e-5  # below it is greedy, as in vLLM: dividing float32 logits by less would overflow
+MIN_REPETITION_PENALTY = 1e-5  # logits are divided by it: less might overflow
 MIN_TOP_P = 1e-9  # float32 would round a smaller value to 0; both keep only the likeliest token
 
 
@@ -28,7 +29,7 @@ class SamplingParams:
 
     temperature 0 (or below 1e-5) is greedy; top_k 0 keeps all tokens. A seed makes the request's draws reproducible.
     min_tokens: until this many tokens are generated, the end-of-sequence token, stop_token_ids and stop have no effect.
-    stop: up to four strings; the answer ends before the first one that appears. A single string means a list of one.
+    stop: up to 16 strings; the answer ends before the first one that appears. A single string means a list of one.
     logit_bias: added to the logits of some tokens. Given as a mapping from token id (or its decimal string, as in JSON)
     to a number; stored as (token id, bias) pairs sorted by id, so that the params can be hashed.
     logprobs: how many of the likeliest tokens to report with each sampled one; None reports nothing.
@@ -61,7 +62,7 @@ class SamplingParams:
         if self.top_p == 0:
             raise FieldError("top_p", "expected a number above 0 and up to 1, got 0")
         if self.seed is not None:
-            check_int("seed", self.seed, low=0, high=MAX_SEED)
+            check_int("seed", self.seed, low=MIN_SEED, high=MAX_SEED)
         if not isinstance(self.stop_token_ids, list | tuple):
             raise FieldError("stop_token_ids", f"expected a list of integers, got {show(self.stop_token_ids)}")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
@@ -81,9 +82,7 @@ class SamplingParams:
         check_int("n", self.n, low=1, high=MAX_N)
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        check_float("repetition_penalty", self.repetition_penalty, 0.0, 2.0)
-        if self.repetition_penalty == 0:
-            raise FieldError("repetition_penalty", "expected a number above 0 and up to 2, got 0")
+        check_float("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 2.0)
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
+import ipaddress
+import math
 import re
 import signal
 import socket
@@ -14,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +26,8 @@ import uvicorn
 from common.cli import option
 from common.errors import FieldError
 
-DRAIN_TIMEOUT_S = 60  # how long SIGTERM waits for open requests
+DRAIN_TIMEOUT_S = 60  # how long SIGTERM waits for open requests; a second signal ends the wait
+END_TIMEOUT_S = 5.0  # how long they then have to tell their clients why they end
 DEATH_GRACE_S = 1.0  # how long the server still answers after its engine died: open requests, and /health with 503
 
 
@@ -33,10 +38,27 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 picks a free one")
     api_key: str | None = option(None, "bearer token that clients must send (None: no check)")
+    allowed_origins: str | None = option(
+        None, "web pages that may use this server: origins, comma-separated, or * (None: those of this machine)"
+    )
+    root_path: str = option("", "the path under which a proxy shows this server")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise FieldError("port", f"expected 0 to 65535, got {self.port}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def show_url(host: str, port: int) -> str:
+    """How a user reaches an address; one of IPv6 has brackets in a URL."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -62,13 +84,38 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
+    """app.state.end_requests, if the app has it, ends all open requests with an error; it blocks."""
+
     def __init__(self, app: Any, on_started: Callable[[], None], cause_of_death: Callable[[], str | None]) -> None:
+        timeout_s = math.ceil(DRAIN_TIMEOUT_S + END_TIMEOUT_S)
+        self.app = app
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_TIMEOUT_S, lifespan="on"
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=timeout_s, lifespan="on"
         )
         super().__init__(config)
         self.on_started, self.cause_of_death = on_started, cause_of_death
         self.died_at: float | None = None
+        self.is_hurried = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets open requests finish, the second ends them."""
+        self.is_hurried |= self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.ensure_future(self._end_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_requests(self) -> None:
+        """When the time to finish is over, or a second signal has come."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        while not self.is_hurried and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if (end_requests := getattr(getattr(self.app, "state", None), "end_requests", None)) is not None:
+            await asyncio.to_thread(end_requests)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

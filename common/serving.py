@@ -33,8 +33,6 @@ class ServingEngine(Protocol):
     """An engine that an asyncio server can use. All methods but shutdown are called on the event loop.
 
     max_model_len is in tokens, prompt and answer together. vocab_size is the model's, which may exceed the tokenizer's.
-    An engine that schedules by priority has an attribute supports_priority = True, and its generate takes a keyword
-    `priority: int` (lower runs earlier, as in vLLM); other engines need neither.
     """
 
     @property
@@ -69,9 +67,9 @@ class ServingEngine(Protocol):
         ...
 
     def shutdown(self) -> None:
-        """Stop all threads and processes, and end all open streams. Blocks; called once, from another thread.
+        """Stop all threads and processes, and end all open streams. Blocks; called from another thread, maybe twice.
 
-        The server calls it when its requests have ended or were abandoned; abort may still be called afterwards.
+        The server calls it when its requests have ended, or are to end; abort may still be called afterwards.
         """
         ...
 

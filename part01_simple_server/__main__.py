@@ -15,6 +15,7 @@ import threading
 from werkzeug.serving import WSGIRequestHandler, make_server, select_address_family
 
 from common.cli import exit_on_error, parse_config
+from common.serve import show_url
 
 from .config import EngineConfig
 from .server import LLM, create_app
@@ -48,7 +49,7 @@ def serve(config: EngineConfig) -> None:
     )
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     print(
-        f"serving {llm.name} on http://{config.host}:{server.port} "
+        f"serving {llm.name} on {show_url(config.host, server.port)} "
         f"({llm.device}, {llm.max_model_len} tokens of context)"
     )
     sys.stdout.flush()

@@ -14,8 +14,9 @@ import torch
 from flask import Flask, Response, jsonify, request
 from torch import Tensor
 from transformers import DynamicCache
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge, UnsupportedMediaType
 
+from common.answer_text import answer_text
 from common.checkpoint import DTYPES, default_dtype, load_model, load_tokenizer, resolve_checkpoint
 from common.errors import FieldError, openai_error
 from common.outputs import CompletionOutput, FinishReason, RequestOutput
@@ -94,7 +95,7 @@ class LLM:
         # exercise: end
         finish_reason, stop_reason = stop
         shown = output_token_ids[:-1] if finish_reason == "stop" else output_token_ids
-        text: str = self.tokenizer.decode(shown, skip_special_tokens=True)  # type: ignore[assignment]
+        text = answer_text(self.tokenizer, prompt_token_ids, shown)
         output = CompletionOutput(0, text, output_token_ids, finish_reason, stop_reason)
         return RequestOutput(f"gen-{uuid.uuid4().hex}", prompt_token_ids, [output], finished=True)
 
@@ -162,6 +163,8 @@ def create_app(llm: LLM) -> Flask:
 
     @app.post("/generate")
     def generate() -> Response:
+        if not request.is_json:  # a web page could send anything else to this server without being asked
+            raise UnsupportedMediaType(f"Content-Type: expected application/json, got {request.mimetype or 'none'}")
         raw = request.get_data()
         if len(raw) > MAX_BODY_BYTES:
             raise RequestEntityTooLarge

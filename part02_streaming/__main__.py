@@ -8,7 +8,7 @@ if __name__ == "__main__":
     limit_spinning()  # before the imports below load torch
 
 from common.cli import exit_on_error, parse_config
-from common.serve import listen, serve_app
+from common.serve import is_loopback, listen, serve_app, show_url
 
 from .config import EngineConfig
 from .engine import LLM
@@ -26,10 +26,11 @@ def serve(config: EngineConfig) -> None:
     listener = listen(config.host, config.port)
     llm = LLM(config)
     message = (
-        f"serving {llm.name} on http://{config.host}:{listener.getsockname()[1]} "
+        f"serving {llm.name} on {show_url(config.host, listener.getsockname()[1])} "
         f"({llm.device}, {llm.max_model_len} tokens of context)"
     )
-    serve_app(create_app(llm, config.max_queued_requests), listener, message)
+    app = create_app(llm, config.max_queued_requests, is_loopback(config.host))
+    serve_app(app, listener, message)
 
 
 def main() -> None:

@@ -6,20 +6,27 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"  # what decoding produces for bytes that are not a character, or not yet
+from common.answer_text import REPLACEMENT, end_of_prompt
 
 
 class IncrementalDetokenizer:
     """The text of a growing list of token ids.
 
-    text holds the complete characters so far; num_shown counts those that take() has returned. As in vLLM, the first
-    character that completes a stop string ends the text, so the result does not depend on token boundaries.
+    It begins with the prompt's last tokens, which are not shown: an answer goes on after them. text holds the complete
+    characters so far; num_shown counts those that take() has returned. As in vLLM, the first character that completes a
+    stop string ends the text, so the result does not depend on token boundaries.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        prompt_token_ids: Sequence[int] = (),
+    ) -> None:
         self.tokenizer, self.stop, self.min_tokens = tokenizer, stop, min_tokens
-        self.token_ids: list[int] = []
-        self.prefix_offset = self.read_offset = 0
+        self.token_ids, self.read_offset = end_of_prompt(tokenizer, prompt_token_ids)
+        self.prefix_offset, self.num_prompt_tokens = 0, len(self.token_ids)
         self.text = ""
         self.num_shown = 0
 
@@ -30,7 +37,7 @@ class IncrementalDetokenizer:
 
     def take(self, finished: bool) -> str:
         """The new text that can be shown; at the end, all remaining text."""
-        if finished:
+        if finished and len(self.token_ids) > self.num_prompt_tokens:
             self._extend(flush=True)  # before a stop token, the text may end in half a character
         end = len(self.text) - (0 if finished else self.num_held_back())
         new_text = self.text[self.num_shown : end]
@@ -77,7 +84,8 @@ class IncrementalDetokenizer:
     def _extend(self, flush: bool) -> str | None:
         num_before = len(self.text)
         self.text += self.decode_next(flush)
-        return None if len(self.token_ids) <= self.min_tokens else self.find_stop(num_before)
+        num_tokens = len(self.token_ids) - self.num_prompt_tokens
+        return None if num_tokens <= self.min_tokens else self.find_stop(num_before)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)  # type: ignore[return-value]

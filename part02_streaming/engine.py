@@ -74,7 +74,7 @@ class LLM:
         if params.seed is not None:
             generator = torch.Generator(self.device).manual_seed(params.seed)
         cache = DynamicCache(config=self.model.config)
-        detokenizer = IncrementalDetokenizer(self.tokenizer, params.stop, params.min_tokens)
+        detokenizer = IncrementalDetokenizer(self.tokenizer, params.stop, params.min_tokens, prompt_token_ids)
         output_token_ids: list[int] = []
         first_position, new_token_ids = 0, prompt_token_ids  # prefill: the whole prompt in one pass
         while True:

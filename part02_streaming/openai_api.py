@@ -6,21 +6,21 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import FieldError, openai_error
+from common.errors import FieldError, ignore_unknown, openai_error
 from common.outputs import CompletionOutput, RequestOutput
-from common.prompts import encode_prompt
-from common.sampling_params import SamplingParams, check_known_fields, show
+from common.prompts import encode_prompt, stop_at_special_tokens
+from common.sampling_params import SamplingParams, show
 
 from .async_engine import GenerationError, RequestStream
 from .engine import SAMPLING_FIELDS
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may fill the context
-COMMON_FIELDS = {"model", "stream", "stream_options", "user", *SAMPLING_FIELDS}
+COMMON_FIELDS = {"model", "stream", "stream_options", *SAMPLING_FIELDS}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt"}
 # Fields of OpenAI's API that this part does not support may be sent with the value that changes nothing.
@@ -29,6 +29,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},), "tools": ([],),
     "response_format": ({"type": "text"},),
 }  # fmt: skip
+# Fields that mean something elsewhere; what is not even in this list is ignored.
+OTHER_FIELDS = CHAT_FIELDS | COMPLETION_FIELDS | NEUTRAL.keys() | {spec.name for spec in fields(SamplingParams)}
 
 
 class ModelNotFoundError(Exception):
@@ -49,6 +51,12 @@ class ApiRequest:
     include_usage: bool
 
 
+def check_model(name: object, served: str) -> None:
+    """Raises ModelNotFoundError; no name means the model that is served."""
+    if name not in (None, served):
+        raise ModelNotFoundError(f"model: {show(name)} is not served here, expected {served!r}")
+
+
 def parse_body(raw: bytes) -> dict[str, Any]:
     """A JSON object from a request's bytes. Raises FieldError("body", …)."""
     try:
@@ -64,15 +72,17 @@ def parse_request(
     body: dict[str, Any], is_chat: bool, model: str, tokenizer: PreTrainedTokenizerBase, max_model_len: int
 ) -> ApiRequest:
     """Raises FieldError naming the first invalid or unsupported field, ModelNotFoundError for another model."""
-    if body.get("model") not in (None, model):
-        raise ModelNotFoundError(f"model: {show(body['model'])} is not served here, expected {model!r}")
-    for name, allowed in NEUTRAL.items():
-        if body.get(name) is not None and not any(body[name] == v and type(body[name]) is type(v) for v in allowed):
-            raise FieldError(name, f"not supported yet: expected {allowed[0]!r} or nothing, got {show(body[name])}")
+    check_model(body.get("model"), model)
     known = CHAT_FIELDS if is_chat else COMPLETION_FIELDS
-    check_known_fields(body, known | NEUTRAL.keys())
-    if not isinstance(body.get("user"), str | None):
-        raise FieldError("user", f"expected text, got {show(body['user'])}")
+    for name, value in body.items():
+        if value is None or name in known:
+            continue
+        neutral = NEUTRAL.get(name, ())
+        if name not in OTHER_FIELDS:
+            ignore_unknown(name)  # clients send what other servers have
+        elif not any(value == allowed and type(value) is type(allowed) for allowed in neutral):
+            expected = f": expected {neutral[0]!r} or nothing" if neutral else ""
+            raise FieldError(name, f"not supported here{expected}, got {show(value)}")
     stream, include_usage = _parse_stream(body)
     prompt_token_ids = encode_prompt(body, tokenizer, max_model_len)
     room = max_model_len - len(prompt_token_ids)
@@ -82,7 +92,7 @@ def parse_request(
         model=model,
         is_chat=is_chat,
         prompt_token_ids=prompt_token_ids,
-        params=_parse_params(body, room if is_chat else DEFAULT_COMPLETION_TOKENS),
+        params=stop_at_special_tokens(_parse_params(body, room if is_chat else DEFAULT_COMPLETION_TOKENS), tokenizer),
         stream=stream,
         include_usage=include_usage,
     )
@@ -94,7 +104,7 @@ def _parse_stream(body: dict[str, Any]) -> tuple[bool, bool]:
         return stream, False
     if not stream:
         raise FieldError("stream_options", "only allowed when stream is true")
-    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
         raise FieldError("stream_options", f"expected an object with include_usage, got {show(options)}")
     return stream, _parse_flag("stream_options.include_usage", options.get("include_usage"))
 
@@ -123,9 +133,9 @@ def _parse_params(body: dict[str, Any], default_max_tokens: int) -> SamplingPara
         raise FieldError(name, str(error).removeprefix("max_tokens: ")) from error  # under the name that was sent
 
 
-def list_models(model: str, max_model_len: int) -> dict[str, Any]:
-    entry = {"id": model, "object": "model", "created": 0, "owned_by": "local", "max_model_len": max_model_len}
-    return {"object": "list", "data": [entry]}
+def describe_model(model: str, max_model_len: int) -> dict[str, Any]:
+    """An entry of /v1/models."""
+    return {"id": model, "object": "model", "created": 0, "owned_by": "local", "max_model_len": max_model_len}
 
 
 def full_response(request: ApiRequest, output: CompletionOutput) -> dict[str, Any]:

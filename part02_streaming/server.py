@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from common.errors import FieldError, openai_error
+from common.openai_app.browsers import BrowserPolicy, add_browser_guards
 from common.outputs import CompletionOutput
 from common.sampling_params import check_vocabulary
 
@@ -22,8 +23,9 @@ from .engine import LLM, join_outputs
 from .openai_api import (
     ApiRequest,
     ModelNotFoundError,
+    check_model,
+    describe_model,
     full_response,
-    list_models,
     parse_body,
     parse_request,
     stream_events,
@@ -72,7 +74,11 @@ async def collect(http_request: Request, engine: AsyncLLM, stream: RequestStream
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises HTTPException 413 once more than MAX_BODY_BYTES have arrived, whatever Content-Length says."""
+    """Raises HTTPException 415 unless the body is announced as JSON (a web page could send anything else without being
+    asked), and 413 once more than MAX_BODY_BYTES have arrived, whatever Content-Length says."""
+    content_type = request.headers.get("Content-Type", "none").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise HTTPException(415, f"Content-Type: expected application/json, got {content_type[:100]}")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -81,12 +87,13 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def create_app(llm: LLM, max_queued_requests: int = 64) -> FastAPI:
-    """OpenAI's API over one engine. The engine's thread starts and ends with the app."""
+def create_app(llm: LLM, max_queued_requests: int = 64, is_local: bool = False) -> FastAPI:
+    """OpenAI's API over one engine. The engine's thread starts and ends with the app. is_local: see BrowserPolicy."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.engine = AsyncLLM(llm, max_queued_requests)
+        app.state.end_requests = app.state.engine.shutdown
         yield
         await asyncio.to_thread(app.state.engine.shutdown)
 
@@ -116,7 +123,12 @@ def create_app(llm: LLM, max_queued_requests: int = 64) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return list_models(llm.name, llm.max_model_len)
+        return {"object": "list", "data": [describe_model(llm.name, llm.max_model_len)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        check_model(name, llm.name)
+        return describe_model(llm.name, llm.max_model_len)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -124,6 +136,7 @@ def create_app(llm: LLM, max_queued_requests: int = 64) -> FastAPI:
         return JSONResponse({"status": "ok" if is_alive else "the engine has died"}, 200 if is_alive else 503)
 
     add_error_handlers(app)
+    add_browser_guards(app, BrowserPolicy(is_local=is_local))
     return app
 
 
@@ -132,7 +145,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(FieldError)
     async def bad_field(_: Request, error: FieldError) -> JSONResponse:
-        return JSONResponse(openai_error(str(error), error.field), 400)
+        return JSONResponse(openai_error(str(error), error.field, code=error.code), 400)
 
     @app.exception_handler(ModelNotFoundError)
     async def no_model(_: Request, error: ModelNotFoundError) -> JSONResponse:
@@ -152,5 +165,5 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        param = "body" if error.status_code == 413 else None
+        param = {413: "body", 415: "Content-Type"}.get(error.status_code)
         return JSONResponse(openai_error(error.detail, param), error.status_code, headers=error.headers)

@@ -49,7 +49,7 @@ def show_answers(console: Console, llm: LLM) -> None:
         for question in QUESTIONS
     ]
     for number, prompt in enumerate(prompts):
-        llm.processor.add_request(str(number), params)
+        llm.processor.add_request(str(number), prompt, params)
         engine.add_request(str(number), prompt, params)
     texts = {str(number): "" for number in range(len(prompts))}
     for _ in range(12):

@@ -8,7 +8,7 @@ if __name__ == "__main__":
     limit_spinning()  # before the imports below load torch
 
 from common.cli import exit_on_error, parse_configs
-from common.serve import ServerConfig, listen, serve_app, single_threaded
+from common.serve import ServerConfig, listen, serve_app, show_url, single_threaded
 
 from . import __doc__ as PART
 from .api.async_engine import AsyncLLM
@@ -28,7 +28,7 @@ def serve(server: ServerConfig, config: EngineConfig) -> None:
     with single_threaded():  # the steps run in the engine's thread
         engine = AsyncLLM(config)
     message = (
-        f"serving {engine.model_name} on http://{server.host}:{listener.getsockname()[1]} "
+        f"serving {engine.model_name} on {show_url(server.host, listener.getsockname()[1])} "
         f"({engine.device}, context of {engine.max_model_len} tokens, {engine.num_kv_blocks - 1:,} KV blocks "
         f"of {engine.block_size} tokens)"
     )

@@ -8,7 +8,7 @@ if __name__ == "__main__":
     limit_spinning()  # before the imports below load torch
 
 from common.cli import exit_on_error, parse_configs
-from common.serve import ServerConfig, listen, serve_app
+from common.serve import ServerConfig, listen, serve_app, show_url
 
 from . import __doc__ as PART
 from .api.async_engine import AsyncLLM
@@ -27,7 +27,7 @@ def serve(server: ServerConfig, config: EngineConfig) -> None:
     listener = listen(server.host, server.port)
     engine = AsyncLLM(config)
     message = (
-        f"serving {engine.model_name} on http://{server.host}:{listener.getsockname()[1]} "
+        f"serving {engine.model_name} on {show_url(server.host, listener.getsockname()[1])} "
         f"({engine.device}, context of {engine.max_model_len} tokens, {engine.num_kv_blocks - 1:,} KV blocks "
         f"of {engine.block_size} tokens, engine core in process {engine.core.process.pid})"
     )

@@ -41,7 +41,7 @@ class LLM:
         pieces: dict[str, list[CompletionOutput]] = {next(self._request_ids): [] for _ in prompts}
         try:
             for request_id, prompt, each in zip(pieces, prompts, all_params, strict=True):
-                self.processor.add_request(request_id, each)
+                self.processor.add_request(request_id, list(prompt), each)
                 self.engine.add_request(request_id, list(prompt), each)
             while self.engine.has_unfinished_requests:
                 answers, stopped = self.processor.process(self.engine.step())

@@ -81,10 +81,11 @@ class AbortRequests(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The core's answer to Start."""
+    """The core's answer to Start. stats: its gauges, so that /metrics has all of them before the first request."""
 
     limits: EngineLimits
     num_kv_blocks: int
+    stats: dict[str, float]
 
 
 class StartFailed(msgspec.Struct, tag=True):

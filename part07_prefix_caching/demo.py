@@ -33,7 +33,7 @@ def answer(
     """The answer, and its TTFT in milliseconds."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, cache_salt=salt)
     llm.engine.add_request("demo", prompt, params)
-    llm.processor.add_request("demo", params)
+    llm.processor.add_request("demo", prompt, params)
     started, ttft_ms = time.perf_counter(), 0.0
     pieces: list[CompletionOutput] = []
     while llm.engine.has_unfinished_requests:

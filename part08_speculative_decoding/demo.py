@@ -34,7 +34,7 @@ class DemoConfig:
 def answer(llm: LLM, prompt: list[int], params: SamplingParams) -> list[CompletionOutput]:
     """What each step produced."""
     llm.engine.add_request("demo", prompt, params)
-    llm.processor.add_request("demo", params)
+    llm.processor.add_request("demo", prompt, params)
     pieces: list[CompletionOutput] = []
     while llm.engine.has_unfinished_requests:
         outputs, stopped = llm.processor.process(llm.engine.step())

@@ -21,7 +21,7 @@ class Watched:
     """An ASGI app that counts the requests to another, and keeps its event loop and what it raises on a request."""
 
     def __init__(self, app: Any) -> None:
-        self.app = app
+        self.app, self.state = app, app.state
         self.num_begun = self.num_ended = 0
         self.errors: list[BaseException] = []
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -51,7 +51,8 @@ def until(condition: Callable[[], object], what: str) -> None:
 def request_bytes(path: str, content: bytes, length: int | None = None) -> bytes:
     """A POST as it goes over the wire; length: what its header says, if not the truth."""
     length = len(content) if length is None else length
-    return f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n\r\n".encode() + content
+    headers = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}"
+    return f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + content
 
 
 def send_raw(url: str, data: bytes) -> socket.socket:

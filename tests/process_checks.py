@@ -50,6 +50,7 @@ class ServerClient:
 
     def post(self, path: str, body: bytes | dict, headers: dict[str, str] | None = None) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **(headers or {})}
         return httpx.post(
             self.url + path, content=content, headers=headers, timeout=TIMEOUT_S, trust_env=False, verify=False
         )

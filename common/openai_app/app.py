@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import functools
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from common.errors import FieldError
+from common.openai_app.browsers import BrowserPolicy, add_browser_guards
 from common.openai_app.errors import CLIENT_GONE, ApiError, add_error_handlers
-from common.openai_app.generation import admit
-from common.openai_app.guards import check_api_key, read_body
+from common.openai_app.generation import Generation, admit
+from common.openai_app.guards import check_api_key, check_json, read_body
 from common.openai_app.logprobs import TokenTexts
 from common.openai_app.metrics import Metrics, RequestTimer
-from common.openai_app.protocol import parse_request
-from common.openai_app.responses import ResponseWriter, list_models
-from common.openai_app.streaming import EventStream, collect
+from common.openai_app.protocol import ApiRequest, parse_request
+from common.openai_app.responses import ResponseWriter, describe_model
+from common.openai_app.responses_endpoint import ResponsesWriter, parse_responses_request
+from common.openai_app.streaming import EventStream, collect, stream_events
+from common.openai_app.tokens import detokenize, tokenize
+from common.serve import ServerConfig, is_loopback
 from common.serving import ServingEngine
 
 ENGINE_DEAD = "the engine has died"
+VERSION = "1.0"
 
 
 @dataclass(frozen=True, slots=True)
 class AppOptions:
-    """api_key protects /v1 (None: no key needed). body_timeout_s: how long a request's body may take to arrive.
+    """api_key protects all but /health, /ping, /metrics and /version (None: no key needed). body_timeout_s: how long a
+    request's body may take to arrive. root_path: where a proxy in front of the server has put it.
 
     Raises FieldError for a key that no client could send.
     """
@@ -35,10 +44,19 @@ class AppOptions:
     api_key: str | None = None
     max_body_bytes: int = 1_000_000
     body_timeout_s: float = 30.0
+    browsers: BrowserPolicy = field(default_factory=BrowserPolicy)
+    root_path: str = ""
 
     def __post_init__(self) -> None:
         if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
             raise FieldError("api_key", "expected a key without leading or trailing spaces, or none")
+
+    @classmethod
+    def from_config(cls, config: ServerConfig) -> AppOptions:
+        """The options that the command line's flags ask for."""
+        origins = tuple(origin.strip() for origin in (config.allowed_origins or "").split(",") if origin.strip())
+        browsers = BrowserPolicy(origins, is_local=is_loopback(config.host))
+        return cls(api_key=config.api_key, browsers=browsers, root_path=config.root_path)
 
 
 class OpenAIServer:
@@ -48,20 +66,37 @@ class OpenAIServer:
         self.engine, self.options = engine, options
         self.metrics = Metrics(engine.stats)
         self.token_texts = TokenTexts(engine.tokenizer)
+        self.started = int(time.time())
 
-    async def answer(self, http_request: Request, is_chat: bool) -> Response:
-        raw = await read_body(http_request, self.options.max_body_bytes, self.options.body_timeout_s)
+    async def read(self, http_request: Request) -> bytes:
+        """A request's body, which must be JSON."""
+        check_json(http_request)
+        return await read_body(http_request, self.options.max_body_bytes, self.options.body_timeout_s)
+
+    async def admit(self, http_request: Request, parse: Callable[..., ApiRequest]) -> tuple[ApiRequest, Generation]:
+        """Read a request, check it, and queue it at the engine."""
+        raw = await self.read(http_request)
         timer = RequestTimer(self.metrics)
         # In a thread: tokenizing a megabyte would block the event loop for too long.
-        request = await asyncio.to_thread(parse_request, raw, is_chat, self.engine)
+        request_id = http_request.headers.get("X-Request-Id")
+        request = await asyncio.to_thread(parse, raw, engine=self.engine, request_id=request_id)
         if not self.engine.is_alive:
             raise ApiError(503, ENGINE_DEAD, error_type="service_unavailable")
-        generation = admit(self.engine, request, self.metrics, timer)
+        return request, admit(self.engine, request, self.metrics, timer)
+
+    async def answer(self, http_request: Request, is_chat: bool) -> Response:
+        request, generation = await self.admit(http_request, functools.partial(parse_request, is_chat=is_chat))
         writer = ResponseWriter(request, self.token_texts)
-        if request.stream:
-            return EventStream(generation, writer)
-        response = await collect(generation, writer, http_request.receive)
-        return Response(status_code=CLIENT_GONE) if response is None else JSONResponse(response)
+        if request.stream is not None:
+            return EventStream(generation, stream_events(generation, writer))
+        return _as_json(await collect(generation, writer.response, http_request.receive))
+
+    async def responses(self, http_request: Request) -> Response:
+        request, generation = await self.admit(http_request, parse_responses_request)
+        writer = ResponsesWriter(request)
+        if request.stream is not None:
+            return EventStream(generation, writer.events(generation))
+        return _as_json(await collect(generation, writer.response, http_request.receive))
 
     async def completions(self, http_request: Request) -> Response:
         return await self.answer(http_request, is_chat=False)
@@ -69,12 +104,36 @@ class OpenAIServer:
     async def chat_completions(self, http_request: Request) -> Response:
         return await self.answer(http_request, is_chat=True)
 
+    async def tokenize(self, http_request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(tokenize, await self.read(http_request), self.engine))
+
+    async def detokenize(self, http_request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(detokenize, await self.read(http_request), self.engine))
+
+    def describe_model(self) -> dict[str, Any]:
+        return describe_model(self.engine.model_name, self.engine.max_model_len, self.started)
+
     async def models(self) -> Response:
-        return JSONResponse(list_models(self.engine.model_name, self.engine.max_model_len))
+        return JSONResponse({"object": "list", "data": [self.describe_model()]})
+
+    async def model(self, name: str) -> Response:
+        if name != self.engine.model_name:
+            message = f"model: {name[:100]!r} is not served here, expected {self.engine.model_name!r}"
+            raise ApiError(404, message, "model", code="model_not_found")
+        return JSONResponse(self.describe_model())
 
     async def health(self) -> Response:
         is_alive = self.engine.is_alive
         return JSONResponse({"status": "ok" if is_alive else ENGINE_DEAD}, 200 if is_alive else 503)
+
+    async def version(self) -> Response:
+        return JSONResponse({"version": VERSION})
+
+    async def load(self) -> Response:
+        """How many requests are unfinished, for load balancers."""
+        stats = self.engine.stats()
+        names = ("num_requests_running", "num_requests_waiting")
+        return JSONResponse({"server_load": int(sum(stats.get(name, 0) for name in names))})
 
     async def show_metrics(self) -> Response:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -92,16 +151,37 @@ class OpenAIServer:
 
 def create_app(engine: ServingEngine, options: AppOptions | None = None) -> FastAPI:
     """OpenAI's API over one engine, which starts and ends with the app."""
-    server = OpenAIServer(engine, options or AppOptions())
+    options = options or AppOptions()
+    server = OpenAIServer(engine, options)
     app = FastAPI(
         lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )  # fmt: skip
-    guarded = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
-    guarded.add_api_route("/models", server.models, methods=["GET"])
-    guarded.add_api_route("/completions", server.completions, methods=["POST"])
-    guarded.add_api_route("/chat/completions", server.chat_completions, methods=["POST"])
+    app.state.end_requests, app.root_path = engine.shutdown, options.root_path
+    guarded = APIRouter(dependencies=[Depends(server.check_key)])
+    for path, method, endpoint in routes(server):
+        guarded.add_api_route(path, endpoint, methods=[method])
     app.include_router(guarded)
-    app.add_api_route("/health", server.health, methods=["GET"])
+    for path, open_endpoint in (("/health", server.health), ("/ping", server.health), ("/version", server.version)):
+        app.add_api_route(path, open_endpoint, methods=["GET", "HEAD"])
     app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
     add_error_handlers(app)
+    add_browser_guards(app, options.browsers)
     return app
+
+
+def routes(server: OpenAIServer) -> list[tuple[str, str, Callable[..., Any]]]:
+    """What needs the API key."""
+    return [
+        ("/v1/models", "GET", server.models),
+        ("/v1/models/{name:path}", "GET", server.model),
+        ("/v1/completions", "POST", server.completions),
+        ("/v1/chat/completions", "POST", server.chat_completions),
+        ("/v1/responses", "POST", server.responses),
+        ("/tokenize", "POST", server.tokenize),
+        ("/detokenize", "POST", server.detokenize),
+        ("/load", "GET", server.load),
+    ]
+
+
+def _as_json(response: dict[str, Any] | None) -> Response:
+    return Response(status_code=CLIENT_GONE) if response is None else JSONResponse(response)

@@ -38,7 +38,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, FieldError):
-        return ApiError(400, str(error), error.field)
+        return ApiError(400, str(error), error.field, code=error.code)
     if isinstance(error, QueueFullError):
         headers = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(429, str(error), error_type="rate_limit_error", headers=headers)

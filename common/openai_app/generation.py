@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
 
 from common.errors import FieldError
 from common.openai_app.metrics import Metrics, RequestTimer
@@ -17,7 +16,6 @@ from common.serving import GenerationError, OutputStream, ServingEngine
 
 def admit(engine: ServingEngine, request: ApiRequest, metrics: Metrics, timer: RequestTimer) -> Generation:
     """Queue all choices of a request. If the engine raises, none of them is queued."""
-    extra: dict[str, Any] = {} if request.priority is None else {"priority": request.priority}
     streams, choices = [], list(request.engine_requests())
     if len(choices) > engine.max_num_unfinished:  # retrying later would not help
         limit = f"{engine.max_num_unfinished} (max_num_seqs + max_queued_requests)"
@@ -25,10 +23,10 @@ def admit(engine: ServingEngine, request: ApiRequest, metrics: Metrics, timer: R
     with contextlib.ExitStack() as on_failure:
         for prompt_token_ids, params in choices:
             try:
-                streams.append(engine.generate(prompt_token_ids, params, **extra))
+                streams.append(engine.generate(prompt_token_ids, params))
             except FieldError as error:
                 if error.field == "prompt" and request.is_chat:  # the client's name for it
-                    raise FieldError("messages", str(error).removeprefix("prompt: ")) from None
+                    raise FieldError("messages", str(error).removeprefix("prompt: "), error.code) from None
                 raise
             on_failure.callback(engine.abort, streams[-1])
         on_failure.pop_all()

@@ -1,4 +1,4 @@
-"""The checks before a request is parsed: the API key, and the size and time limits of its body."""
+"""The checks before a request is parsed: the API key, the body's type, and its size and time limits."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def check_api_key(request: Request, api_key: str) -> None:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def check_json(request: Request) -> None:
+    """Raises ApiError 415 unless the body is announced as JSON: a web page can send other types without being asked."""
+    content_type = request.headers.get("Content-Type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        message = f"Content-Type: expected application/json, got {content_type[:100] or 'none'}"
+        raise ApiError(415, message, "Content-Type")
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from common.answer_text import special_tokens
 from common.openai_app.protocol import ApiRequest
 from common.outputs import CompletionOutput, Logprob
 
@@ -21,7 +22,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_ids = frozenset(special_tokens(tokenizer).values())
         self._byte_of_char = _byte_level_alphabet()
         self._cache: dict[int, bytes] = {}
 

@@ -10,9 +10,12 @@ from common.openai_app.protocol import ApiRequest
 from common.outputs import CompletionOutput
 
 
-def list_models(model: str, max_model_len: int) -> dict[str, Any]:
-    entry = {"id": model, "object": "model", "created": 0, "owned_by": "local", "max_model_len": max_model_len}
-    return {"object": "list", "data": [entry]}
+def describe_model(model: str, max_model_len: int, created: int) -> dict[str, Any]:
+    """An entry of /v1/models. created: when the server started, in seconds since 1970."""
+    return {
+        "id": model, "object": "model", "created": created, "owned_by": "local", "root": model, "parent": None,
+        "max_model_len": max_model_len,
+    }  # fmt: skip
 
 
 class ResponseWriter:
@@ -20,7 +23,8 @@ class ResponseWriter:
 
     def __init__(self, request: ApiRequest, texts: TokenTexts) -> None:
         self.request = request
-        self._num_tokens = 0
+        self._num_tokens = [0] * request.num_choices
+        self._is_started = [False] * request.num_choices
         self._num_cached: dict[int, int] = {}  # by choice, once the engine has reported it
         self._logprobs: list[LogprobsWriter] = []
         if request.params.logprobs is not None:
@@ -44,20 +48,16 @@ class ResponseWriter:
             "usage": self._usage(),
         }
 
-    def first_chunks(self) -> Iterator[dict[str, Any]]:
-        """The first chunk of each choice: the role (chat), or the prompt if it is echoed."""
-        for index in range(self.request.num_choices):
-            if self.request.is_chat:
-                yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
-            elif self._echo(index):
-                yield self._chunk(index, {"text": self._echo(index)})
-
     def chunks(self, output: CompletionOutput) -> Iterator[dict[str, Any]]:
-        """No chunk for an output without text (half a character, the beginning of a stop string) unless it is the last.
+        """A choice's first output begins with the role (chat), or with the prompt if it is echoed.
 
+        No chunk for an output without text (half a character, the beginning of a stop string) unless it is the last.
         The log probabilities of such an output are sent with the choice's next chunk.
         """
         self._add(output)
+        if not self._is_started[output.index]:
+            self._is_started[output.index] = True
+            yield from self._first_chunk(output.index)
         if output.text:
             part = {"delta": {"content": output.text}} if self.request.is_chat else {"text": output.text}
             yield self._chunk(output.index, {**part, "logprobs": self._take_logprobs(output.index)})
@@ -68,11 +68,17 @@ class ResponseWriter:
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """The usage, if requested."""
-        if self.request.include_usage:
+        if self.request.stream and self.request.stream.include_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
 
+    def _first_chunk(self, index: int) -> Iterator[dict[str, Any]]:
+        if self.request.is_chat:
+            yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+        elif self._echo(index):
+            yield self._chunk(index, {"text": self._echo(index)})
+
     def _add(self, output: CompletionOutput) -> None:
-        self._num_tokens += len(output.token_ids)
+        self._num_tokens[output.index] += len(output.token_ids)
         if output.num_cached_tokens is not None:
             self._num_cached[output.index] = output.num_cached_tokens
         if self._logprobs:
@@ -85,7 +91,8 @@ class ResponseWriter:
         return "" if self.request.echo is None else self.request.echo[index // self.request.params.n]
 
     def _whole(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}} if self.request.is_chat else {"text": text}
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message} if self.request.is_chat else {"text": text}
 
     def _head(self, chat_object: str) -> dict[str, Any]:
         return {
@@ -93,12 +100,18 @@ class ResponseWriter:
             "object": chat_object if self.request.is_chat else "text_completion",
             "created": self.request.created,
             "model": self.request.model,
+            "system_fingerprint": None,
         }
 
     def _chunk(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         choice = {"index": index, "logprobs": None, "finish_reason": None, **choice}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        return {**chunk, "usage": None} if self.request.include_usage else chunk
+        options = self.request.stream
+        if options and options.continuous_usage_stats:
+            chunk["usage"] = _count(len(self.request.prompts[index // self.request.params.n]), self._num_tokens[index])
+        elif options and options.include_usage:
+            chunk["usage"] = None
+        return chunk
 
     def _usage(self) -> dict[str, Any]:
         """Each prompt counts once, as in OpenAI's API; its cached tokens are those of its first answer."""
@@ -106,9 +119,12 @@ class ResponseWriter:
         first_choices = range(0, self.request.num_choices, self.request.params.n)
         num_cached = [self._num_cached[index] for index in first_choices if index in self._num_cached]
         details = {"prompt_tokens_details": {"cached_tokens": sum(num_cached)}} if num_cached else {}
-        return {
-            **details,
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": self._num_tokens,
-            "total_tokens": num_prompt_tokens + self._num_tokens,
-        }
+        return {**details, **_count(num_prompt_tokens, sum(self._num_tokens))}
+
+
+def _count(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }

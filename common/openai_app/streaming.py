@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from common.openai_app.errors import as_api_error
 from common.openai_app.generation import Generation
 from common.openai_app.responses import ResponseWriter
+from common.outputs import CompletionOutput
 from common.serving import GenerationError
 
 T = TypeVar("T")
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 class EventStream(StreamingResponse):
     """A request's outputs as server-sent events. However the response ends, its generation is closed."""
 
-    def __init__(self, generation: Generation, writer: ResponseWriter) -> None:
-        self.generation, self.events = generation, stream_events(generation, writer)
+    def __init__(self, generation: Generation, events: AsyncGenerator[str, None]) -> None:
+        self.generation, self.events = generation, events
         super().__init__(self.events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,11 +36,16 @@ class EventStream(StreamingResponse):
             await self.events.aclose()
 
 
-async def collect(generation: Generation, writer: ResponseWriter, receive: Receive) -> dict[str, Any] | None:
-    """The complete answer, or None if the client disconnected first, which only this function detects."""
+async def collect(
+    generation: Generation, write: Callable[[list[CompletionOutput]], dict[str, Any]], receive: Receive
+) -> dict[str, Any] | None:
+    """The complete answer, or None if the client disconnected first, which only this function detects.
+
+    write: makes the response of all outputs.
+    """
 
     async def answer() -> dict[str, Any]:
-        return writer.response([output async for output in generation.outputs()])
+        return write([output async for output in generation.outputs()])
 
     try:
         return await unless_disconnected(receive, answer())
@@ -70,10 +76,8 @@ def format_event(payload: dict[str, Any]) -> str:
 
 
 async def stream_events(generation: Generation, writer: ResponseWriter) -> AsyncGenerator[str, None]:
-    """The answer as it is generated: first chunks, text, finish reasons, the usage if requested, [DONE]."""
+    """The answer as it is generated: text, finish reasons, the usage if requested, [DONE]."""
     try:
-        for chunk in writer.first_chunks():
-            yield format_event(chunk)
         async for output in generation.outputs():
             for chunk in writer.chunks(output):
                 yield format_event(chunk)

@@ -138,7 +138,7 @@ class AsyncLLM:
             added, self._inbox = self._inbox, []
             aborted, self._aborted = self._aborted, []
         for stream in added:
-            self.processor.add_request(stream.request_id, stream.params)
+            self.processor.add_request(stream.request_id, stream.prompt_token_ids, stream.params)
             self.engine.add_request(stream.request_id, stream.prompt_token_ids, stream.params)
         self._abort_in_engine(aborted)
         return not self._stopping

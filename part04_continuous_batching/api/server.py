@@ -13,4 +13,4 @@ from .async_engine import AsyncLLM
 
 def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
     """The engine starts and ends with the app."""
-    return create_openai_app(engine, AppOptions(api_key=config.api_key))
+    return create_openai_app(engine, AppOptions.from_config(config))

@@ -71,7 +71,7 @@ class AsyncLLM:
         self.cause_of_death: str | None = None
         self._streams: dict[str, RequestStream] = {}  # of all unfinished requests
         self._request_ids = map(str, itertools.count())
-        self._stats: dict[str, float] = {}
+        self._stats = self.core.ready.stats
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -92,7 +92,7 @@ class AsyncLLM:
             raise QueueFullError(f"{len(self._streams)} requests are unfinished ({limit}), try again later")
         stream = RequestStream(next(self._request_ids))
         self._streams[stream.request_id] = stream
-        self.processor.add_request(stream.request_id, params)
+        self.processor.add_request(stream.request_id, prompt_token_ids, params)
         self.core.send(AddRequest(stream.request_id, prompt_token_ids, params))
         return stream
 
@@ -112,7 +112,7 @@ class AsyncLLM:
 
     def stats(self) -> dict[str, float]:
         """Gauges for /metrics, as of the last outputs."""
-        num_running = self._stats.get("num_requests_running", 0)
+        num_running = self._stats["num_requests_running"]
         return {**self._stats, "num_requests_waiting": max(0, len(self._streams) - num_running)}
 
     def _read_outputs(self) -> None:

@@ -38,6 +38,9 @@ class CoreClient:
             target=run_engine_core, args=(directory,), name="engine-core", daemon=True
         )
         try:
+            if (length := len(f"{directory}/requests")) > zmq.IPC_PATH_MAX_LEN:
+                limit = f"a socket's path has at most {zmq.IPC_PATH_MAX_LEN} characters"
+                raise OSError(f"{directory}/requests has {length} characters, and {limit}: set a shorter TMPDIR")
             self._requests.setsockopt(zmq.SNDHWM, 0)  # a send on the event loop must never wait
             self._requests.connect(f"ipc://{directory}/requests")  # a socket that connects may send at once
             self._outputs.bind(f"ipc://{directory}/outputs")

@@ -20,8 +20,10 @@ class OutputProcessor:
         self.tokenizer = tokenizer
         self._detokenizers: dict[str, IncrementalDetokenizer] = {}
 
-    def add_request(self, request_id: str, params: SamplingParams) -> None:
-        self._detokenizers[request_id] = IncrementalDetokenizer(self.tokenizer, params.stop, params.min_tokens)
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        self._detokenizers[request_id] = IncrementalDetokenizer(
+            self.tokenizer, params.stop, params.min_tokens, prompt_token_ids
+        )
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forget requests. An id that is not there is no error."""

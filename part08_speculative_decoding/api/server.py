@@ -16,7 +16,7 @@ from .async_engine import AsyncLLM
 
 def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
     """The engine starts and ends with the app. Beside OpenAI's API there is POST /reset_prefix_cache, as in vLLM."""
-    app = create_openai_app(engine, AppOptions(api_key=config.api_key))
+    app = create_openai_app(engine, AppOptions.from_config(config))
 
     async def reset_prefix_cache(request: Request) -> JSONResponse:
         if config.api_key is not None:

@@ -134,9 +134,10 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], outputs: zmq.Socke
 
 
 def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
+    core = EngineCore(engine, requests, outputs)
     try:
-        outputs.send(encode(Ready(engine.limits, engine.blocks.num_blocks)))
-        EngineCore(engine, requests, outputs).run()
+        outputs.send(encode(Ready(engine.limits, engine.blocks.num_blocks, core.stats())))
+        core.run()
     finally:
         engine.tracer.close()
 

@@ -6,7 +6,7 @@ import torch
 
 from common.checkpoint import DTYPES, default_dtype, resolve_checkpoint
 from common.errors import FieldError
-from common.memory import num_blocks_in, peak_memory
+from common.memory import check_memory, num_blocks_in, peak_memory
 from common.threads import set_num_threads
 
 from ..config import EngineConfig
@@ -25,8 +25,10 @@ class Worker:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        assert config.device is not None, "EngineConfig chooses the device"
+        assert config.device and config.max_model_len, "resolve_config fills them in"
         self.config, self.device = config, config.device
+        num_bytes = 8 * config.max_num_seqs * config.max_model_len  # of the token buffer
+        check_memory("max_num_seqs", config.max_num_seqs, num_bytes, self.device)
         self.checkpoint = resolve_checkpoint(config.model)
         dtype = default_dtype(self.device) if config.dtype == "auto" else DTYPES[config.dtype]
         self.stream = make_stream(self.device)
@@ -43,11 +45,12 @@ class Worker:
     def num_blocks_available(self) -> int:
         """The size of the KV pool in blocks: as configured, or what its memory holds. The draft model's has as many."""
         config = self.config
-        if config.num_kv_blocks is not None:
-            return config.num_kv_blocks
         bytes_per_block = kv_bytes_per_block(self.model, config.block_size)
         if self.drafter is not None:
             bytes_per_block += kv_bytes_per_block(self.drafter.model, config.block_size)
+        if config.num_kv_blocks is not None:
+            check_memory("num_kv_blocks", config.num_kv_blocks, config.num_kv_blocks * bytes_per_block, self.device)
+            return config.num_kv_blocks
         if config.kv_cache_memory is not None:
             return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
         if not self.device.startswith("cuda"):

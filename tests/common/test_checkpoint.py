@@ -240,3 +240,50 @@ def test_the_shipped_presets_have_the_size_they_say(name: str, millions: tuple[i
         model = AutoModelForCausalLM.from_config(resolve_checkpoint(f"random:{name}").config)
     got = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions[0] < got < millions[1], f"{name}: expected {millions} million parameters, got {got:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_attention_heads", 7),
+        ("num_attention_heads", 0),
+        ("hidden_size", "big"),
+        ("vocab_size", -5),
+        ("max_position_embeddings", 0),
+        ("num_hidden_layers", 1.5),
+        ("num_key_value_heads", 5),
+    ],
+)
+def test_a_config_that_no_model_can_have(directory: Path, name: str, value: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(FieldError) as caught:
+        resolve_checkpoint(str(directory))
+    message = str(caught.value)
+    assert "config.json" in message and "\n" not in message, f"{name} = {value!r}: got {message!r}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_numbers(directory: Path, value: float) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[1]
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(directory, name, "NaN or infinity", load=True)
+
+
+def test_weights_that_are_quantized(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if name.endswith("proj.weight"))
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(directory, name, "I8", "F32", load=True)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0", "{{ raise_exception('no') }}", "{% for m in %}"])
+def test_a_broken_chat_template_is_told_at_the_start(directory: Path, template: str) -> None:
+    (directory / "chat_template.jinja").unlink()
+    (directory / "chat_template.jinja").write_text(template)
+    refused(directory, "bad chat template", load=True)

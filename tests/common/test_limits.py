@@ -43,7 +43,7 @@ def test_requests_that_just_fit(num_prompt_tokens: int, max_tokens: int, limits:
         ([], PARAMS, LIMITS, "prompt: expected at least one token, got an empty prompt"),
         ([1, 100], PARAMS, LIMITS, "prompt: expected token ids from 0 to 99 (the vocabulary)"),
         ([-1, 1], PARAMS, LIMITS, "prompt: expected token ids from 0 to 99 (the vocabulary)"),
-        ([1] * 20, PARAMS, LIMITS, "prompt: 20 tokens leave no room for an answer: max_model_len is 20 tokens"),
+        ([1] * 20, PARAMS, LIMITS, "prompt: This model's maximum context length is 20 tokens (max_model_len)"),
         ([1] * 14, PARAMS, LIMITS, "prompt: 14 tokens and an answer of up to 4 can never fit: the KV cache holds 16"),
         ([1] * 17, replace(PARAMS, max_tokens=100), LIMITS, "prompt: 17 tokens and an answer of up to 3 can never fit"),
         (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import FieldError
-from common.memory import num_blocks_in, peak_memory
+from common.memory import check_memory, num_blocks_in, peak_memory
 
 LOOK = "Look at common/memory.py::num_blocks_in."
 
@@ -55,3 +55,9 @@ def test_peak_memory_counts_the_largest_step_and_other_processes(monkeypatch: py
     assert got == 350, f"expected 300 + 50 bytes, got {got}. {look}"
     assert calls[:2] == ["reset_peak_memory_stats", "the largest step"], f"the step must run after the reset. {look}"
     assert calls[-1] == "empty_cache", f"the step's memory must be freed. {look}"
+
+
+def test_more_memory_than_there_is() -> None:
+    check_memory("max_num_seqs", 5, 10**6, "cpu")
+    with pytest.raises(FieldError, match=r"^max_num_seqs: 1,000,000 needs 1,000,000,000,000,000 bytes, and cpu has \d"):
+        check_memory("max_num_seqs", 10**6, 10**15, "cpu")

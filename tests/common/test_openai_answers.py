@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from common.openai_app.fields import IGNORED, NEUTRAL
 from common.outputs import CompletionOutput, Logprob
 from common.sampling_params import SamplingParams
 from tests.common.openai_fakes import CONTEXT, GOOD, FakeEngine, Server, check_error, delta, parse_events, serving
@@ -39,8 +41,9 @@ def test_all_fields_of_a_whole_answer(server: Server, path: str) -> None:
     assert re.fullmatch(("chatcmpl" if is_chat else "cmpl") + "-[0-9a-f]{32}", answer.pop("id"))
     assert isinstance(answer.pop("created"), int)
     text = " k l m" if is_chat else " c d e"
-    content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    content = {"message": {"role": "assistant", "content": text, "refusal": None}} if is_chat else {"text": text}
     assert answer == {
+        "system_fingerprint": None,
         "object": "chat.completion" if is_chat else "text_completion",
         "model": "tiny",
         "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": "length", "stop_reason": None}],
@@ -56,7 +59,10 @@ def test_all_fields_of_a_stream(server: Server, path: str, with_usage: bool) -> 
     options = {"stream_options": {"include_usage": True}} if with_usage else {}
     events = server.events(path, **options)
     is_chat, num_prompt_tokens = path == CHAT, len(server.engine.streams[0].prompt)
-    heads = [{name: event.pop(name) for name in ("id", "created", "object", "model")} for event in events]
+    heads = [
+        {name: event.pop(name) for name in ("id", "created", "object", "model", "system_fingerprint")}
+        for event in events
+    ]
     assert all(head == heads[0] for head in heads), f"all events repeat one head, got {heads}"
     assert heads[0]["object"] == ("chat.completion.chunk" if is_chat else "text_completion")
     assert re.fullmatch(("chatcmpl" if is_chat else "cmpl") + "-[0-9a-f]{32}", heads[0]["id"])
@@ -149,17 +155,19 @@ def test_fields_that_change_nothing(server: Server, path: str) -> None:
     neutral = {
         "n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1,
         "logit_bias": {}, "stop": [], "stop_token_ids": [], "logprobs": False, "top_logprobs": 0, "echo": False,
-        "suffix": "", "user": "", "response_format": {"type": "text"}, "tools": [], "min_tokens": 0, "stream": False,
-        "model": "tiny",
+        "suffix": "", "response_format": {"type": "text"}, "min_tokens": 0, "stream": False, "model": "tiny",
+        "length_penalty": 1, "priority": 0, "spaces_between_special_tokens": True, "tool_choice": "none",
+        "parallel_tool_calls": True, "modalities": ["text"], "top_k": -1, "use_beam_search": False,
     }  # fmt: skip
     nulls = dict.fromkeys(
-        [*neutral, "stream_options", "priority", "seed", "temperature", "top_p", "top_k", "ignore_eos"]
+        [*neutral, *IGNORED, *NEUTRAL, "stream_options", "seed", "temperature", "top_p", "ignore_eos", "never heard of"]
     )
+    ignored = {name: value for name in IGNORED for value in ("x", 5, [], {"a": 1})}
     expected = server.whole(path)["choices"]
-    for fields in (nulls, neutral):
+    for fields in (nulls, neutral, ignored):
         assert server.whole(path, **fields)["choices"] == expected, f"{fields} change the answer"
     first, *others = [stream.params for stream in server.engine.streams]
-    assert others == [first, first]
+    assert others == [first] * 3
 
 
 def test_prompts_in_all_their_forms(server: Server) -> None:
@@ -169,7 +177,6 @@ def test_prompts_in_all_their_forms(server: Server) -> None:
         ([5, 6], [[5, 6]]),
         (["one", "two three"], [encode("one"), encode("two three")]),
         ([[5, 6], [7]], [[5, 6], [7]]),
-        (["one", [5]], [encode("one"), [5]]),
         (["one"], [encode("one")]),
     ):
         answer = server.whole(COMPLETIONS, prompt=prompt)
@@ -180,28 +187,61 @@ def test_prompts_in_all_their_forms(server: Server) -> None:
 
 
 def test_messages_in_all_their_forms(server: Server) -> None:
-    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
-    server.whole(CHAT, messages=[{"role": "system", "content": "Be brief."}, USER])
+    parts = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "brief."}]
+    server.whole(CHAT, messages=[{"role": "system", "content": "Be\nbrief."}, USER])
     server.whole(CHAT, messages=[{"role": "developer", "content": parts, "name": "Bo"}, {**USER, "name": None}])
     first, second = server.engine.streams
-    assert first.prompt == second.prompt, "parts are joined, developer is system, a name changes nothing"
+    assert first.prompt == second.prompt, "line ends join parts, developer is system, a name changes nothing"
     text = server.engine.tokenizer.decode(first.prompt)
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>"), f"got {text!r}"
-
-
-def test_priorities_are_for_engines_that_have_them(engine: FakeEngine) -> None:
-    with serving(engine) as server:
-        response = server.post(COMPLETIONS, GOOD[COMPLETIONS], priority=1)
-        check_error(response, 400, "priority", "no priorities", "got 1")
-        engine.supports_priority = True  # type: ignore[attr-defined]
-        server.whole(COMPLETIONS, priority=-3, n=2)
-        server.whole(CHAT)
-        assert [stream.extra["priority"] for stream in engine.streams] == [-3, -3, 0]
-        for value in (1.5, "1", True, 2**31):
-            check_error(server.post(CHAT, GOOD[CHAT], priority=value), 400, "priority", "expected an integer")
+    assert text.startswith("<|im_start|>system\nBe\nbrief.<|im_end|>"), f"got {text!r}"
 
 
 # Several answers
+
+
+@both_endpoints
+def test_usage_in_every_chunk(server: Server, path: str) -> None:
+    """vLLM's option: each chunk has the usage of its own choice so far."""
+    options = {"continuous_usage_stats": True, "include_usage": True, "include_obfuscation": False}
+    *chunks, last = server.events(path, n=2, max_tokens=3, stream_options=options)
+    num_prompt_tokens, counts = len(server.engine.streams[0].prompt), dict[int, list[int]]()
+    for chunk in chunks:
+        usage, index = chunk["usage"], chunk["choices"][0]["index"]
+        counts.setdefault(index, []).append(usage["completion_tokens"])
+        expected = (num_prompt_tokens, num_prompt_tokens + usage["completion_tokens"])
+        assert (usage["prompt_tokens"], usage["total_tokens"]) == expected, f"got {chunk}"
+    for index, got in counts.items():
+        assert got == sorted(got) and (got[0], got[-1]) == (1, 3), f"choice {index}: tokens so far were {got}"
+    assert last["usage"]["completion_tokens"] == 6, f"the last chunk has the usage of all choices, got {last}"
+
+
+@streamed_or_not
+def test_a_client_s_own_request_id(server: Server, stream: bool) -> None:
+    def id_of(headers: dict[str, str], **fields: Any) -> str:
+        response = server.client.post(
+            COMPLETIONS, json={**GOOD[COMPLETIONS], **fields, "stream": stream}, headers=headers
+        )
+        return (parse_events(response.text)[0] if stream else response.json())["id"]
+
+    assert id_of({"X-Request-Id": "abc-1"}, request_id="other") == "cmpl-abc-1", "the header comes first"
+    assert id_of({}, request_id="other") == "cmpl-other"
+    assert len(id_of({"X-Request-Id": "x" * 5_000})) < 200, "a long id is cut"
+    for bad in ("", 5, ["a"], "a\nb", "ä"):
+        assert re.fullmatch("cmpl-[0-9a-f]{32}", id_of({}, request_id=bad)), f"{bad!r} is no id"
+
+
+def test_twelve_point_zero_is_an_integer(server: Server) -> None:
+    answer = server.post(COMPLETIONS, b'{"prompt": [5.0, 6], "max_tokens": 3.0, "n": 2.0, "seed": 1e0, "top_p": 1.0}')
+    assert answer.status_code == 200, answer.text
+    first, second = server.engine.streams
+    assert (first.prompt, first.params.max_tokens, first.params.seed, second.params.seed) == ([5, 6], 3, 1, 2)
+    check_error(server.post(COMPLETIONS, GOOD[COMPLETIONS], max_tokens=1.5), 400, "max_tokens")
+
+
+def test_the_limits_of_the_api(server: Server) -> None:
+    for fields, param in (({"max_tokens": CONTEXT + 1}, "max_tokens"), ({"temperature": 2.01}, "temperature")):
+        check_error(server.post(CHAT, GOOD[CHAT], **fields), 400, param)
+    assert server.whole(CHAT, max_tokens=CONTEXT, temperature=2)["usage"]["total_tokens"] == CONTEXT
 
 
 @both_endpoints
@@ -233,7 +273,7 @@ def test_n_answers_with_seeds_of_their_own(server: Server, path: str, stream: bo
 def test_seeds_and_their_absence(server: Server) -> None:
     server.whole(COMPLETIONS, n=2)
     server.whole(COMPLETIONS, n=2, seed=2**63 - 1)
-    assert [stream.params.seed for stream in server.engine.streams] == [None, None, 2**63 - 1, 0]
+    assert [stream.params.seed for stream in server.engine.streams] == [None, None, 2**63 - 1, -(2**63)]
 
 
 @streamed_or_not
@@ -275,7 +315,10 @@ def test_echo_puts_the_prompt_before_the_answer(server: Server, stream: bool) ->
         fields = {"prompt": prompt, "echo": True, "n": 2}
         if stream:
             events = server.events(COMPLETIONS, **fields)
-            assert [(c["index"], c["text"]) for e in events[:2] for c in e["choices"]] == [(0, text), (1, text)]
+            firsts: dict[int, str] = {}
+            for choice in (choice for event in events for choice in event["choices"]):
+                firsts.setdefault(choice["index"], choice["text"])
+            assert firsts == {0: text, 1: text}, f"each choice begins with the prompt, got {firsts}"
             texts = joined(events)
         else:
             texts = {c["index"]: c["text"] for c in server.whole(COMPLETIONS, **fields)["choices"]}
@@ -283,10 +326,21 @@ def test_echo_puts_the_prompt_before_the_answer(server: Server, stream: bool) ->
 
 
 def test_models(server: Server) -> None:
-    assert server.client.get("/v1/models").json() == {
-        "object": "list",
-        "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "local", "max_model_len": CONTEXT}],
-    }
+    listed = server.client.get("/v1/models").json()
+    [entry] = listed["data"]
+    created = entry.pop("created")
+    assert abs(created - time.time()) < 1_000, f"created is when the server started, got {created}"
+    assert (listed["object"], entry) == (
+        "list",
+        {
+            "id": "tiny", "object": "model", "owned_by": "local", "root": "tiny", "parent": None,
+            "max_model_len": CONTEXT,
+        },
+    )  # fmt: skip
+    assert server.client.get("/v1/models/tiny").json() == {**entry, "created": created}
+    for name in ("gpt-9", "a/b", "", "x" * 3_000):
+        error = check_error(server.client.get(f"/v1/models/{name}"), 404, "model", "'tiny'")
+        assert error["code"] == "model_not_found"
 
 
 @streamed_or_not

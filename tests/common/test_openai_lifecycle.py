@@ -19,7 +19,7 @@ from common.openai_app.logprobs import TokenTexts
 from common.openai_app.metrics import Metrics, RequestTimer
 from common.openai_app.protocol import parse_request
 from common.openai_app.responses import ResponseWriter
-from common.openai_app.streaming import EventStream, collect, unless_disconnected
+from common.openai_app.streaming import EventStream, collect, stream_events, unless_disconnected
 from common.serve import running_app
 from common.serving import GenerationError, QueueFullError
 from tests.common.openai_fakes import (
@@ -231,7 +231,8 @@ def test_a_response_that_cannot_be_sent(engine: FakeEngine, fails_at: int) -> No
     engine.manual = True
 
     async def test() -> None:
-        response = EventStream(*admitted(engine, n=2))
+        generation, writer = admitted(engine, n=2)
+        response = EventStream(generation, stream_events(generation, writer))
         for stream in engine.streams:
             stream.put(delta("a", [1]))
         client = Client(fails_at)
@@ -248,9 +249,11 @@ def test_a_response_whose_client_was_gone_before_it_began(engine: FakeEngine) ->
     async def test() -> None:
         client = Client()
         client.gone.set()
-        await EventStream(*admitted(engine))({"type": "http"}, client.receive, client.send)
         generation, writer = admitted(engine)
-        assert await collect(generation, writer, client.receive) is None
+        stream = EventStream(generation, stream_events(generation, writer))
+        await stream({"type": "http"}, client.receive, client.send)
+        generation, writer = admitted(engine)
+        assert await collect(generation, writer.response, client.receive) is None
         assert engine.aborts == [1, 1]
 
     on_a_loop(test)
@@ -264,11 +267,11 @@ def test_a_handler_that_is_cancelled(engine: FakeEngine, stream: bool) -> None:
     async def test() -> None:
         client = Client()
         generation, writer = admitted(engine, n=2)
-        response = EventStream(generation, writer)
+        response = EventStream(generation, stream_events(generation, writer))
         answer = (
             response({"type": "http"}, client.receive, client.send)
             if stream
-            else collect(generation, writer, client.receive)
+            else collect(generation, writer.response, client.receive)
         )
         task = asyncio.ensure_future(answer)
         while not generation._readers:

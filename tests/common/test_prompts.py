@@ -72,7 +72,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "text messages": ({"messages": "Hi"}, "messages", "a list of at least one message, got 'Hi'"),
     "tuple": ({"messages": (USER,)}, "messages", "a list of at least one message"),
     "not an object": ({"messages": [USER, 5]}, "messages[1]", "an object with role and content, got 5"),
-    "extra": ({"messages": [{**USER, "name": "x"}]}, "messages[0].name", "unknown field: expected role and content"),
+    "tool calls": (
+        {"messages": [{**USER, "tool_calls": [{}]}]},
+        "messages[0].tool_calls",
+        "not supported by this engine",
+    ),
     "role": ({"messages": [{**USER, "role": "tool"}]}, "messages[0].role", "system, user, assistant, got 'tool'"),
     "no role": ({"messages": [{"content": "Hi"}]}, "messages[0].role", "got None"),
     "no content": ({"messages": [USER, {"role": "user"}]}, "messages[1].content", "expected text, got None"),

@@ -8,7 +8,15 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import FieldError
-from common.prompts import check_messages, encode_prompt, encode_prompts, plain_messages, split_prompts
+from common.prompts import (
+    check_messages,
+    encode_prompt,
+    encode_prompts,
+    plain_messages,
+    split_prompts,
+    stop_at_special_tokens,
+)
+from common.sampling_params import SamplingParams
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -24,8 +32,6 @@ def test_batches(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     for prompt, expected in (
         (["one", "two 🦊"], [one, two]),
         ([one, two], [one, two]),
-        (["one", two, "one"], [one, two, one]),
-        ([two, "one"], [two, one]),
         (["one"], [one]),
         ([[7]], [[7]]),
         ([[7]] * 128, [[7]] * 128),
@@ -39,7 +45,7 @@ def test_names_of_prompts() -> None:
     assert split_prompts("a") == [("prompt", "a")]
     assert split_prompts([1, 2]) == [("prompt", [1, 2])]
     assert split_prompts([]) == [("prompt", [])]
-    assert split_prompts(["a", [1]]) == [("prompt[0]", "a"), ("prompt[1]", [1])]
+    assert split_prompts([[2], [1]]) == [("prompt[0]", [2]), ("prompt[1]", [1])]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -48,16 +54,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "number": ({"prompt": 7}, "prompt", "expected text or token ids, got 7"),
     "no ids": ({"prompt": []}, "prompt", "at least one token"),
     "a text among ids": ({"prompt": [1, "Hi"]}, "prompt[1]", "a token id from 0 to 4095, got 'Hi'"),
-    "an id among texts": ({"prompt": ["Hi", 1]}, "prompt[1]", "expected text or token ids, got 1"),
-    "null among texts": ({"prompt": ["Hi", None]}, "prompt[1]", "expected text or token ids, got None"),
+    "an id among texts": (
+        {"prompt": ["Hi", 1]},
+        "prompt",
+        "expected a list of texts or a list of lists of token ids, got both",
+    ),
+    "null among texts": (
+        {"prompt": ["Hi", None]},
+        "prompt",
+        "expected a list of texts or a list of lists of token ids, got both",
+    ),
     "a wrong id": ({"prompt": [[1], [1, 2, 3, 4, 5, 6, 7, 4096]]}, "prompt[1][7]", "from 0 to 4095, got 4096"),
     "a list too deep": ({"prompt": [[1], [[2]]]}, "prompt[1][0]", "a token id from 0 to 4095, got [2]"),
     "an empty text": ({"prompt": ["a", ""]}, "prompt[1]", "at least one token, got an empty prompt"),
     "an empty list": ({"prompt": [[]]}, "prompt[0]", "at least one token, got an empty prompt"),
-    "too long": ({"prompt": [[1] * 99, [1] * 100]}, "prompt[1]", "100 tokens leave no room for an answer"),
+    "too long": (
+        {"prompt": [[1] * 99, [1] * 100]},
+        "prompt[1]",
+        "This model's maximum context length is 100 tokens (max_model_len). The prompt has 100",
+    ),
     "surrogate": ({"prompt": ["a", "b\ud83e"]}, "prompt[1]", "half a surrogate pair at character 1"),
     "129 prompts": ({"prompt": ["a"] * 129}, "prompt", "at most 128 prompts, got 129"),
-    "long messages": ({"messages": [{**USER, "content": "a " * 200}]}, "messages", "max_model_len is 100"),
+    "long messages": ({"messages": [{**USER, "content": "a " * 200}]}, "messages", "maximum context length is 100"),
 }
 
 
@@ -71,14 +89,14 @@ def test_a_refusal_names_what_is_wrong(tiny_tokenizer: PreTrainedTokenizerBase, 
 
 
 def test_plain_messages() -> None:
-    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": ""}, {"type": "text", "text": "brief."}]
+    parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": ""}, {"type": "text", "text": "brief."}]
     messages = [
         {"role": "developer", "content": parts},
         {"role": "user", "content": "Hi", "name": "Bo"},
         {"role": "assistant", "content": "", "name": None},
     ]
     assert plain_messages(messages) == [
-        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be\n\nbrief."},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": ""},
     ]
@@ -89,7 +107,6 @@ def test_parts_1_and_2_take_plain_messages_only() -> None:
     assert check_messages([USER]) == [USER]
     for message, field in (
         ({**USER, "role": "developer"}, "messages[0].role"),
-        ({**USER, "name": "Bo"}, "messages[0].name"),
         ({**USER, "content": [{"type": "text", "text": "Hi"}]}, "messages[0].content"),
     ):
         with pytest.raises(FieldError) as caught:
@@ -99,7 +116,17 @@ def test_parts_1_and_2_take_plain_messages_only() -> None:
 
 @pytest.mark.parametrize("check", [check_messages, plain_messages])
 @pytest.mark.parametrize("name", ["\ud800", "x" * 5000])
-def test_an_unknown_field_can_be_reported_to_the_client(check: Any, name: str) -> None:
-    with pytest.raises(FieldError) as caught:
-        check([{**USER, name: 1}])
-    assert "unknown field" in str(caught.value).encode().decode() and len(str(caught.value)) < 300
+def test_an_unknown_field_is_dropped(check: Any, name: str) -> None:
+    assert check([{**USER, name: 1, "name": "Bo", "tool_calls": [], "refusal": None}]) == [USER]
+
+
+def test_stop_strings_that_are_special_tokens(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """The text does not show them, so they are looked for among the tokens."""
+    start, end = tiny_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    params = SamplingParams(stop=["<|im_start|>", "x", "<|im_end|>"], stop_token_ids=[7, end])
+    got = stop_at_special_tokens(params, tiny_tokenizer)
+    assert (got.stop, got.stop_token_ids) == (("x",), (7, end, start)), f"got {got}"
+    plain = SamplingParams(stop=["x"])
+    assert stop_at_special_tokens(plain, tiny_tokenizer) is plain
+    with pytest.raises(FieldError, match="^stop: .*is never found: .*im_end"):
+        stop_at_special_tokens(SamplingParams(stop=["<|im_end|>\n"]), tiny_tokenizer)

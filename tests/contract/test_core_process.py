@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,3 +174,31 @@ def test_ctrl_c_while_the_core_loads(part: str, temporary: Path, monkeypatch: py
         pytest.fail("not interrupted")
     assert not processes[0].is_alive(), f"{part}: the core still runs. {LOOK_START}"
     assert not list(temporary.iterdir()), f"{part}: left behind: {list(temporary.iterdir())}. {LOOK_START}"
+
+
+@pytest.mark.since(5)
+def test_a_temporary_directory_whose_name_is_too_long(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, client = tmp_path / ("x" * 100), importlib.import_module(f"{part}.api.core_client")
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    never_started = SimpleNamespace(Process=lambda **_: SimpleNamespace(pid=None))
+    monkeypatch.setattr(client.multiprocessing, "get_context", lambda _: never_started)
+    with pytest.raises(OSError, match="characters.*TMPDIR") as caught:
+        client.CoreClient(None)
+    assert str(long) in str(caught.value), f"{part}: the error names the path, got {caught.value}. {LOOK_START}"
+    assert not list(long.iterdir()), f"{part}: left behind: {list(long.iterdir())}. {LOOK_START}"
+
+
+@pytest.mark.since(5)
+@on_an_event_loop()
+async def test_a_fresh_server_has_all_gauges(server: GatedServer) -> None:
+    """A dashboard that asks before the first request must find every series."""
+    before = set(server.llm.stats())
+    server.gate.open()
+    await server.check_next()
+    after = set(server.llm.stats())
+    assert before == after and "num_preemptions" in before, (
+        f"{server.part}: before the first request {before}, after it {after}. Look at messages.py::Ready."
+    )

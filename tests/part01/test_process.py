@@ -25,6 +25,7 @@ from tests.process_checks import (
     serve,
 )
 
+JSON_HEADERS = b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
 PART_DIR = Path(part01_simple_server.__file__).parent
 PART = PART_DIR.name
 COMMON_DIR = Path(common.__file__).parent
@@ -87,7 +88,7 @@ def test_serves_over_a_socket_whatever_clients_do(server: ServerProcess, answer:
         refused = generate(server, bad)
         assert refused.status_code == status, f"expected {status}, got {refused.status_code}: {refused.text}. {LOOK}"
     with socket.create_connection(("127.0.0.1", server.port)) as broken:
-        broken.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")  # and disconnects
+        broken.sendall(b"POST /generate HTTP/1.1\r\n" + JSON_HEADERS + b"{")  # and disconnects
     check_answers_the_same(server, answer)
 
 

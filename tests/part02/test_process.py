@@ -27,6 +27,7 @@ from tests.process_checks import (
     serve,
 )
 
+JSON_HEADERS = b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
 PART_DIR = Path(part02_streaming.__file__).parent
 LOOK = 'Look at __main__.py and common/serve.py; README "What you will see".'
 LOOK_DRAIN = 'Look at common/serve.py::serve_app and server.py::create_app; README "When the client goes away".'
@@ -67,7 +68,7 @@ def test_it_answers_whatever_clients_do(server: ServerProcess) -> None:
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 4, answer.text
     assert ask(server, max_tokens=-4).status_code == 400, "max_tokens=-4"
     with socket.create_connection(("127.0.0.1", server.port)) as broken:
-        broken.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")  # and disconnects
+        broken.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + JSON_HEADERS + b"{")  # and disconnects
     with socket.create_connection(("127.0.0.1", server.port)) as no_http:
         no_http.sendall(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
     with socket.create_connection(("127.0.0.1", server.port)):  # sends nothing

@@ -128,8 +128,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(llm: LLM, max_queued_requests: int = 64) -> Iterator[Server]:
-    app = Watched(create_app(llm, max_queued_requests))
+def serving(llm: LLM, max_queued_requests: int = 64, is_local: bool = False) -> Iterator[Server]:
+    app = Watched(create_app(llm, max_queued_requests, is_local))
     with running_app(app) as url:
         try:
             # verify=False: there is no TLS here, and to load the certificates takes longer than most tests
@@ -295,9 +295,40 @@ def test_a_seed_makes_an_answer_reproducible(tiny: Server, path: str) -> None:
     assert any(other != drawn[0] for other in drawn[2:]), f"seeds 7 to 10 all drew {drawn[0]}. {LOOK}"
 
 
-def test_no_content_type_is_needed(tiny: Server) -> None:
-    response = tiny.client.post(COMPLETIONS, content=json.dumps(GOOD[COMPLETIONS]).encode())
-    assert response.status_code == 200, f"curl -d sends no JSON content type: got {response.text}. {LOOK}"
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_only_json_is_read(tiny: Server, content_type: str | None) -> None:
+    """A web page may send anything else to this server without being asked."""
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    response = tiny.client.post(COMPLETIONS, content=json.dumps(GOOD[COMPLETIONS]).encode(), headers=headers)
+    error = check_error(response, 415, "Content-Type")
+    assert "application/json" in error["message"] and (content_type or "none") in error["message"], f"got {error}"
+
+
+def test_pages_of_this_machine_only(llm: LLM) -> None:
+    with serving(llm, is_local=True) as server:
+        for origin, allowed in (("http://localhost:3000", True), ("http://evil.example", False)):
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            preflight = server.client.options(CHAT, headers=headers)
+            assert (preflight.headers.get("access-control-allow-origin") == origin) is allowed, f"{origin}. {LOOK}"
+            answer = server.client.post(CHAT, json=GOOD[CHAT], headers={"Origin": origin})
+            assert answer.status_code == (200 if allowed else 403), f"{origin}: got {answer.text}. {LOOK}"
+        rebound = server.client.get("/v1/models", headers={"Host": "evil.example"})
+        assert rebound.status_code == 403, f"a foreign Host: got {rebound.status_code}. {LOOK}"
+
+
+def test_an_answer_is_sent_back_as_it_came(tiny: Server) -> None:
+    """As OpenAI's client dumps it: with null and empty lists for what this part does not have."""
+    answer = tiny.post(CHAT, {**GOOD[CHAT]}).json()["choices"][0]["message"]
+    nothing = {
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+        "name": None,
+    }
+    body = {**GOOD[CHAT], "messages": [USER, {**answer, **nothing}, {"role": "user", "content": "And then?"}]}
+    assert tiny.post(CHAT, body).status_code == 200, f"got {tiny.post(CHAT, body).text}. {LOOK}"
 
 
 def test_models(tiny: Server) -> None:
@@ -523,9 +554,10 @@ def accepts(server: Server) -> bool:
 
 
 @streamed_or_not
-def test_a_request_that_takes_too_long_is_aborted_at_the_end(
+def test_a_request_that_takes_too_long_ends_with_an_error(
     llm: LLM, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """When the time for open requests is over, their clients are told so in OpenAI's form."""
     monkeypatch.setattr(common.serve, "DRAIN_TIMEOUT_S", 0.1)
     stepped, app_ended = SteppedLLM(llm), threading.Event()
     app = create_app(stepped)
@@ -537,16 +569,17 @@ def test_a_request_that_takes_too_long_is_aborted_at_the_end(
         app_ended.set()
 
     try:
-        with server.send({**LONG, "stream": stream}):
+        with server.send({**LONG, "stream": stream}) as connection:
             until(lambda: stepped.num_begun, "the model to begin")
             threading.Thread(target=end, daemon=True).start()
-            until(lambda: app.state.engine.num_aborted == 1, f"the request to be aborted. {LOOK_DRAIN}")
+            answer = read_until(connection, b"data: [DONE]\n\n" if stream else b'"code":')
+            assert b"the server is shutting down" in answer, f"expected the reason, got {answer!r}. {LOOK_DRAIN}"
     finally:
         stepped.allow(2)
         stepped.is_open = True
     until(app_ended.is_set, f"the server to end. {LOOK_DRAIN}")
     assert not app.state.engine.is_alive, f"the engine's thread outlives the server. {LOOK_DRAIN}"
-    assert stepped.num_tokens <= 2, f"the aborted request computed {stepped.num_tokens} tokens. {LOOK_DRAIN}"
+    assert stepped.num_tokens <= 2, f"the request computed {stepped.num_tokens} tokens. {LOOK_DRAIN}"
 
 
 # Bad requests
@@ -598,7 +631,13 @@ def test_two_limits_that_contradict_each_other(server: Server) -> None:
     body = {"messages": [USER], "max_tokens": 2, "max_completion_tokens": 3}
     refuse(server, CHAT, body, "max_completion_tokens", "contradicts", "max_tokens")
     assert choice_of(server, CHAT, max_completion_tokens=2)["finish_reason"] == "length", f"both say 2. {LOOK}"
-    refuse(server, COMPLETIONS, {**GOOD[COMPLETIONS], "max_completion_tokens": 2}, "max_completion_tokens", "unknown")
+    refuse(
+        server,
+        COMPLETIONS,
+        {**GOOD[COMPLETIONS], "max_completion_tokens": 2},
+        "max_completion_tokens",
+        "not supported here",
+    )
 
 
 @both_endpoints
@@ -636,8 +675,8 @@ PROMPT_CASES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     "token id null": (COMPLETIONS, {"prompt": [None]}, "prompt[0]", "token id"),
     "token id NaN": (COMPLETIONS, {"prompt": [NAN]}, "prompt[0]", "token id"),
     "half a surrogate pair": (COMPLETIONS, {"prompt": "a\ud800b"}, "prompt", "surrogate"),
-    "messages to completions": (COMPLETIONS, {"messages": [USER]}, "messages", "unknown field"),
-    "prompt to chat": (CHAT, {"prompt": "Hi"}, "prompt", "unknown field"),
+    "messages to completions": (COMPLETIONS, {"messages": [USER]}, "messages", "not supported here"),
+    "prompt to chat": (CHAT, {"prompt": "Hi"}, "prompt", "not supported here"),
     "no messages": (CHAT, {}, None, "messages"),
     "empty messages": (CHAT, {"messages": []}, "messages", "at least one"),
     "messages is text": (CHAT, {"messages": "Hi"}, "messages", "list"),
@@ -653,7 +692,7 @@ PROMPT_CASES: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     "content is null": (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "text"),
     "content is a list": (CHAT, {"messages": [{"role": "user", "content": []}]}, "messages[0].content", "text"),
     "half a pair in a message": (CHAT, {"messages": [{**USER, "content": "\udfff"}]}, "messages[0].content", "pair"),
-    "unknown field in a message": (CHAT, {"messages": [{**USER, "name": "Bo"}]}, "messages[0].name", "unknown field"),
+    "tool calls": (CHAT, {"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
 }  # fmt: skip
 
 
@@ -677,20 +716,12 @@ STRANGE_NAMES = ["max_token", "Prompt", "", "\ud800", "x" * 5000, "\n", "'", "id
 
 @both_endpoints
 @pytest.mark.parametrize("name", STRANGE_NAMES)
-def test_an_unknown_field_is_refused(server: Server, path: str, name: str) -> None:
-    error = check_error(server.post(path, {**GOOD[path], name: 1}), 400, None)
-    for word in ("unknown field", "max_tokens"):
-        assert word in error["message"], f"expected {word!r} in {error['message']!r}. {LOOK}"
-    assert error["param"] == name or not name.isalnum() or len(name) > 60, f"expected {name!r}: {error}. {LOOK}"
-    check_still_serving(server)
-
-
-@pytest.mark.parametrize("name", STRANGE_NAMES)
-def test_an_unknown_field_in_a_message_is_refused(server: Server, name: str) -> None:
-    error = check_error(server.post(CHAT, {"messages": [{**USER, name: 1}]}), 400, None)
-    assert error["message"].startswith("messages[0]."), f"got {error['message']!r}. {LOOK}"
-    assert "unknown field" in error["message"], f"got {error['message']!r}. {LOOK}"
-    check_still_serving(server)
+def test_an_unknown_field_is_ignored(server: Server, path: str, name: str) -> None:
+    """Clients send what other servers have."""
+    response = server.post(path, {**GOOD[path], name: 1})
+    assert response.status_code == 200, f"got {response.text}. {LOOK}"
+    response = server.post(CHAT, {**GOOD[CHAT], "messages": [{**USER, name: 1}]})
+    assert response.status_code == 200, f"in a message: got {response.text}. {LOOK}"
 
 
 def test_the_longest_prompt_that_fits(server: Server) -> None:
@@ -730,7 +761,7 @@ def test_literals_that_are_not_numbers(server: Server, field: str, literal: byte
 
 
 @pytest.mark.parametrize(
-    "field", ["temperature", "stop_token_ids", "stop", "prompt", "messages", "model", "n", "stream_options", "user"]
+    "field", ["temperature", "stop_token_ids", "stop", "prompt", "messages", "model", "n", "stream_options"]
 )
 def test_a_value_nested_just_not_too_deeply_to_parse(server: Server, field: str) -> None:
     """json.loads fails at some depth; below it the message must be able to quote the parsed value."""

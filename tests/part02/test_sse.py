@@ -25,7 +25,7 @@ from common.testing import assert_same_greedy, reference_greedy
 from common.workloads import WorkloadRequest
 from part02_streaming.engine import LLM
 from part02_streaming.server import create_app
-from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints
+from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints, request_bytes
 
 LOOK = 'Look at openai_api.py::stream_events; README "Server-sent events".'
 LOOK_TEXT = 'Look at detokenizer.py and openai_api.py::stream_events; README "Stop strings".'
@@ -572,10 +572,10 @@ def test_the_stream_over_a_bare_socket(player: Server, path: str) -> None:
     llm.script = tokens_of(llm, b"abc")
     content = json.dumps(player.body(path, "Hi", stream=True, max_tokens=3)).encode()
     host, port = player.url.removeprefix("http://").split(":")
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    request = request_bytes(path, content)
     with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as connection:
         for _ in range(2):
-            connection.sendall(head + content)
+            connection.sendall(request)
             data = b""
             while not data.endswith(b"\r\n0\r\n\r\n"):
                 chunk = connection.recv(65536)

@@ -334,7 +334,7 @@ def test_outputs_of_a_step(small: Callable[..., LLMEngine]) -> None:
 def test_the_pieces_of_an_answer(tiny: LLM) -> None:
     engine, processor = tiny.engine, tiny.processor
     for number in range(3):
-        processor.add_request(str(number), greedy(12))
+        processor.add_request(str(number), PROMPT[number:], greedy(12))
         engine.add_request(str(number), PROMPT[number:], greedy(12))
     pieces: dict[str, list[CompletionOutput]] = {"0": [], "1": [], "2": []}
     while engine.has_unfinished_requests:

@@ -27,7 +27,7 @@ from part03_paged_attention.config import EngineConfig
 from part03_paged_attention.core.engine import LLMEngine
 from part03_paged_attention.llm import LLM
 from part03_paged_attention.messages import StepInput, StepOutput
-from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints, until
+from tests.http_checks import CHAT, COMPLETIONS, DEADLINE_S, both_endpoints, request_bytes, until
 
 LOOK = 'Look at api/server.py::create_app and api/async_engine.py::AsyncLLM; README "What changed".'
 LOOK_GONE = 'Look at api/async_engine.py::AsyncLLM.abort; README of part 2, "When the client goes away".'
@@ -221,8 +221,7 @@ def test_a_client_that_goes_away_frees_its_blocks(stepped: Server, stream: bool)
     content = json.dumps(body).encode()
     url = stepped.client.base_url
     with socket.create_connection((url.host, url.port or 0), timeout=DEADLINE_S) as connection:
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
-        connection.sendall(head.encode() + content)
+        connection.sendall(request_bytes(COMPLETIONS, content))
         until(lambda: engine.running, f"the request to run. {LOOK}")
         steps.permits.release(3)
         until(lambda: engine.num_steps == 3, f"three steps. {LOOK}")

@@ -287,7 +287,7 @@ def test_the_pieces_of_an_answer(make_llm: Callable[..., LLM], prompt_of: Prompt
     engine, processor = llm.engine, llm.processor
     for number, count in enumerate((9, 1, 4)):
         params = greedy(count, logprobs=1 if number == 2 else None)
-        processor.add_request(str(number), params)
+        processor.add_request(str(number), prompt_of(7, number), params)
         engine.add_request(str(number), prompt_of(7, number), params)
     pieces: dict[str, list[CompletionOutput]] = {"0": [], "1": [], "2": []}
     while engine.has_unfinished_requests:
@@ -548,7 +548,7 @@ def test_stop_strings_in_a_batch(make_engine: MakeEngine, llm: LLM, prompt_of: P
     def arrive(step: int) -> bool:
         if step < len(prompts):
             params = greedy(24, stop=[stops[step]])
-            processor.add_request(str(step), params)
+            processor.add_request(str(step), prompts[step], params)
             engine.add_request(str(step), prompts[step], params)
         return step < len(prompts)
 

@@ -244,7 +244,8 @@ def test_a_core_sends_ready_and_closes_its_trace(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Idle):
         engine_core._serve(None, Requests({}, engine), outputs)  # type: ignore[arg-type]
     [message] = outputs.messages
-    expected = Ready(engine.limits, 8)
+    stats = {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0, "num_preemptions": 0}
+    expected = Ready(engine.limits, 8, stats)
     assert message == expected, f"expected {expected}, got {message}. {LOOK_SERVE}"
     assert closed, f"the trace is not complete when the core ends. {LOOK_SERVE}"
 

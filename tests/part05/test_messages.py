@@ -67,7 +67,7 @@ STEP = StepInput(
 )
 STEP_OUTPUT = StepOutput([5, 6, 7], [None, {6: Logprob(-0.5, 1), 9: Logprob(-1.5, 2)}, None], 1.5, 1.75)
 FROM_CORE = [
-    Ready(EngineLimits(512, 4_096, 10_000), 701),
+    Ready(EngineLimits(512, 4_096, 10_000), 701, {"num_requests_running": 0}),
     StartFailed("kv_cache_memory", "10 bytes hold 0 blocks"),
     StartFailed(None, "no such file"),
     EngineCoreOutputs([], {}),

@@ -55,7 +55,7 @@ def check(got: list[CompletionOutput], expected: CompletionOutput, case: str) ->
 
 
 def test_an_answer_is_its_tokens_text(processor: OutputProcessor) -> None:
-    processor.add_request("a", SamplingParams())
+    processor.add_request("a", [], SamplingParams())
     answers, stopped = run(
         processor, [output_of("a", number, "length" if number == 4 else None) for number in range(5)]
     )
@@ -67,7 +67,7 @@ def test_an_answer_is_its_tokens_text(processor: OutputProcessor) -> None:
 
 def test_one_step_s_outputs_go_to_their_own_requests(processor: OutputProcessor) -> None:
     for name in "abc":
-        processor.add_request(name, SamplingParams())
+        processor.add_request(name, [], SamplingParams())
     first, stopped = processor.process([output_of("b", 1), output_of("a", 0), output_of("c", 2)])
     got = [(name, answer.text, answer.token_ids) for name, answer in first]
     assert got == [("b", " met", [1]), ("a", "Nora", [0]), ("c", " a", [2])], f"in the step's order: {got}. {LOOK}"
@@ -78,7 +78,7 @@ def test_one_step_s_outputs_go_to_their_own_requests(processor: OutputProcessor)
 
 def test_a_stop_string_ends_the_answer_and_the_request_has_to_be_aborted(processor: OutputProcessor) -> None:
     """ " fox on" is completed by the fifth token; what may begin it is held back until then."""
-    processor.add_request("a", SamplingParams(stop=[" fox on"]))
+    processor.add_request("a", [], SamplingParams(stop=[" fox on"]))
     answers, stopped = run(processor, [output_of("a", number) for number in range(5)])
     check(answers, CompletionOutput(0, "Nora met a", [0, 1, 2, 3, 4], "stop", " fox on"), "a stop string")
     assert [answer.text for answer in answers[3:]] == ["", ""], f"half a stop string was shown: {answers}. {LOOK}"
@@ -87,8 +87,8 @@ def test_a_stop_string_ends_the_answer_and_the_request_has_to_be_aborted(process
 
 def test_a_token_too_late_is_ignored(processor: OutputProcessor) -> None:
     """The engine has launched one more step, or two, before the abort arrives."""
-    processor.add_request("a", SamplingParams(stop=["fox"]))
-    processor.add_request("b", SamplingParams())
+    processor.add_request("a", [], SamplingParams(stop=["fox"]))
+    processor.add_request("b", [], SamplingParams())
     answers, stopped = run(processor, [output_of("a", number) for number in range(4)])
     assert stopped == ["a"] and answers[-1].finish_reason == "stop", f"got {answers}, {stopped}. {LOOK}"
     late, stopped = processor.process([output_of("a", 4), output_of("b", 0), output_of("a", 5, "length")])
@@ -99,8 +99,8 @@ def test_a_token_too_late_is_ignored(processor: OutputProcessor) -> None:
 
 
 def test_a_request_that_is_not_known_is_ignored(processor: OutputProcessor) -> None:
-    processor.add_request("a", SamplingParams())
-    processor.add_request("b", SamplingParams())
+    processor.add_request("a", [], SamplingParams())
+    processor.add_request("b", [], SamplingParams())
     processor.remove(iter(["a", "unknown", "a"]))
     answers, stopped = processor.process([output_of("a", 0, "length"), output_of("x", 1), output_of("b", 2)])
     assert [name for name, _ in answers] == ["b"] and stopped == [], f"got {answers}, {stopped}. {LOOK}"
@@ -108,7 +108,7 @@ def test_a_request_that_is_not_known_is_ignored(processor: OutputProcessor) -> N
 
 def test_nothing_is_kept_of_ended_requests(processor: OutputProcessor) -> None:
     for name, stop in (("length", []), ("stop", []), ("string", ["Nora"]), ("removed", [])):
-        processor.add_request(name, SamplingParams(stop=stop))
+        processor.add_request(name, [], SamplingParams(stop=stop))
     processor.process([output_of("length", 0, "length"), output_of("stop", Words.end, "stop"), output_of("string", 0)])
     processor.remove(["removed"])
     assert not processor._detokenizers, f"all have ended, and kept is {list(processor._detokenizers)}. {LOOK}"
@@ -116,7 +116,7 @@ def test_nothing_is_kept_of_ended_requests(processor: OutputProcessor) -> None:
 
 def test_the_last_token_completes_a_stop_string(processor: OutputProcessor) -> None:
     """The engine has ended it by length in the same step, so it is not reported."""
-    processor.add_request("a", SamplingParams(stop=["fox"]))
+    processor.add_request("a", [], SamplingParams(stop=["fox"]))
     answers, stopped = run(
         processor, [output_of("a", number, "length" if number == 3 else None) for number in range(4)]
     )
@@ -125,7 +125,7 @@ def test_the_last_token_completes_a_stop_string(processor: OutputProcessor) -> N
 
 
 def test_half_a_stop_string_is_shown_at_the_end(processor: OutputProcessor) -> None:
-    processor.add_request("a", SamplingParams(stop=["fox on"]))
+    processor.add_request("a", [], SamplingParams(stop=["fox on"]))
     answers, _ = run(processor, [output_of("a", number, "length" if number == 3 else None) for number in range(4)])
     check(answers, CompletionOutput(0, "Nora met a fox", [0, 1, 2, 3], "length", None), "half a stop string at the end")
 
@@ -133,21 +133,21 @@ def test_half_a_stop_string_is_shown_at_the_end(processor: OutputProcessor) -> N
 @pytest.mark.parametrize("stop_reason", [None, 3])
 def test_a_stop_token_is_not_shown(processor: OutputProcessor, stop_reason: int | None) -> None:
     """The model's end-of-sequence token, or one of stop_token_ids; token_ids has it. It completes no stop string."""
-    processor.add_request("a", SamplingParams(stop=["fox"]))
+    processor.add_request("a", [], SamplingParams(stop=["fox"]))
     answers, stopped = run(processor, [output_of("a", 1), output_of("a", 2), output_of("a", 3, "stop", stop_reason)])
     check(answers, CompletionOutput(0, " met a", [1, 2, 3], "stop", stop_reason), "a stop token, ' fox'")
     assert stopped == [], f"the engine knows that it has ended, expected no ids, got {stopped}. {LOOK}"
 
 
 def test_min_tokens_holds_stop_strings_back(processor: OutputProcessor) -> None:
-    processor.add_request("a", SamplingParams(stop=["Nora"], min_tokens=3))
+    processor.add_request("a", [], SamplingParams(stop=["Nora"], min_tokens=3))
     answers, stopped = run(processor, [output_of("a", 0) for _ in range(4)])
     check(answers, CompletionOutput(0, "NoraNoraNora", [0] * 4, "stop", "Nora"), "min_tokens=3")
     assert stopped == ["a"], f"got {stopped}. {LOOK}"
 
 
 def test_logprobs_are_passed_on(processor: OutputProcessor) -> None:
-    processor.add_request("a", SamplingParams(logprobs=0))
+    processor.add_request("a", [], SamplingParams(logprobs=0))
     entries = [{number: Logprob(-0.5 * number, 1)} for number in range(3)]
     answers, _ = run(processor, [output_of("a", number, logprobs=[entries[number]]) for number in range(3)])
     check(answers, CompletionOutput(0, "Nora met a", [0, 1, 2], None, None, entries), "logprobs")
@@ -167,7 +167,7 @@ def test_the_shipped_tokenizer_s_text(text: str) -> None:
     tokenizer = load_tokenizer(resolve_checkpoint("tiny"))
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     processor, last = OutputProcessor(tokenizer), len(token_ids) - 1
-    processor.add_request("a", SamplingParams())
+    processor.add_request("a", [], SamplingParams())
     outputs = [output_of("a", token_id, "length" if n == last else None) for n, token_id in enumerate(token_ids)]
     answers, _ = run(processor, outputs)
     whole = tokenizer.decode(token_ids, skip_special_tokens=True)

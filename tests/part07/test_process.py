@@ -185,7 +185,7 @@ def ask(answer: bool | Exception, api_key: str | None) -> httpx.Response:
 
     async def post() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(RESET)
 
     return asyncio.run(post())

@@ -29,7 +29,7 @@ def answer_of(
     """The tokens come in these pieces, the last with the engine's reasons. Returns the answer, its pieces, and the ids
     of requests to stop."""
     processor, answers, stopped = OutputProcessor(Words()), list[CompletionOutput](), list[str]()  # type: ignore[arg-type]
-    processor.add_request("a", SamplingParams(**fields))
+    processor.add_request("a", [], SamplingParams(**fields))
     for number, piece in enumerate(pieces):
         reasons = finish if number == len(pieces) - 1 else (None, None)
         logprobs = [{token_id: Logprob(-float(token_id), 1)} for token_id in piece]

@@ -1,0 +1,85 @@
+"""The endpoints beside the two that generate: tokens, load, version, health."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from common.openai_app import AppOptions
+from tests.common.openai_fakes import CONTEXT, FakeEngine, Server, check_error, serving
+from tests.http_checks import USER
+
+
+@pytest.fixture(scope="module")
+def server(tiny_tokenizer: PreTrainedTokenizerBase) -> Iterator[Server]:
+    with serving(FakeEngine(tiny_tokenizer)) as server:
+        yield server
+
+
+def test_tokenize_and_back(server: Server) -> None:
+    for text in ("Hello, world", "日本語 🦊", " ", "a" * 5_000):
+        found = server.post("/tokenize", {"prompt": text}).json()
+        assert found == {
+            "count": len(found["tokens"]), "max_model_len": CONTEXT, "tokens": server.engine.tokenizer.encode(text),
+            "token_strs": None,
+        }, f"{text[:20]!r}: got {str(found)[:200]}"  # fmt: skip
+        assert server.post("/detokenize", {"tokens": found["tokens"]}).json() == {"prompt": text}
+    found = server.post("/tokenize", {"prompt": "Hello, world", "return_token_strs": True}).json()
+    assert len(found["token_strs"]) == found["count"] and all(isinstance(each, str) for each in found["token_strs"])
+
+
+def test_the_tokens_of_a_chat(server: Server) -> None:
+    found = server.post("/tokenize", {"messages": [USER], "model": "tiny"}).json()
+    server.whole("/v1/chat/completions")
+    assert found["tokens"] == server.engine.streams[-1].prompt, "as the chat endpoint would compute them"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": ["a", "b"]}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [USER]}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),
+        ("/tokenize", {"prompt": "a", "return_token_strs": 1}, "return_token_strs"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {"tokens": [1, 4096]}, "tokens[1]"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [True]}, "tokens[0]"),
+    ],
+)
+def test_wrong_bodies(server: Server, path: str, body: dict[str, object], param: str) -> None:
+    check_error(server.post(path, body), 400, param)
+    check_error(server.post(path, {**body, "model": "gpt-9"}), 404, "model")
+    check_error(server.post(path, b"{"), 400, "body")
+
+
+def test_health_version_and_load(server: Server) -> None:
+    for path in ("/health", "/ping"):
+        assert server.client.get(path).json() == {"status": "ok"}
+        head = server.client.head(path)
+        assert (head.status_code, head.content) == (200, b""), f"HEAD {path}: {head.status_code} {head.content!r}"
+    assert isinstance(server.client.get("/version").json()["version"], str)
+    server.engine.gauges = {"num_requests_running": 3, "num_requests_waiting": 4, "kv_cache_usage_perc": 0.5}
+    assert server.client.get("/load").json() == {"server_load": 7}
+
+
+def test_what_needs_the_key(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with serving(FakeEngine(tiny_tokenizer), AppOptions(api_key="secret")) as server:
+        for path in ("/tokenize", "/detokenize", "/v1/responses"):
+            check_error(server.post(path, {"prompt": "a"}), 401, None)
+        for path in ("/v1/models", "/v1/models/tiny", "/load"):
+            check_error(server.client.get(path), 401, None)
+        for path in ("/health", "/ping", "/version", "/metrics"):
+            assert server.client.get(path).status_code == 200, f"{path} needs no key"
+
+
+def test_root_path(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """A proxy in front shows the server under /llm, and passes the path on whole or without it."""
+    with serving(FakeEngine(tiny_tokenizer), AppOptions(root_path="/llm")) as server:
+        for path in ("/llm/v1/models", "/v1/models"):
+            assert server.client.get(path).status_code == 200, f"{path} under the root path /llm"

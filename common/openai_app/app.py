@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class OpenAIServer:
         self.metrics = Metrics(engine.stats)
         self.token_texts = TokenTexts(engine.tokenizer)
         self.started = int(time.time())
+        self._ending = threading.Lock()
 
     async def read(self, http_request: Request) -> bytes:
         """A request's body, which must be JSON."""
@@ -146,7 +148,12 @@ class OpenAIServer:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self.engine.start()
         yield
-        await asyncio.to_thread(self.engine.shutdown)  # it blocks
+        await asyncio.to_thread(self.shut_down)  # it blocks
+
+    def shut_down(self) -> None:
+        """When the app ends, or earlier so that open requests end; never by two threads at once."""
+        with self._ending:
+            self.engine.shutdown()
 
 
 def create_app(engine: ServingEngine, options: AppOptions | None = None) -> FastAPI:
@@ -156,7 +163,7 @@ def create_app(engine: ServingEngine, options: AppOptions | None = None) -> Fast
     app = FastAPI(
         lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )  # fmt: skip
-    app.state.end_requests, app.root_path = engine.shutdown, options.root_path
+    app.state.end_requests, app.root_path = server.shut_down, options.root_path
     guarded = APIRouter(dependencies=[Depends(server.check_key)])
     for path, method, endpoint in routes(server):
         guarded.add_api_route(path, endpoint, methods=[method])

@@ -546,3 +546,29 @@ def test_tokenizing_does_not_block_the_event_loop(engine: FakeEngine) -> None:
         server.whole(CHAT)
         server.whole(COMPLETIONS)
         assert threads and engine.calls[0][1] not in threads, "the tokenizer ran on the event loop's thread"
+
+
+def test_two_threads_never_shut_the_engine_down_at_once(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the drain and the end of the app may meet; sockets must not be closed by both."""
+    inside, calls, overlaps = threading.Semaphore(1), list[int](), list[int]()
+
+    def shutdown() -> None:
+        if not inside.acquire(blocking=False):
+            overlaps.append(1)
+            return
+        calls.append(1)
+        until(lambda: len(calls) > 1 or both_wait.is_set(), "the other thread to have begun")
+        inside.release()
+
+    both_wait = threading.Event()
+    monkeypatch.setattr(engine, "shutdown", shutdown)
+    app = create_app(engine)
+    threads = [threading.Thread(target=app.state.end_requests) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: calls, "one of them to shut the engine down")
+    threads[0].join(0.05)  # time in which the other one could overlap, were it not for the lock
+    both_wait.set()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert (len(calls), overlaps) == (2, []), f"expected two calls, one after the other, got {calls}, {overlaps}"

@@ -4,9 +4,12 @@
 #   make test [PART=3]     all tests, or one part's     ARGS="-n 0" runs them in one process
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
+#   make workshop ARGS="start 1"      the exercises: list, start, check, hint, diff, catch-up; the same as .venv/bin/workshop
+#   make doctor            what this machine has and what it lacks; needs no set-up
 #   make gpu               everything that needs a CUDA device, in eight minutes; before it, where there is a network:
 #   make gpu-wheels        what the engine needs on a GPU machine without one, into build/wheels
-#   make lint              ruff, mypy, and the check of step diffs and tables
+#   make lint              ruff, mypy, and the check of step diffs, tables and diagrams
+#   make transcripts       run the commands that the lessons show, and compare their output
 #   make setup             only the set-up              PIP_ARGS="…" goes to pip
 
 PYTHON ?= python3
@@ -28,7 +31,7 @@ endif
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test serve bench gpu gpu-wheels lint clean
+.PHONY: help setup demo test serve bench workshop doctor gpu gpu-wheels lint transcripts clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -36,9 +39,10 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
+	@echo "Setting up $(VENV), once. This downloads Python packages."
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -53,6 +57,12 @@ serve: $(READY)
 bench: $(READY)
 	@$(PY) -m $(PART_DIR).bench $(ARGS)
 
+workshop: $(READY)  # status 1: an exercise is not solved yet, which is no error of make
+	@$(VENV)/bin/workshop $(ARGS) || [ $$? -eq 1 ]
+
+doctor:
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m workshop doctor
+
 gpu-wheels: $(READY)
 	$(PY) -m tools.gpu.wheels
 
@@ -64,6 +74,10 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m tools.snapshots --check
+	$(PY) -m tools.diagrams --check
+
+transcripts: $(READY)
+	$(PY) -m tools.transcripts $(ARGS)
 
 clean:
 	rm -rf $(VENV) build

@@ -7,30 +7,32 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 NUM_PROMPT_TOKENS = 5  # vLLM's: enough for a tokenizer that decodes a token differently at the start of a text
-REPLACEMENT = "\ufffd"  # what decoding produces for bytes that are not a character, or not yet
+REPLACEMENT = "\ufffd"  # what decoding produces for bytes that are not (or not yet) a character
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens that are not part of the text, which are more than those in tokenizer.all_special_tokens."""
+    """All tokens that are not part of the text; tokenizer.all_special_tokens has only some of them."""
     return {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def end_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int]) -> tuple[list[int], int]:
-    """The prompt's last tokens, and how many of them end with a whole character: the answer's text begins there.
+def end_of_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True
+) -> tuple[list[int], int]:
+    """The prompt's last tokens, and how many of them form whole characters: the answer's text begins after these.
 
-    A prompt of token ids may stop within a character, whose other bytes are then the answer's first.
+    A prompt of token ids may end in the middle of a character; the answer then begins with the rest of its bytes.
     """
     tail = list(prompt_token_ids[-NUM_PROMPT_TOKENS:])
     end = len(tail)
-    while end and str(tokenizer.decode(tail[:end], skip_special_tokens=True)).endswith(REPLACEMENT):
+    while end and str(tokenizer.decode(tail[:end], skip_special_tokens=skip_special_tokens)).endswith(REPLACEMENT):
         end -= 1
     return tail, end
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-    """The answer's text, decoded behind the prompt's last tokens.
+    """The answer's text, decoded together with the prompt's last tokens.
 
-    Alone, a tokenizer of Llama 2's kind would drop the space before its first word.
+    Decoded alone, a tokenizer like Llama 2's would drop the space before the first word.
     """
     if not token_ids:
         return ""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import logging as transformers_logging
 
 from common.errors import FieldError
+from common.sampling_params import SamplingParams
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 RANDOM_PREFIX = "random:"
 RANDOM_SEED = 0
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # as vLLM reads them
 FLOAT_DTYPES = ("F32", "F16", "BF16")  # safetensors' names
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILES = [
@@ -62,13 +65,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model that was found. directory is None for random weights, which use the shipped tokenizer."""
+    """A model that was found. directory is None for random weights, which use the shipped tokenizer.
+
+    default_sampling: fields of SamplingParams for requests that do not name them, from generation_config.json.
+    """
 
     name: str
     config: Any
     directory: Path | None
     tokenizer_directory: Path
     eos_token_ids: frozenset[int]
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def max_model_len(self) -> int:
@@ -89,14 +96,21 @@ def resolve_checkpoint(model: str) -> Checkpoint:
         raise FieldError("model", f"{directory} has no tokenizer.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # huggingface_hub checks types with errors of its own
+    except Exception as error:  # huggingface_hub raises its own errors for wrong types
         raise FieldError("model", f"{directory}/config.json cannot be read: {_first_line(error)}") from error
     _check_config(directory, config)
-    return Checkpoint(model, config, directory, directory, _eos_token_ids(directory, config))
+    generation_config = _read_generation_config(directory)
+    default_sampling = {name: value for name in SAMPLING_DEFAULTS if (value := generation_config.get(name)) is not None}
+    try:
+        SamplingParams.from_body(default_sampling)
+    except FieldError as error:
+        raise FieldError("model", f"{directory}/generation_config.json: {error}") from error
+    eos_token_ids = _eos_token_ids(generation_config, config)
+    return Checkpoint(model, config, directory, directory, eos_token_ids, default_sampling)
 
 
 def _check_config(directory: Path, config: Any) -> None:
-    """Raises FieldError naming the first size that no model can have."""
+    """Raises FieldError naming the first size that is invalid."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     sizes = {name: getattr(config, name, None) for name in (*names, "intermediate_size", "max_position_embeddings")}
     for name, value in sizes.items():
@@ -106,7 +120,7 @@ def _check_config(directory: Path, config: Any) -> None:
     if heads % kv_heads:
         raise FieldError("model", f"{directory}/config.json: {heads} attention heads cannot share {kv_heads} KV heads")
     if sizes["head_dim"] is None and (hidden_size := sizes["hidden_size"] or heads) % heads:
-        message = f"hidden_size {hidden_size} is no multiple of {heads} attention heads"
+        message = f"hidden_size {hidden_size} is not a multiple of {heads} attention heads"
         raise FieldError("model", f"{directory}/config.json: {message}")
 
 
@@ -136,19 +150,24 @@ def _random_checkpoint(model: str) -> Checkpoint:
         raise FieldError("model", f"unknown preset {preset!r}: expected {RANDOM_PREFIX}<{'|'.join(PRESETS)}>")
     shape = dict(PRESETS[preset])
     tokenizer_directory = MODELS_DIR / "tiny"
-    eos_token_ids = _eos_token_ids(tokenizer_directory, AutoConfig.from_pretrained(tokenizer_directory))
+    shipped = AutoConfig.from_pretrained(tokenizer_directory)
+    eos_token_ids = _eos_token_ids(_read_generation_config(tokenizer_directory), shipped)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     config.eos_token_id = next(iter(eos_token_ids))
     return Checkpoint(model, config, None, tokenizer_directory, eos_token_ids)
 
 
-def _eos_token_ids(directory: Path, config: Any) -> frozenset[int]:
-    """The ids in generation_config.json (chat models have more than one), else those in config.json."""
+def _read_generation_config(directory: Path) -> dict[str, Any]:
     path = directory / "generation_config.json"
     try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        return dict(json.loads(path.read_text(encoding="utf-8")).items()) if path.is_file() else {}
     except (ValueError, AttributeError) as error:
         raise FieldError("model", f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _eos_token_ids(generation_config: Mapping[str, Any], config: Any) -> frozenset[int]:
+    """The ids in generation_config.json (chat models have more than one), else those in config.json."""
+    eos = generation_config.get("eos_token_id")
     eos = config.eos_token_id if eos is None else eos
     return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
 

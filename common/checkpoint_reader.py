@@ -51,7 +51,7 @@ class SafetensorsReader:
 
     def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
         if name not in self._files:
-            raise FieldError("model", f"{self.source} lacks the tensor {name}, expected of shape {list(shape)}")
+            raise FieldError("model", f"{self.source} lacks the tensor {name} (expected shape {list(shape)})")
         stored = self._files[name].get_slice(name)
         check_shape(self.source, name, tuple(stored.get_shape()), shape)
         if stored.get_dtype() not in FLOAT_DTYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import types
 import typing
@@ -75,13 +76,17 @@ def _add_flag(parser: argparse.ArgumentParser, spec: Field, hint: Any) -> None:
 
 
 def exit_on_error(prog: str, run: Callable[[], None]) -> None:
-    """Run a command. FieldError and OSError print one line and exit with status 2; Ctrl-C exits with 130."""
+    """Run a command. FieldError and OSError print one line and exit with status 2; Ctrl-C exits with 130, SIGTERM with
+    143, both after everything has been cleaned up."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run()
     except (FieldError, OSError) as error:
         sys.exit(_report(prog, error))
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _report(prog: str, error: Exception) -> int:

@@ -9,9 +9,9 @@ _ignored = set[str]()
 
 
 class FieldError(ValueError):
-    """A value from outside that cannot be accepted. `field` is the name under which it was given.
+    """An invalid value from outside. `field` is the name that it was given under.
 
-    code: OpenAI's word for the kind of error, by which clients recognize it.
+    code: OpenAI's code for this kind of error, which clients may check.
     """
 
     def __init__(self, field: str, message: str, code: str | None = None) -> None:
@@ -27,13 +27,13 @@ def openai_error(
 
 
 def ignore_unknown(field: str) -> None:
-    """Say once in the log that a field is not known, as vLLM's server does: clients send what others have."""
-    if field not in _ignored and len(_ignored) < 1_000:  # whatever they send, they must not fill the memory
+    """Log once that an unknown field is ignored, as vLLM's server does: clients also send other servers' fields."""
+    if field not in _ignored and len(_ignored) < 1_000:  # clients must not be able to fill the memory
         _ignored.add(field)
         logger.warning("ignored the unknown field %.100r", field)
 
 
 def context_exceeded(field: str, num_tokens: int, max_model_len: int) -> FieldError:
-    """For a prompt that leaves no room for an answer, in the words by which clients know it and shorten the prompt."""
+    """The error for a prompt that leaves no room for an answer, in OpenAI's words, which clients recognize."""
     limit = f"This model's maximum context length is {max_model_len} tokens (max_model_len)"
     return FieldError(field, f"{limit}. The prompt has {num_tokens} tokens.", "context_length_exceeded")

@@ -11,7 +11,7 @@ from common.sampling_params import SamplingParams, check_vocabulary
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
-    """In tokens. num_kv_tokens: capacity of the KV cache. max_prompt_len: None if a prompt may fill the context."""
+    """Limits in tokens. num_kv_tokens: size of the KV cache. max_prompt_len: None if a prompt may fill the context."""
 
     max_model_len: int
     vocab_size: int

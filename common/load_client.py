@@ -91,10 +91,10 @@ async def run_load(config: LoadConfig, requests: Sequence[WorkloadRequest]) -> L
     """Send all requests and report; a request that fails becomes a RequestResult with an error, never an exception."""
     timeout = httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s)
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    # httpx's default limit of 100 connections would close the loop; with trust_env it would use a proxy.
+    # httpx's default limit of 100 connections would make an open loop closed; with trust_env it would use a proxy.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=timeout, headers=headers, limits=limits, trust_env=False) as client:
-        start = time.perf_counter()  # only now: creating the client loads certificates
+        start = time.perf_counter()  # not earlier: creating the client loads certificates
 
         async def send(request: WorkloadRequest) -> RequestResult:
             return await _send(client, config, request, start)

@@ -22,9 +22,9 @@ def peak_memory(device: str, run: Callable[[], None]) -> int:
 
 
 def check_memory(field: str, value: object, num_bytes: int, device: str) -> None:
-    """Raises FieldError naming the flag whose value asks for more memory than the device has.
+    """Raises FieldError naming the flag whose value needs more memory than the device has.
 
-    An operating system may promise more than there is, and end the process only when it is used.
+    An operating system may grant more memory than there is, and kill the process only when it uses the memory.
     """
     if device.startswith("cuda"):
         total = torch.cuda.get_device_properties(device).total_memory

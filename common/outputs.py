@@ -25,7 +25,8 @@ class CompletionOutput:
     logprobs, if requested: one dict per token in token_ids, with the sampled token first, then the likeliest tokens
     (the sampled token appears only once).
     num_cached_tokens: how many prompt tokens were found in the prefix cache; None without a prefix cache, or if an
-    earlier output of the same answer has reported it.
+    earlier output of the same answer has reported it. prompt_logprobs, if requested, is reported in the same way: one
+    dict per prompt token, that token first; None for the first token, which nothing predicts.
     """
 
     index: int
@@ -35,6 +36,7 @@ class CompletionOutput:
     stop_reason: int | str | None
     logprobs: list[dict[int, Logprob]] | None = None
     num_cached_tokens: int | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 def join_outputs(outputs: list[CompletionOutput]) -> CompletionOutput:
@@ -48,6 +50,7 @@ def join_outputs(outputs: list[CompletionOutput]) -> CompletionOutput:
         stop_reason=outputs[-1].stop_reason,
         logprobs=logprobs or None,
         num_cached_tokens=outputs[0].num_cached_tokens,
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )
 
 
@@ -59,6 +62,11 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Those of each prompt token, if requested; None for the first one."""
+        return self.outputs[0].prompt_logprobs
 
     @property
     def usage(self) -> dict[str, int]:

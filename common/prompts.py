@@ -3,48 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.answer_text import special_tokens
 from common.errors import FieldError, context_exceeded, ignore_unknown
-from common.sampling_params import SamplingParams, show
+from common.sampling_params import SamplingParams, check_bool, check_int, show
 
 PROMPT_FIELDS = ("prompt", "messages")
 ROLES = ("system", "user", "assistant")
-# Of a message: what answers have beside the text, as clients send them back, with the values that mean nothing.
+# Fields that messages have besides the text when clients send answers back, and their values that mean nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],),
     "reasoning": ("",), "reasoning_content": ("",),
 }  # fmt: skip
 MAX_PROMPTS = 128  # in one request
+# Template variables that are set elsewhere.
+RESERVED_KWARGS = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """How a prompt becomes tokens, with vLLM's names.
+
+    add_special_tokens: whether the tokenizer adds its own, such as one for the beginning; None: to a prompt, but not to
+    messages, because their template adds them. add_generation_prompt: the messages end with the beginning of the
+    assistant's turn. continue_final_message: the last message stays open instead, and the answer continues it.
+    chat_template_kwargs: more variables for the template. truncate_prompt_tokens: keep only this many tokens, the last.
+    """
+
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    truncate_prompt_tokens: int | None = None
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any], max_prompt_len: int, max_model_len: int) -> PromptOptions:
+        """Raises FieldError. max_prompt_len: the meaning of truncate_prompt_tokens=-1."""
+        for name in ("add_special_tokens", "add_generation_prompt", "continue_final_message"):
+            if body.get(name) is not None:
+                check_bool(name, body[name])
+        is_open = bool(body.get("continue_final_message"))
+        if is_open and body.get("add_generation_prompt"):
+            raise FieldError("continue_final_message", "cannot be true together with add_generation_prompt, got both")
+        kwargs = {} if body.get("chat_template_kwargs") is None else body["chat_template_kwargs"]
+        if not isinstance(kwargs, dict):
+            raise FieldError("chat_template_kwargs", f"expected an object, got {show(kwargs)}")
+        if reserved := RESERVED_KWARGS & set(kwargs):
+            raise FieldError("chat_template_kwargs", f"{min(reserved)!r} cannot be set here")
+        limit = body.get("truncate_prompt_tokens")
+        if limit == -1 and not isinstance(limit, bool):
+            limit = max_prompt_len
+        if limit is not None:
+            check_int("truncate_prompt_tokens", limit, low=1, high=max_model_len, high_name="max_model_len")
+        return cls(
+            add_special_tokens=body.get("add_special_tokens"),
+            add_generation_prompt=body.get("add_generation_prompt") is not False and not is_open,
+            continue_final_message=is_open,
+            chat_template_kwargs=kwargs,
+            truncate_prompt_tokens=limit,
+        )
+
+
+DEFAULTS = PromptOptions()
 
 
 def encode_prompt(body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> list[int]:
     """Token ids of `prompt` or of `messages`. Raises FieldError if it has a wrong type, is empty or too long."""
     field = _given_field(body)
     if field == "prompt":
-        token_ids = _encode_one(field, body[field], tokenizer)
+        token_ids = _encode_one(field, body[field], tokenizer, DEFAULTS)
     else:
-        token_ids = _encode_messages(check_messages(body[field]), tokenizer)
+        token_ids = _encode_messages(check_messages(body[field]), tokenizer, DEFAULTS)
     return _check_length(field, token_ids, max_model_len)
 
 
 def encode_prompts(
-    body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int | None
-) -> list[list[int]]:
+    body: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_model_len: int | None,
+    options: PromptOptions = DEFAULTS,
+) -> list[list[int]]:  # fmt: skip
     """Token ids of each prompt. Like encode_prompt, but accepts all that OpenAI's API does: see split_prompts
     and plain_messages. max_model_len: None for any length."""
     field = _given_field(body)
     if field == "messages":
-        return [_check_length(field, _encode_messages(plain_messages(body[field]), tokenizer), max_model_len)]
-    return [
-        _check_length(name, _encode_one(name, prompt, tokenizer), max_model_len)
-        for name, prompt in split_prompts(body[field])
-    ]
+        encoded = [(field, _encode_messages(plain_messages(body[field]), tokenizer, options))]
+    else:
+        prompts = split_prompts(body[field])
+        encoded = [(name, _encode_one(name, prompt, tokenizer, options)) for name, prompt in prompts]
+    num_kept = options.truncate_prompt_tokens or 0  # [-0:] keeps all
+    return [_check_length(name, token_ids[-num_kept:], max_model_len) for name, token_ids in encoded]
 
 
 def split_prompts(prompt: object) -> list[tuple[str, Any]]:
@@ -86,10 +140,12 @@ def plain_messages(messages: object) -> list[dict[str, str]]:
 
 
 def stop_at_special_tokens(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
-    """With stop_token_ids in place of stop strings that are special tokens, which never appear in the text.
+    """Turn stop strings that are special tokens into stop_token_ids, since special tokens never appear in the text.
 
-    Raises FieldError for a stop string that has one in it and more.
+    Raises FieldError for a stop string that contains a special token and other text.
     """
+    if not params.skip_special_tokens:
+        return params
     special = special_tokens(tokenizer)
     strings, token_ids = [], list(params.stop_token_ids)
     for text in params.stop:
@@ -98,7 +154,7 @@ def stop_at_special_tokens(params: SamplingParams, tokenizer: PreTrainedTokenize
             continue
         if found := [token for token in special if token in text]:
             raise FieldError(
-                "stop", f"{show(text)} is never found: the text does not show special tokens, {found[0]!r}"
+                "stop", f"{show(text)} is never found: the text does not show special tokens like {found[0]!r}"
             )
         strings.append(text)
     if len(strings) == len(params.stop):
@@ -113,18 +169,26 @@ def _given_field(body: Mapping[str, Any]) -> str:
     return given[0]
 
 
-def _encode_one(field: str, prompt: object, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode_one(field: str, prompt: object, tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> list[int]:
     if isinstance(prompt, list):
         return check_token_ids(field, prompt, len(tokenizer))
-    return tokenizer.encode(_check_text(field, prompt), add_special_tokens=True)
+    return tokenizer.encode(_check_text(field, prompt), add_special_tokens=options.add_special_tokens is not False)
 
 
-def _encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode_messages(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, options: PromptOptions
+) -> list[int]:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (ValueError, TemplateError) as error:  # no template, or it rejects, say, a system message
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            **options.chat_template_kwargs,
+        )
+    except Exception as error:  # a template is a program: it may reject a system message, or fail on a variable
         raise FieldError("messages", f"the model's chat template does not accept them: {error}") from error
-    return tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+    return tokenizer.encode(text, add_special_tokens=bool(options.add_special_tokens))
 
 
 def _check_length(field: str, token_ids: list[int], max_model_len: int | None) -> list[int]:
@@ -166,7 +230,7 @@ def _join_parts(field: str, content: object) -> str:
 
 
 def check_token_ids(field: str, values: list[object], vocab_size: int) -> list[int]:
-    """Raises FieldError naming the first value that is no token id."""
+    """Raises FieldError naming the first value that is not a token id."""
     for number, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
             raise FieldError(f"{field}[{number}]", f"expected a token id from 0 to {vocab_size - 1}, got {show(value)}")

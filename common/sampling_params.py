@@ -18,7 +18,7 @@ MAX_LOGIT_BIAS = 300  # entries
 MAX_LOGPROBS = 20  # OpenAI's limit
 MAX_SALT_CHARS = 1_000
 TOKEN_ID_KEY = re.compile(r"0|[1-9][0-9]{0,17}")  # a token id as the key of a JSON object
-MIN_TEMPERATURE = 1e-5  # below it is greedy, as in vLLM: dividing float32 logits by less would overflow
+MIN_TEMPERATURE = 1e-5  # below it, decoding is greedy, as in vLLM: dividing float32 logits by less would overflow
 MIN_REPETITION_PENALTY = 1e-5  # logits are divided by it: less might overflow
 MIN_TOP_P = 1e-9  # float32 would round a smaller value to 0; both keep only the likeliest token
 
@@ -32,7 +32,11 @@ class SamplingParams:
     stop: up to 16 strings; the answer ends before the first one that appears. A single string means a list of one.
     logit_bias: added to the logits of some tokens. Given as a mapping from token id (or its decimal string, as in JSON)
     to a number; stored as (token id, bias) pairs sorted by id, so that the params can be hashed.
+    min_p: tokens that are less likely than min_p times the likeliest one are not drawn.
     logprobs: how many of the likeliest tokens to report with each sampled one; None reports nothing.
+    prompt_logprobs: the same for each token of the prompt.
+    include_stop_str_in_output: the text ends with the stop string, or with the stop token's text.
+    skip_special_tokens: the text leaves special tokens out.
     cache_salt: only requests with the same salt share cached prefixes; it does not change the tokens.
     """
 
@@ -52,6 +56,10 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     cache_salt: str | None = None
+    min_p: float = 0.0
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, low=1)
@@ -77,15 +85,17 @@ class SamplingParams:
         object.__setattr__(self, "stop", _check_stop_strings(self.stop))
         object.__setattr__(self, "temperature", 0.0 if self.temperature < MIN_TEMPERATURE else self.temperature)
         object.__setattr__(self, "top_p", max(self.top_p, MIN_TOP_P))
-        if not isinstance(self.ignore_eos, bool):
-            raise FieldError("ignore_eos", f"expected true or false, got {show(self.ignore_eos)}")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            check_bool(name, getattr(self, name))
+        check_float("min_p", self.min_p, 0.0, 1.0)
         check_int("n", self.n, low=1, high=MAX_N)
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         check_float("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 2.0)
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), low=0, high=MAX_LOGPROBS)
         if self.cache_salt is not None:
             if not (isinstance(self.cache_salt, str) and 1 <= len(self.cache_salt) <= MAX_SALT_CHARS):
                 wanted = f"expected text of 1 to {MAX_SALT_CHARS} characters"
@@ -93,10 +103,14 @@ class SamplingParams:
             _check_unicode("cache_salt", self.cache_salt)
 
     @classmethod
-    def from_body(cls, body: Mapping[str, Any]) -> SamplingParams:
-        """Read the sampling fields of a request body; null means the default. The caller checks other fields."""
-        given = {f.name: body[f.name] for f in fields(cls) if body.get(f.name) is not None}
-        if given.get("logprobs") is False:  # how a chat request asks for none
+    def from_body(cls, body: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """Read the sampling fields of a request body; the caller checks other fields.
+
+        null means the default. defaults: those of the model, which replace the ones above.
+        """
+        named = {**(defaults or {}), **{name: value for name, value in body.items() if value is not None}}
+        given = {f.name: named[f.name] for f in fields(cls) if f.name in named}
+        if given.get("logprobs") is False:  # a chat request's way to ask for none
             del given["logprobs"]
         return cls(**given)
 
@@ -112,7 +126,7 @@ def check_supported(params: SamplingParams, supported: Collection[str]) -> None:
     """Raises FieldError if params use a field that the engine does not support, so that none is silently ignored."""
     for spec in fields(params):
         if spec.name not in supported and getattr(params, spec.name) != spec.default:
-            raise FieldError(spec.name, f"this part does not support it, got {show(getattr(params, spec.name))}")
+            raise FieldError(spec.name, f"not supported by this part, got {show(getattr(params, spec.name))}")
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
@@ -174,6 +188,12 @@ def check_int(field: str, value: object, low: int, high: int | None = None, high
         wanted += f" ({high_name})"
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         raise FieldError(field, f"expected {wanted}, got {show(value)}")
+
+
+def check_bool(field: str, value: object) -> None:
+    """Raises FieldError unless value is true or false."""
+    if not isinstance(value, bool):
+        raise FieldError(field, f"expected true or false, got {show(value)}")
 
 
 def check_float(field: str, value: object, low: float, high: float) -> None:

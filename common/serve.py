@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,8 +28,8 @@ from common.cli import option
 from common.errors import FieldError
 
 DRAIN_TIMEOUT_S = 60  # how long SIGTERM waits for open requests; a second signal ends the wait
-END_TIMEOUT_S = 5.0  # how long they then have to tell their clients why they end
-DEATH_GRACE_S = 1.0  # how long the server still answers after its engine died: open requests, and /health with 503
+END_TIMEOUT_S = 5.0  # how long they then have to send their clients an error
+DEATH_GRACE_S = 1.0  # how long the server still answers after its engine has died: open requests, and /health (503)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class ServerConfig:
     allowed_origins: str | None = option(
         None, "web pages that may use this server: origins, comma-separated, or * (None: those of this machine)"
     )
-    root_path: str = option("", "the path under which a proxy shows this server")
+    root_path: str = option("", "the path prefix under which a proxy exposes this server")
+    log_stats: bool = option(True, "log a line of statistics every 10 seconds while there is activity")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -57,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 def show_url(host: str, port: int) -> str:
-    """How a user reaches an address; one of IPv6 has brackets in a URL."""
+    """The URL of an address; an IPv6 address needs brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -84,9 +86,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """app.state.end_requests, if the app has it, ends all open requests with an error; it blocks."""
+    """Calls two functions of app.state, if it has them.
 
-    def __init__(self, app: Any, on_started: Callable[[], None], cause_of_death: Callable[[], str | None]) -> None:
+    end_requests ends all open requests with an error; it blocks. log_stats is called ten times a second with
+    time.monotonic(), if logs_stats is true.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        on_started: Callable[[], None],
+        cause_of_death: Callable[[], str | None] = lambda: None,
+        logs_stats: bool = False,
+    ) -> None:
         timeout_s = math.ceil(DRAIN_TIMEOUT_S + END_TIMEOUT_S)
         self.app = app
         config = uvicorn.Config(
@@ -94,6 +106,7 @@ class _Server(uvicorn.Server):
         )
         super().__init__(config)
         self.on_started, self.cause_of_death = on_started, cause_of_death
+        self.log_stats = self._hook("log_stats") if logs_stats else None
         self.died_at: float | None = None
         self.is_hurried = False
 
@@ -110,11 +123,11 @@ class _Server(uvicorn.Server):
             ending.cancel()
 
     async def _end_requests(self) -> None:
-        """When the time to finish is over, or a second signal has come."""
+        """Wait for DRAIN_TIMEOUT_S or a second signal, then end all open requests."""
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while not self.is_hurried and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        if (end_requests := getattr(getattr(self.app, "state", None), "end_requests", None)) is not None:
+        if (end_requests := self._hook("end_requests")) is not None:
             await asyncio.to_thread(end_requests)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -122,10 +135,15 @@ class _Server(uvicorn.Server):
         self.on_started()
 
     async def on_tick(self, counter: int) -> bool:
+        if self.log_stats is not None:
+            self.log_stats(time.monotonic())
         if self.died_at is None and self.cause_of_death() is not None:
             self.died_at = time.monotonic()
         should_exit = await super().on_tick(counter)
         return should_exit or (self.died_at is not None and time.monotonic() > self.died_at + DEATH_GRACE_S)
+
+    def _hook(self, name: str) -> Callable[..., None] | None:
+        return getattr(getattr(self.app, "state", None), name, None)
 
 
 def serve_app(
@@ -139,7 +157,7 @@ def serve_app(
     # uvicorn raises the signal again when it is done, which would turn a clean exit into a nonzero exit status.
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        server = _Server(app, lambda: print(message, flush=True), cause_of_death)
+        server = _Server(app, lambda: print(message, flush=True), cause_of_death, logs_stats=True)
         server.run(sockets=[listener])
     finally:
         for number, handler in previous.items():
@@ -150,7 +168,7 @@ def serve_app(
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """Run the block without OpenMP workers: for a thread that loads a model which another thread runs.
+    """Run the block without OpenMP workers: for a thread that loads a model that another thread runs.
 
     OpenMP keeps a worker pool per calling thread. With more workers than cores, they sleep between operations instead
     of spinning, and a step of a small model takes twice as long.
@@ -168,7 +186,7 @@ def running_app(app: Any) -> Iterator[str]:
     """Serve the app in a thread, on a free port of 127.0.0.1, for tests and benchmarks. Yields its base URL."""
     listener = listen("127.0.0.1", 0)
     port, started = listener.getsockname()[1], threading.Event()
-    server = _Server(app, started.set, lambda: None)
+    server = _Server(app, started.set)
 
     def run() -> None:
         with listener, contextlib.suppress(SystemExit):  # uvicorn raises it if the app does not start
@@ -187,16 +205,18 @@ def running_app(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def server_process(part: str, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[str]:
+def server_process(
+    part: str, *flags: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[str]:
     """Run `python -m part --port 0 flags…` in a separate process, for benchmarks. Yields its base URL.
 
-    env: its environment (None: this process's). The process ends with this one, also on SIGKILL (Linux). Raises
-    RuntimeError, with the end of its output, if it fails.
+    env, cwd: its environment and its working directory (None: this process's). The process ends with this one, also on
+    SIGKILL (Linux). Raises RuntimeError, with the end of its output, if it fails.
     """
     command = [sys.executable, "-m", part, "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, preexec_fn=_end_with_parent
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=cwd, preexec_fn=_end_with_parent
         )  # fmt: skip
         try:
             assert process.stdout is not None

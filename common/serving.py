@@ -12,7 +12,7 @@ from common.sampling_params import SamplingParams
 
 
 class QueueFullError(Exception):
-    """Too many requests are waiting already."""
+    """Too many requests are already waiting."""
 
 
 class GenerationError(Exception):
@@ -42,6 +42,11 @@ class ServingEngine(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     @property
+    def default_sampling(self) -> Mapping[str, Any]:
+        """Fields of SamplingParams for requests that do not name them: the model's own defaults."""
+        ...
+
+    @property
     def max_model_len(self) -> int: ...
 
     @property
@@ -69,7 +74,7 @@ class ServingEngine(Protocol):
     def shutdown(self) -> None:
         """Stop all threads and processes, and end all open streams. Blocks; called from another thread, maybe twice.
 
-        The server calls it when its requests have ended, or are to end; abort may still be called afterwards.
+        The server calls it when its requests have ended or must end; abort may still be called afterwards.
         """
         ...
 

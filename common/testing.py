@@ -63,7 +63,7 @@ def assert_same_greedy(
     gap = float(top.values[0] - top.values[1])
     is_tie = gap <= TOP_2_TOLERANCE and {got[at], expected[at]} <= set(top.indices.tolist())
     assert is_tie, (
-        f"{where}: output token {at} (position {len(prompt_token_ids) + at}) is {got[at]}, expected {expected[at]}. "
+        f"{where}: output token {at} (position {len(prompt_token_ids) + at}): expected {expected[at]}, got {got[at]}. "
         f"The reference's two best logits are {gap:.2e} apart (a tie is at most {TOP_2_TOLERANCE:g}), so this is a "
         f"bug: look at positions, at the attention mask and at what the KV cache held when this token was computed."
     )

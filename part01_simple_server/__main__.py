@@ -33,7 +33,7 @@ class RequestHandler(WSGIRequestHandler):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises OSError naming the address. (werkzeug's own attempt would print two lines and exit with status 1.)"""
+    """Raises OSError naming the address. (On its own, werkzeug would print two lines and exit with status 1.)"""
     try:
         return socket.create_server((host, port), family=select_address_family(host, port))
     except OSError as error:
@@ -43,7 +43,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(config: EngineConfig) -> None:
     listener = listen(config.host, config.port)
     llm = LLM(config)
-    # One request at a time, /health too: threaded=False, the default, is this part's whole concurrency model.
+    # One request at a time, including /health: threaded=False (the default) is this part's whole concurrency model.
     server = make_server(
         config.host, config.port, create_app(llm), request_handler=RequestHandler, fd=listener.fileno()
     )

@@ -1,4 +1,4 @@
-"""python -m part01_simple_server.bench: time per token against position, with and without the KV cache.
+"""python -m part01_simple_server.bench: time per token by position, with and without the KV cache.
 
 Writes results/part01.json and results/part01.png. Both variants run in one process and take turns.
 """
@@ -39,7 +39,7 @@ class BenchConfig:
 
 
 def measure(llm: Stopwatch, prompt: list[int], config: BenchConfig) -> dict[str, Any]:
-    """Median milliseconds per token, the variants taking turns; and one-token answers, which gain nothing."""
+    """Median ms per token for both variants, run in turns, and for one-token answers, where a cache cannot help."""
     runs: dict[bool, list[list[float]]] = {True: [], False: []}
     one_token: dict[bool, list[float]] = {True: [], False: []}
     for use_cache in (True, False):
@@ -94,8 +94,8 @@ def report(console: Console, measurements: dict[str, Any], max_tokens: int) -> N
     console.print(
         f"{max_tokens} tokens: {m['cached_tokens_per_s']:.0f} tokens/s with the cache, "
         f"{m['uncached_tokens_per_s']:.0f} without: {m['speedup']:.1f}×.\n"
-        f"No gain: an answer of one token, {m['one_token_answer_speedup']:.2f}×. "
-        f"Cost: {m['kv_bytes_per_token']:,} bytes per token.",
+        f"No gain for one-token answers: {m['one_token_answer_speedup']:.2f}×. "
+        f"Cost: {m['kv_bytes_per_token']:,} bytes of KV cache per token.",
         highlight=False,
     )
 
@@ -125,7 +125,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = "part01_simple_server.bench"
-    config = parse_config(BenchConfig, "Time per token against position, with and without the KV cache.", prog)
+    config = parse_config(BenchConfig, "Time per token by position, with and without the KV cache.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

@@ -47,11 +47,13 @@ class LLM:
         self.model = load_model(checkpoint, dtype, config.device)
         self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = checkpoint.eos_token_ids
+        defaults = checkpoint.default_sampling  # for requests that do not name them
+        self.default_sampling = {name: defaults[name] for name in SAMPLING_FIELDS if name in defaults}
         self.max_model_len = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
         self.num_positions_computed = 0
 
     def forward(self, token_ids: list[int], first_position: int, cache: DynamicCache | None) -> Tensor:
-        """Run tokens at first_position and after. Returns the logits of the last one: [vocab_size], float32.
+        """Run tokens, the first one at first_position. Returns the logits of the last one: [vocab_size], float32.
 
         With a cache, the keys and values of these positions are appended to it, and attention includes the cached ones.
         """
@@ -117,7 +119,7 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | 
     probs = logits.softmax(dim=-1)
     if params.top_p < 1:
         ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens; 0 for the first, so it always stays
+        before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens; 0 for the first, so it is always kept
         probs[order[before >= params.top_p]] = 0
     return int(torch.multinomial(probs, 1, generator=generator))
     # exercise: end
@@ -163,14 +165,14 @@ def create_app(llm: LLM) -> Flask:
 
     @app.post("/generate")
     def generate() -> Response:
-        if not request.is_json:  # a web page could send anything else to this server without being asked
+        if not request.is_json:  # browsers let any web page send other types to this server without a preflight
             raise UnsupportedMediaType(f"Content-Type: expected application/json, got {request.mimetype or 'none'}")
         raw = request.get_data()
         if len(raw) > MAX_BODY_BYTES:
             raise RequestEntityTooLarge
         body = parse_body(raw)
         check_known_fields(body, PROMPT_FIELDS + SAMPLING_FIELDS)
-        params = SamplingParams.from_body(body)
+        params = SamplingParams.from_body(body, llm.default_sampling)
         result = llm.generate(encode_prompt(body, llm.tokenizer, llm.max_model_len), params)
         output = result.outputs[0]
         return jsonify(

@@ -15,7 +15,7 @@ from .engine import LLM
 
 
 class QueueFullError(Exception):
-    """Too many requests are waiting already."""
+    """Too many requests are already waiting."""
 
 
 class GenerationError(Exception):
@@ -67,7 +67,7 @@ class AsyncLLM:
         return self._thread.is_alive()
 
     def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> RequestStream:
-        """Queue a request; call it on the event loop that will read the stream. Raises QueueFullError."""
+        """Queue a request. Call this on the event loop that will read the stream. Raises QueueFullError."""
         request = RequestStream(prompt_token_ids, params)
         with self._changed:
             if len(self.waiting) + (self.running is not None) > self.max_queued_requests:
@@ -77,7 +77,7 @@ class AsyncLLM:
         return request
 
     def abort(self, request: RequestStream) -> None:
-        """Abort a request: remove it if it waits, stop it after the current token if it runs."""
+        """Abort a request: remove it if it is waiting, stop it after the current token if it is running."""
         # exercise: abort
         with self._changed:
             if request in self.waiting:
@@ -108,7 +108,7 @@ class AsyncLLM:
                 last = GenerationError(f"{type(error).__name__}: {error}")
             with self._changed:
                 self.running = None
-            if last is not None:  # only now: a reader of the last output may rely on the request having ended
+            if last is not None:  # not earlier: whoever reads the last output may assume that the request has ended
                 request.put(last)
 
     def _next(self) -> RequestStream | None:

@@ -216,8 +216,8 @@ def report(console: Console, m: dict[str, Any]) -> None:
         f"{LOAD_TOKENS} tokens: {m['engine_alone_ms']:.0f} ms in the engine, {last['whole_ms']:.0f} ms over HTTP, "
         f"{last['streamed_ms']:.0f} ms streamed: streaming costs "
         f"{100 * (last['streamed_ms'] / last['whole_ms'] - 1):.0f}% of the throughput.\n"
-        f"No gain: an answer of one token, TTFT {m['answers'][0]['ttft_ms']:.1f} ms streamed, "
-        f"{m['answers'][0]['whole_ms']:.1f} ms not streamed.",
+        f"No gain for one-token answers: TTFT {m['answers'][0]['ttft_ms']:.1f} ms streamed, "
+        f"full answer {m['answers'][0]['whole_ms']:.1f} ms not streamed.",
         highlight=False,
     )
 

@@ -12,9 +12,9 @@ from common.answer_text import REPLACEMENT, end_of_prompt
 class IncrementalDetokenizer:
     """The text of a growing list of token ids.
 
-    It begins with the prompt's last tokens, which are not shown: an answer goes on after them. text holds the complete
-    characters so far; num_shown counts those that take() has returned. As in vLLM, the first character that completes a
-    stop string ends the text, so the result does not depend on token boundaries.
+    The list begins with the prompt's last tokens, which are not shown: the answer continues their text. text holds the
+    complete characters so far; num_shown counts those that take() has returned. As in vLLM, the first character that
+    completes a stop string ends the text, so the result does not depend on token boundaries.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
         self.num_shown = 0
 
     def add(self, token_id: int, is_last: bool = False) -> str | None:
-        """Append a token. If it completes a stop string, cut text off before it and return it; else return None."""
+        """Append a token. If it completes a stop string, cut the text there and return the string; else return None."""
         self.token_ids.append(token_id)
         return self._extend(flush=is_last)
 
@@ -47,8 +47,8 @@ class IncrementalDetokenizer:
     def decode_next(self, flush: bool = False) -> str:
         """The characters that the tokens from read_offset on add; none while they end in half a character.
 
-        They are decoded together with those from prefix_offset on, because some tokenizers drop a leading space. The
-        offsets move only when there is new text. flush: return half a character too.
+        These tokens are decoded together with those from prefix_offset on, because some tokenizers drop a leading
+        space. The offsets move only when there is new text. flush: return half a character too.
         """
         # exercise: decode_next
         shown = self._decode(self.token_ids[self.prefix_offset : self.read_offset])
@@ -60,7 +60,7 @@ class IncrementalDetokenizer:
         # exercise: end
 
     def find_stop(self, num_before: int) -> str | None:
-        """Find the first stop string that ends after num_before characters; cut text off where it begins."""
+        """Find the first stop string that ends after num_before characters, and cut the text where it begins."""
         # exercise: find_stop
         found = []
         for stop in self.stop:

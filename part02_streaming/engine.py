@@ -36,11 +36,13 @@ class LLM:
         self.model = load_model(checkpoint, dtype, config.device)
         self.tokenizer = load_tokenizer(checkpoint)
         self.eos_token_ids = checkpoint.eos_token_ids
+        defaults = checkpoint.default_sampling  # for requests that do not name them
+        self.default_sampling = {name: defaults[name] for name in SAMPLING_FIELDS if name in defaults}
         self.max_model_len = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
         self.num_positions_computed = 0
 
     def forward(self, token_ids: list[int], first_position: int, cache: DynamicCache | None) -> Tensor:
-        """Run tokens at first_position and after. Returns the logits of the last one: [vocab_size], float32.
+        """Run tokens, the first one at first_position. Returns the logits of the last one: [vocab_size], float32.
 
         With a cache, the keys and values of these positions are appended to it, and attention includes the cached ones.
         """
@@ -66,7 +68,7 @@ class LLM:
 
         The last one has a finish_reason. To stop early, stop iterating.
         """
-        set_num_threads(self.num_threads)  # here, since the server calls this from another thread
+        set_num_threads(self.num_threads)  # here, because the server calls this method in another thread
         check_supported(params, SAMPLING_FIELDS)
         check_vocabulary(params, self.model.config.vocab_size)
         stop_token_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
@@ -115,7 +117,7 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | 
     probs = logits.softmax(dim=-1)
     if params.top_p < 1:
         ordered, order = probs.sort(descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens; 0 for the first, so it always stays
+        before = ordered.cumsum(dim=-1) - ordered  # mass of the likelier tokens; 0 for the first, so it is always kept
         probs[order[before >= params.top_p]] = 0
     return int(torch.multinomial(probs, 1, generator=generator))
 

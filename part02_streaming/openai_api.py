@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from common.errors import FieldError, ignore_unknown, openai_error
 from common.outputs import CompletionOutput, RequestOutput
@@ -17,19 +15,19 @@ from common.prompts import encode_prompt, stop_at_special_tokens
 from common.sampling_params import SamplingParams, show
 
 from .async_engine import GenerationError, RequestStream
-from .engine import SAMPLING_FIELDS
+from .engine import LLM, SAMPLING_FIELDS
 
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may fill the context
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default; a chat answer may fill the context
 COMMON_FIELDS = {"model", "stream", "stream_options", *SAMPLING_FIELDS}
 CHAT_FIELDS = COMMON_FIELDS | {"messages", "max_completion_tokens"}
 COMPLETION_FIELDS = COMMON_FIELDS | {"prompt"}
-# Fields of OpenAI's API that this part does not support may be sent with the value that changes nothing.
+# Fields of OpenAI's API that this part does not support: they are accepted only with a value that changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
     "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logit_bias": ({},), "tools": ([],),
     "response_format": ({"type": "text"},),
 }  # fmt: skip
-# Fields that mean something elsewhere; what is not even in this list is ignored.
+# All fields that are known, supported here or not. Any other field is ignored.
 OTHER_FIELDS = CHAT_FIELDS | COMPLETION_FIELDS | NEUTRAL.keys() | {spec.name for spec in fields(SamplingParams)}
 
 
@@ -52,7 +50,7 @@ class ApiRequest:
 
 
 def check_model(name: object, served: str) -> None:
-    """Raises ModelNotFoundError; no name means the model that is served."""
+    """Raises ModelNotFoundError unless name is the served model's. None means the served model."""
     if name not in (None, served):
         raise ModelNotFoundError(f"model: {show(name)} is not served here, expected {served!r}")
 
@@ -68,31 +66,30 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def parse_request(
-    body: dict[str, Any], is_chat: bool, model: str, tokenizer: PreTrainedTokenizerBase, max_model_len: int
-) -> ApiRequest:
+def parse_request(body: dict[str, Any], is_chat: bool, llm: LLM) -> ApiRequest:
     """Raises FieldError naming the first invalid or unsupported field, ModelNotFoundError for another model."""
-    check_model(body.get("model"), model)
+    check_model(body.get("model"), llm.name)
     known = CHAT_FIELDS if is_chat else COMPLETION_FIELDS
     for name, value in body.items():
         if value is None or name in known:
             continue
         neutral = NEUTRAL.get(name, ())
         if name not in OTHER_FIELDS:
-            ignore_unknown(name)  # clients send what other servers have
+            ignore_unknown(name)  # clients also send the fields of other servers
         elif not any(value == allowed and type(value) is type(allowed) for allowed in neutral):
             expected = f": expected {neutral[0]!r} or nothing" if neutral else ""
             raise FieldError(name, f"not supported here{expected}, got {show(value)}")
     stream, include_usage = _parse_stream(body)
-    prompt_token_ids = encode_prompt(body, tokenizer, max_model_len)
-    room = max_model_len - len(prompt_token_ids)
+    prompt_token_ids = encode_prompt(body, llm.tokenizer, llm.max_model_len)
+    default_max_tokens = llm.max_model_len - len(prompt_token_ids) if is_chat else DEFAULT_COMPLETION_TOKENS
+    params = _parse_params(body, default_max_tokens, llm.default_sampling)
     return ApiRequest(
         id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=model,
+        model=llm.name,
         is_chat=is_chat,
         prompt_token_ids=prompt_token_ids,
-        params=stop_at_special_tokens(_parse_params(body, room if is_chat else DEFAULT_COMPLETION_TOKENS), tokenizer),
+        params=stop_at_special_tokens(params, llm.tokenizer),
         stream=stream,
         include_usage=include_usage,
     )
@@ -115,7 +112,7 @@ def _parse_flag(field: str, value: object) -> bool:
     return bool(value)
 
 
-def _parse_params(body: dict[str, Any], default_max_tokens: int) -> SamplingParams:
+def _parse_params(body: dict[str, Any], default_max_tokens: int, defaults: Mapping[str, Any]) -> SamplingParams:
     limits = {name: body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
     if len(limits) == 2 and body["max_tokens"] != body["max_completion_tokens"]:
         raise FieldError(
@@ -126,11 +123,11 @@ def _parse_params(body: dict[str, Any], default_max_tokens: int) -> SamplingPara
     default = max(default_max_tokens, min_tokens) if isinstance(min_tokens, int) else default_max_tokens
     name, max_tokens = next(iter(limits.items()), ("max_tokens", default))
     try:
-        return SamplingParams.from_body({**body, "max_tokens": max_tokens})
+        return SamplingParams.from_body({**body, "max_tokens": max_tokens}, defaults)
     except FieldError as error:
         if error.field != "max_tokens":
             raise
-        raise FieldError(name, str(error).removeprefix("max_tokens: ")) from error  # under the name that was sent
+        raise FieldError(name, str(error).removeprefix("max_tokens: ")) from error  # the name that the client sent
 
 
 def describe_model(model: str, max_model_len: int) -> dict[str, Any]:
@@ -166,10 +163,10 @@ async def stream_events(request: ApiRequest, outputs: RequestStream) -> AsyncIte
     """
     # exercise: stream_events
     num_tokens = 0
-    if request.is_chat:
-        yield format_event(_chunk(request, {"delta": {"role": "assistant", "content": ""}}))
     try:
         async for output in outputs:
+            if request.is_chat and num_tokens == 0:  # not earlier: clients take the first event for the first token
+                yield format_event(_chunk(request, {"delta": {"role": "assistant", "content": ""}}))
             num_tokens += len(output.token_ids)
             if output.text:
                 content = {"delta": {"content": output.text}} if request.is_chat else {"text": output.text}

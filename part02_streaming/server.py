@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from common.errors import FieldError, openai_error
 from common.openai_app.browsers import BrowserPolicy, add_browser_guards
+from common.openai_app.pages import add_page
 from common.outputs import CompletionOutput
 from common.sampling_params import check_vocabulary
 
@@ -32,11 +33,11 @@ from .openai_api import (
 )
 
 MAX_BODY_BYTES = 1_000_000
-CLIENT_GONE = 499  # nginx's status for a disconnected client, which never reads it
+CLIENT_GONE = 499  # nginx's status for a client that has disconnected and never sees it
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of one request. However the response ends, the request is aborted if it still runs."""
+    """Server-sent events of one request. However the response ends, the request is aborted if it is still running."""
 
     def __init__(self, engine: AsyncLLM, request: ApiRequest, stream: RequestStream) -> None:
         super().__init__(
@@ -52,7 +53,7 @@ class EventStream(StreamingResponse):
 
 
 async def collect(http_request: Request, engine: AsyncLLM, stream: RequestStream) -> list[CompletionOutput] | None:
-    """All outputs of a request, or None if the client disconnected first, which only this function detects."""
+    """All outputs of a request, or None if the client disconnects first. Nothing else checks for that."""
 
     # exercise: collect
     async def drain() -> list[CompletionOutput]:
@@ -74,8 +75,8 @@ async def collect(http_request: Request, engine: AsyncLLM, stream: RequestStream
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises HTTPException 415 unless the body is announced as JSON (a web page could send anything else without being
-    asked), and 413 once more than MAX_BODY_BYTES have arrived, whatever Content-Length says."""
+    """Raises HTTPException 415 unless Content-Type is JSON (browsers let web pages send other types without a
+    preflight), and 413 once more than MAX_BODY_BYTES have arrived, whatever Content-Length says."""
     content_type = request.headers.get("Content-Type", "none").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPException(415, f"Content-Type: expected application/json, got {content_type[:100]}")
@@ -110,7 +111,7 @@ def create_app(llm: LLM, max_queued_requests: int = 64, is_local: bool = False) 
     async def answer(http_request: Request, is_chat: bool) -> Response:
         body = parse_body(await read_body(http_request))
         # In a thread: tokenizing a megabyte would block the event loop for too long.
-        request = await asyncio.to_thread(parse_request, body, is_chat, llm.name, llm.tokenizer, llm.max_model_len)
+        request = await asyncio.to_thread(parse_request, body, is_chat, llm)
         check_vocabulary(request.params, llm.model.config.vocab_size)
         engine: AsyncLLM = app.state.engine
         stream = engine.generate(request.prompt_token_ids, request.params)
@@ -135,6 +136,7 @@ def create_app(llm: LLM, max_queued_requests: int = 64, is_local: bool = False) 
         is_alive = app.state.engine.is_alive
         return JSONResponse({"status": "ok" if is_alive else "the engine has died"}, 200 if is_alive else 503)
 
+    add_page(app, "/", "chat.html")
     add_error_handlers(app)
     add_browser_guards(app, BrowserPolicy(is_local=is_local))
     return app

@@ -1,1 +1,1 @@
-"""Part 3: paged attention. A model of our own over a paged KV cache, which a batch of requests shares."""
+"""Part 3: paged attention. Our own model over a paged KV cache that a batch of requests shares."""

@@ -1,8 +1,8 @@
 """python -m part03_paged_attention.bench: how many requests the same KV memory holds, contiguous and paged, and what
 attention through block tables costs.
 
-Writes results/part03.json, results/part03.png and results/part03_memory.png. Contiguous reservation is the same engine
-with blocks as long as the context: one block is then all that a request ever needs, and all of it is reserved.
+Writes results/part03.json, results/part03.png and results/part03_memory.png. The contiguous layout is the same engine
+with blocks as long as the context: each request then needs exactly one block, and reserves all of it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def short_chat(rng: random.Random) -> Lengths:
 
 
 def chat(rng: random.Random) -> Lengths:
-    """Long tails, as in ShareGPT's conversations, at a third of their length."""
+    """Lengths with long tails: like ShareGPT's conversations, but a third as long."""
     prompt, answer = rng.lognormvariate(4.3, 0.8), rng.lognormvariate(4.7, 0.7)
     return min(max(int(prompt), 16), 1_024), min(max(int(answer), 16), 768)
 
@@ -65,7 +65,7 @@ class BenchConfig:
     num_requests: int = option(48, "requests of each distribution")
     budget_tokens: int = option(8_192, "size of the KV pool in tokens: a multiple of the context, 2,048")
     repeats: int = option(3, "runs of each layout, alternating; medians are reported")
-    results_dir: str = option("results", "where the JSON and the plots go")
+    results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
         if self.budget_tokens < CONTEXT or self.budget_tokens % CONTEXT:
@@ -84,7 +84,7 @@ def make_engine(config: BenchConfig, block_size: int) -> LLMEngine:
 
 
 def add_requests(engine: LLMEngine, config: BenchConfig, draw: Callable[[random.Random], Lengths]) -> int:
-    """Queue the workload. Returns the tokens it will generate."""
+    """Queue the workload. Returns how many tokens it will generate."""
     rng, total = random.Random(0), 0
     for number in range(config.num_requests):
         prompt_tokens, answer_tokens = draw(rng)
@@ -136,7 +136,7 @@ def measure_capacity(config: BenchConfig) -> dict[str, dict[str, dict[str, float
 
 
 def take_pictures(config: BenchConfig, num_steps: int = 40) -> dict[str, list[int]]:
-    """The pool after some steps of "chat", for each 16 slots: −1 free, 0 reserved and empty, else the owner + 1."""
+    """The pool after some steps of "chat", a number per 16 slots: −1 free, 0 reserved and empty, else owner + 1."""
     pictures = {}
     for name in PICTURED:
         engine = make_engine(config, LAYOUTS[name])
@@ -259,9 +259,9 @@ def report(console: Console, m: dict[str, Any]) -> None:
     attention = next(row for row in m["attention"] if row["context"] == 2_000)
     paged_ms, contiguous_ms = (m["num_layers"] * attention[name] / 1e3 for name in ("paged_us", "ready_us"))
     console.print(
-        f"Where it loses: paging brings nothing to a single request. With a context of {long['context']:,} tokens it "
-        f"takes {long['step_ms']:.2f} ms per token. Attention over 2,000 tokens takes {paged_ms:.2f} ms of that in all "
-        f"layers; over contiguous keys and values it would take {contiguous_ms:.2f} ms.",
+        f"Where it loses: a single request gains nothing from paging. With a context of {long['context']:,} tokens, a "
+        f"step takes {long['step_ms']:.2f} ms. Attention over 2,000 tokens takes {paged_ms:.2f} ms of it (all layers); "
+        f"over contiguous keys and values it would take {contiguous_ms:.2f} ms.",
         highlight=False,
     )
 

@@ -24,8 +24,8 @@ class EngineConfig:
     max_num_batched_tokens: int = option(8192, "prompt tokens in a batch", 1)
     max_queued_requests: int = option(256, "requests that may wait; one more gets status 429", 0)
     block_size: int = option(16, "tokens in a KV block, a power of two", 1)
-    num_kv_blocks: int | None = option(None, "KV pool in blocks, the null block included (None: kv_cache_memory)", 2)
-    kv_cache_memory: int | None = option(None, "KV pool in bytes (None: 1 GiB on cpu, what is left on cuda)", 1)
+    num_kv_blocks: int | None = option(None, "KV pool in blocks, null block included (None: see kv_cache_memory)", 2)
+    kv_cache_memory: int | None = option(None, "KV pool in bytes (None: 1 GiB on cpu, the remaining memory on cuda)", 1)
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory for weights, activations and KV pool")
     attention_backend: Literal["auto", "torch", "numba", "triton"] = option(
         "auto", "auto: numba on cpu, triton on cuda; torch is the slow reference"
@@ -44,15 +44,15 @@ class EngineConfig:
         if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and default_device() == "cpu"):
             raise FieldError("device", f"expected cpu, or cuda where torch sees a GPU, got {device!r}")
         if self.attention_backend == "triton" and device == "cpu":
-            raise FieldError("attention_backend", "triton needs a GPU, expected auto, numba or torch on cpu")
+            raise FieldError("attention_backend", "triton needs a GPU: expected auto, numba or torch on cpu")
         if self.attention_backend == "numba" and device != "cpu":
-            raise FieldError("attention_backend", "numba runs on a CPU, expected auto, triton or torch on cuda")
+            raise FieldError("attention_backend", "numba runs only on a CPU: expected auto, triton or torch on cuda")
         if self.attention_backend == "numba" and self.dtype == "float16":
-            raise FieldError("attention_backend", "numba computes no float16, expected auto or torch")
+            raise FieldError("attention_backend", "numba does not support float16: expected auto or torch")
         object.__setattr__(self, "device", device)
 
 
 def resolve_config(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
-    """The config with the numbers that depend on the model filled in."""
+    """The config with all values that depend on the model."""
     max_model_len = min(config.max_model_len or checkpoint.max_model_len, checkpoint.max_model_len)
     return replace(config, max_model_len=max_model_len)

@@ -1,1 +1,1 @@
-"""Part 4: continuous batching. The batch is decided anew before every step."""
+"""Part 4: continuous batching. The scheduler forms a new batch before every step."""

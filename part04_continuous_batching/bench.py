@@ -1,4 +1,4 @@
-"""python -m part04_continuous_batching.bench: static against continuous batches, both against transformers, and where
+"""python -m part04_continuous_batching.bench: static versus continuous batching, both versus transformers, and where
 a step's time goes.
 
 Writes results/part04.json, part04.png, part04_slots_static.png and part04_slots_continuous.png. Everything runs in one
@@ -47,8 +47,8 @@ class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     num_requests: int = option(256, "requests of each workload")
     repeats: int = option(3, "runs of each, in turns; medians are reported")
-    profile_model: str = option("random:llama-110m", "a second model whose step is taken apart")
-    results_dir: str = option("results", "where the JSON and the plots go")
+    profile_model: str = option("random:llama-110m", "a second model for the breakdown of a step")
+    results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.num_requests < NUM_SEQS:
@@ -61,7 +61,7 @@ def heaviest(num_requests: int) -> list[WorkloadRequest]:
 
 
 def uniform(num_requests: int) -> list[WorkloadRequest]:
-    """heavy_tailed's prompts, answers of 64 tokens each: where every request of a batch ends at the same step."""
+    """heavy_tailed's prompts, with answers of 64 tokens each: all requests of a batch end in the same step."""
     return heavy_tailed(num_requests, median_output_tokens=64, sigma=0.0)
 
 
@@ -72,7 +72,7 @@ def add(engine: LLMEngine, request: WorkloadRequest) -> None:
 
 
 def serve(engine: LLMEngine, requests: list[WorkloadRequest]) -> dict[str, float]:
-    """Serve requests that all arrive at once. Latencies are from then to each request's last token."""
+    """Serve requests that all arrive at time zero. A latency is the time to the request's last token."""
     first_step, latencies, sizes = engine.num_steps, [], 0
     started = time.perf_counter()
     for request in requests:
@@ -116,7 +116,7 @@ def measure_batching(config: BenchConfig) -> dict[str, dict[str, dict[str, float
 
 
 def measure_transformers(config: BenchConfig) -> dict[str, float]:
-    """Output tokens/s on the CPU-sized public workload: this engine, and three ways of transformers."""
+    """Output tokens/s on the CPU-sized public workload: this engine, and transformers used in three ways."""
     requests = nano_vllm_cpu()
     checkpoint = resolve_checkpoint(config.model)
     model = load_model(checkpoint, torch.float32, "cpu")
@@ -168,7 +168,7 @@ def generate_continuously(model: Any, requests: list[WorkloadRequest]) -> None:
 
 
 def measure_step(model: str, num_seqs: int = 32, context: int = 256, num_steps: int = 40) -> dict[str, Any]:
-    """Where a decode step's time goes, in ms: of num_seqs requests, each with context tokens in the cache halfway.
+    """Where the time of a decode step goes, in ms, with num_seqs requests of about context tokens each.
 
     Steps with and without timers take turns. parts: medians; they need not add up exactly to the median of the steps.
     """
@@ -203,16 +203,21 @@ def measure_step(model: str, num_seqs: int = 32, context: int = 256, num_steps: 
 
 
 def take_pictures(config: BenchConfig, path: Path, num_requests: int = 48) -> None:
-    """One picture for each way of batching: a row for each request, a column for each step."""
+    """One picture for each way of batching, on the same axis: a row for each request, a column for each step."""
+    traces = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("static", "continuous"):
-            trace = str(Path(folder) / name)
-            engine = LLMEngine(EngineConfig(model=config.model, max_num_seqs=NUM_SEQS, trace=trace))
+            file = Path(folder) / name
+            engine = LLMEngine(EngineConfig(model=config.model, max_num_seqs=NUM_SEQS, trace=str(file)))
             if name == "static":
                 use_static_batches(engine)
             serve(engine, heavy_tailed(num_requests))
             engine.tracer.close()
-            draw(read_trace(Path(trace)), path.with_stem(f"{path.stem}_{name}"))
+            traces[name] = read_trace(file)
+    last_step = max(trace.steps[-1].step for trace in traces.values())
+    for name, trace in traces.items():
+        title = f"{name.capitalize()} batching: requests in each step"
+        draw(trace, path.with_stem(f"{path.stem}_{name}"), title=title, last_step=last_step)
 
 
 def plot(m: dict[str, Any], path: Path) -> None:
@@ -247,7 +252,7 @@ def report(console: Console, m: dict[str, Any]) -> None:
     console.print(table)
     ours = m["transformers"]["part 4"]
     for name, rate in m["transformers"].items():
-        console.print(f"{name}: {rate:,.0f} tokens/s, part 4 is {ours / rate:.2f}× that", highlight=False)
+        console.print(f"{name}: {rate:,.0f} tokens/s, part 4 is {ours / rate:.2f}× as fast", highlight=False)
     for model, step in m["step"].items():
         report_step(console, model, step)
 
@@ -290,7 +295,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = "part04_continuous_batching.bench"
-    config = parse_config(BenchConfig, "Static against continuous batches, and both against transformers.", prog)
+    config = parse_config(BenchConfig, "Static versus continuous batching, and both versus transformers.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

@@ -1,4 +1,4 @@
-"""python -m part04_continuous_batching.demo: which request is in which slot, in static and in continuous batches."""
+"""python -m part04_continuous_batching.demo: which request is in which row of the batch, static and continuous."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DemoConfig:
 
 
 def fill_slots(engine: LLMEngine) -> list[list[int | None]]:
-    """Run LENGTHS. Returns for each step which request is in each slot; a request keeps its slot to its end."""
+    """Run LENGTHS. Returns for each step which request is in each row; a request keeps its row until it ends."""
     for number, length in enumerate(LENGTHS):
         params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
         engine.add_request(str(number), [100 + number] * 8, params)
@@ -56,7 +56,7 @@ def fill_slots(engine: LLMEngine) -> list[list[int | None]]:
 
 
 def show_slots(console: Console, model: str) -> None:
-    console.rule("1. Four slots, eight requests")
+    console.rule("1. Four rows, eight requests")
     console.print(f"Answers of {', '.join(map(str, LENGTHS))} tokens. Each column is a step, each digit a request.\n")
     config = EngineConfig(model=model, max_num_seqs=NUM_SLOTS, num_kv_blocks=64)
     for name, engine in (
@@ -65,11 +65,9 @@ def show_slots(console: Console, model: str) -> None:
     ):
         history = fill_slots(engine)
         busy = sum(owner is not None for slots in history for owner in slots) / (len(history) * NUM_SLOTS)
-        console.print(
-            f"[bold]{name}[/]: {engine.num_steps} steps, {100 * busy:.0f}% of the slots busy", highlight=False
-        )
+        console.print(f"[bold]{name}[/]: {engine.num_steps} steps, {100 * busy:.0f}% of the rows busy", highlight=False)
         for slot in range(NUM_SLOTS):
-            row = Text(f"slot {slot} ")
+            row = Text(f"row {slot} ")
             for slots in history:
                 owner = slots[slot]
                 row.append("·" if owner is None else str(owner), style="dim" if owner is None else COLORS[owner])
@@ -114,7 +112,7 @@ def run(model: str) -> None:
 
 def main() -> None:
     prog = "part04_continuous_batching.demo"
-    config = parse_config(DemoConfig, "Which request is in which slot, in static and in continuous batches.", prog)
+    config = parse_config(DemoConfig, "Which request is in which row of the batch, static and continuous.", prog)
     exit_on_error(prog, lambda: run(config.model))
 
 

@@ -1,4 +1,4 @@
-"""python -m part05_async_scheduling.bench: the same loop with and without running ahead.
+"""python -m part05_async_scheduling.bench: the engine with and without async scheduling.
 
 Writes results/part05.json, results/part05.png and results/part05_timeline.png. Every comparison is made in one run.
 """
@@ -44,7 +44,7 @@ MODES = {"sync": False, "async": True}
 COLORS = {"sync": plotting.BASELINE_COLOR, "async": plotting.COLORS[0]}
 FORWARD_S, HOST_S, NUM_SCRIPTED_STEPS = 0.010, 0.004, 100
 NUM_STREAMS, STREAM_TOKENS, BUSY_LIMIT_S = 8, 100, 300
-LONG_SPIN = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # what OpenMP does if nobody sets a limit
+LONG_SPIN = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # OpenMP's own defaults
 THREADING: dict[str, tuple[dict[str, str], list[str]]] = {  # name: (environment, flags)
     "server's default": ({}, []),
     "OpenMP's default": (LONG_SPIN, []),
@@ -54,11 +54,11 @@ THREADING: dict[str, tuple[dict[str, str], list[str]]] = {  # name: (environment
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
-    small_model: str = option("tiny", "a model whose step is short")
-    large_model: str = option("random:llama-110m", "a model whose step is long")
+    small_model: str = option("tiny", "a model with short steps")
+    large_model: str = option("random:llama-110m", "a model with long steps")
     num_steps: int = option(60, "decode steps of each measurement")
     repeats: int = option(3, "runs of each, in turns; medians are reported")
-    results_dir: str = option("results", "where the JSON and the plots go")
+    results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.num_steps < 10:
@@ -66,7 +66,7 @@ class BenchConfig:
 
 
 class ScriptedExecutor:
-    """In place of the engine's: a step takes FORWARD_S of the device and HOST_S of the engine, whatever is in it."""
+    """Replaces the engine's executor: every step takes FORWARD_S on the device and HOST_S in the engine."""
 
     def __init__(self) -> None:
         self.stream = ThreadStream()
@@ -80,7 +80,7 @@ class ScriptedExecutor:
 
     @staticmethod
     def _run(num_requests: int) -> SamplerOutput:
-        time.sleep(FORWARD_S)  # a GPU computes without the processor
+        time.sleep(FORWARD_S)  # a GPU computes without the CPU
         return SamplerOutput(torch.full((num_requests,), 7), None)
 
 
@@ -89,7 +89,7 @@ def without_logprobs(sampled: SamplerOutput) -> StepOutput:
 
 
 def run_scripted(engine: LLMEngine) -> None:
-    """100 steps of 10 ms on the device and 4 ms of the engine."""
+    """100 steps of 10 ms on the device and 4 ms in the engine."""
     engine.executor = ScriptedExecutor()  # type: ignore[assignment]
     params = SamplingParams(temperature=0, max_tokens=NUM_SCRIPTED_STEPS, ignore_eos=True)
     engine.add_request("0", [5], params)
@@ -212,7 +212,7 @@ class EndsByItself(ScriptedExecutor):
 
 
 def measure_http(config: BenchConfig) -> dict[str, dict[str, float]]:
-    """Streams over HTTP, the API and the core in a process each: output tokens/s, and the time per token."""
+    """Streams over HTTP, with the API and the core in separate processes: output tokens/s, and the time per token."""
     requests: list[WorkloadRequest] = heavy_tailed(64, sigma=0.0, median_output_tokens=64)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
     for _ in range(config.repeats):
@@ -229,7 +229,7 @@ def measure_http(config: BenchConfig) -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def one_core_taken() -> Iterator[None]:
-    """Another process computes while the block runs, for BUSY_LIMIT_S at most."""
+    """Keep one core busy with another process while the block runs, for BUSY_LIMIT_S at most."""
     code = f"import time; end = time.monotonic() + {BUSY_LIMIT_S}\nwhile time.monotonic() < end: pass"
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -240,7 +240,7 @@ def one_core_taken() -> Iterator[None]:
 
 
 def measure_busy(config: BenchConfig) -> dict[str, dict[str, float]]:
-    """Streams over HTTP, output tokens/s: on the machine as it is, and beside a process that takes a core."""
+    """Streams over HTTP, output tokens/s: without other load, and next to a process that keeps one core busy."""
     requests = heavy_tailed(NUM_STREAMS, sigma=0.0, median_output_tokens=STREAM_TOKENS)
     clean = {name: value for name, value in os.environ.items() if name not in SPIN_VARIABLES}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in THREADING}
@@ -280,7 +280,7 @@ def plot_timeline(steps: dict[str, list[StepTrace]], path: Path, num_shown: int 
 
 def plot(m: dict[str, Any], path: Path) -> None:
     fig, (left, right) = plotting.panels(
-        [("10 ms model, 4 ms engine", "", "seconds for 100 steps"), ("Real models", "", "async : sync")]
+        [("10 ms model, 4 ms engine", "", "seconds for 100 steps"), ("Real models", "", "output tokens/s, sync = 1")]
     )
     bars = left.bar(range(2), [m["scripted"][name] for name in MODES], 0.6, color=list(COLORS.values()))
     plotting.label_bars(left, bars, "{:.2f}")
@@ -288,11 +288,12 @@ def plot(m: dict[str, Any], path: Path) -> None:
     left.margins(y=0.15)
     pairs = {**{f"{model}\nengine": found for model, found in m["decode"].items()}, "tiny\nover HTTP": m["http"]}
     ratios = [found["async"]["tokens_per_s"] / found["sync"]["tokens_per_s"] for found in pairs.values()]
-    bars = right.bar(range(len(ratios)), ratios, 0.6, color=COLORS["async"])
-    plotting.label_bars(right, bars, "{:.2f}×")
-    right.axhline(1, color=plotting.BASELINE_COLOR, linewidth=1.2)
+    for name, offset, values in (("sync", -0.2, [1.0] * len(ratios)), ("async", 0.2, ratios)):
+        bars = right.bar([x + offset for x in range(len(ratios))], values, 0.36, color=COLORS[name], label=name)
+        plotting.label_bars(right, bars, "{:.2f}×")
     right.set_xticks(range(len(ratios)), [name.replace("random:", "") for name in pairs])
-    right.margins(y=0.15)
+    right.set_ylim(0, 1.4 * max(1.0, *ratios))
+    right.legend(loc="upper left", ncols=2)
     plotting.save(fig, path)
 
 
@@ -327,7 +328,7 @@ def report(console: Console, m: dict[str, Any]) -> None:
     )
     for model, run in outside.items():
         console.print(
-            f"{model}, {NUM_SEQS} decodes, sync: {run['step_ms']:.1f} ms a step, {run['outside_ms']:.2f} ms of it "
+            f"{model}, {NUM_SEQS} decodes, sync: {run['step_ms']:.1f} ms per step, {run['outside_ms']:.2f} ms of it "
             "outside the model",
             highlight=False,
         )
@@ -360,7 +361,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = f"{PROG}.bench"
-    config = parse_config(BenchConfig, "The same loop with and without running ahead.", prog)
+    config = parse_config(BenchConfig, "The engine with and without async scheduling.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

@@ -82,7 +82,7 @@ def show_price(console: Console, model: str) -> None:
         ]
         outputs = [result.outputs[0] for result in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=100))]
         texts.append([output.text for output in outputs])
-        # The last token of an answer is never computed on.
+        # The last token of an answer is never an input.
         num_needed = sum(map(len, prompts)) + sum(len(output.token_ids) - 1 for output in outputs)
         num_computed = llm.engine.executor.worker.runner.num_tokens_computed
         console.print(
@@ -91,9 +91,7 @@ def show_price(console: Console, model: str) -> None:
             highlight=False,
         )
     same = "the same" if texts[0] == texts[1] else "NOT the same: that is a bug"
-    console.print(
-        f"{len(QUESTIONS)} answers that end with a stop token. In both modes they are {same}:\n", highlight=False
-    )
+    console.print(f"The {len(QUESTIONS)} answers of the two modes are {same}:\n", highlight=False)
     table = Table(show_header=False)
     for question, text in zip(QUESTIONS, texts[1], strict=True):
         table.add_row(f"[bold cyan]{question}[/]", text)
@@ -115,7 +113,7 @@ async def show_death(console: Console, model: str) -> None:
             if len(text) > NUM_CHARS_BEFORE_THE_END and engine.core.process.is_alive():
                 os.kill(core, signal.SIGKILL)
     except GenerationError as error:
-        console.print(f"A stream brought: [green]{text}[/]…")
+        console.print(f"Streamed so far: [green]{text}[/]…")
         console.print(f"Then the core was killed. The stream ended with the error: [red]{error}[/].", highlight=False)
     finally:
         await asyncio.to_thread(engine.shutdown)

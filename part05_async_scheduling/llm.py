@@ -51,7 +51,7 @@ class LLM:
         except Exception as error:
             self.engine.fail(error)
             raise
-        finally:  # after Ctrl-C as well: nothing is left for the next call
+        finally:  # after Ctrl-C as well: no request may be left in the engine
             self.engine.abort_requests(pieces)
             self.processor.remove(pieces)
         return [

@@ -25,20 +25,20 @@ from .config import EngineConfig
 from .core.engine import LLMEngine
 from .lab.timeline import summary, traced
 
-NUM_SEQS = 32  # for the engine's own work in a step
+NUM_SEQS = 32  # decodes, to measure the engine's own work in a step
 WHOLE = "whole"
 
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("random:llama-110m", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    small_model: str = option("tiny", "a model whose step is short")
-    num_decodes: int = option(8, "requests that decode all the time")
+    small_model: str = option("tiny", "a model with short steps")
+    num_decodes: int = option(8, "requests that decode throughout")
     num_prompts: int = option(3, "long prompts, one after the other")
-    prompt_tokens: int = option(2_000, "tokens in each of them")
+    prompt_tokens: int = option(2_000, "tokens in each long prompt")
     recommended_budget: int = option(256, "the budget to compare with whole prompts")
     repeats: int = option(2, "runs of each, in turns; medians are reported")
-    results_dir: str = option("results", "where the JSON and the plots go")
+    results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.num_prompts < 1 or self.num_decodes < 1:
@@ -60,7 +60,7 @@ def engine_config(config: BenchConfig, model: str, budget: int | None) -> Engine
 
 
 class Decodes:
-    """Requests that decode all the time. itl_s: the time between two tokens of each (inter-token latency)."""
+    """Requests that decode throughout the run. itl_s: times between two tokens of one request (inter-token latency)."""
 
     def __init__(self, engine: LLMEngine, num_requests: int, max_tokens: int) -> None:
         self.engine, self.itl_s = engine, list[float]()
@@ -72,7 +72,7 @@ class Decodes:
         self.itl_s.clear()
 
     def step(self, num_steps: int = 1, until: str | None = None) -> None:
-        """Run num_steps steps; with until, run until that request has got num_steps tokens."""
+        """Run num_steps steps; with until, run until that request has received num_steps tokens."""
         while num_steps > 0:
             outputs, now_s = self.engine.step(), time.perf_counter()
             for output in outputs:
@@ -84,7 +84,7 @@ class Decodes:
 
 
 def serve_both(config: BenchConfig, model: str, budget: int | None) -> dict[str, float]:
-    """Long prompts arrive while others decode, each of them twenty steps after the one before has got its token."""
+    """Long prompts arrive while other requests decode, each one twenty steps after the previous one got its token."""
     engine = LLMEngine(engine_config(config, model, budget))
     decodes = Decodes(engine, config.num_decodes, config.prompt_tokens)
     ttfts_s = []
@@ -113,7 +113,7 @@ def prompts(config: BenchConfig) -> list[WorkloadRequest]:
 
 
 def prefill_alone(config: BenchConfig, model: str, budget: int | None) -> dict[str, float]:
-    """The case where chunks can only lose: prompts with no decodes beside them."""
+    """The case where chunks can only lose: prompts with no decodes running beside them."""
     engine = LLMEngine(engine_config(config, model, budget))
     num_tokens = 0
     started = time.perf_counter()

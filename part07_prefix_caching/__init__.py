@@ -1,1 +1,1 @@
-"""Part 7: prefix caching. KV blocks of a prompt that was computed before are reused."""
+"""Part 7: prefix caching. KV blocks that were computed for an earlier prompt are reused."""

@@ -38,9 +38,9 @@ class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     large_model: str = option("random:llama-110m", "a model whose prompts take seconds")
     prefix_tokens: int = option(1_500, "tokens in the shared prefix")
-    num_requests: int = option(12, "prompts that begin with it")
+    num_requests: int = option(12, "prompts that begin with the shared prefix")
     repeats: int = option(3, "runs of each, in turns; medians are reported")
-    results_dir: str = option("results", "where the JSON and the plots go")
+    results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.num_requests < 2:
@@ -70,7 +70,7 @@ class Client:
     def report(self) -> dict[str, float]:
         scheduler = self.engine.scheduler
         return {
-            "ttft_ms": 1e3 * median(self.ttfts_s[1:]),  # the first request can hit nothing
+            "ttft_ms": 1e3 * median(self.ttfts_s[1:]),  # without the first request, which cannot hit
             "hit_rate": scheduler.num_hit_tokens / self.num_prompt_tokens,
             "tokens_computed": self.engine.executor.worker.runner.num_tokens_computed,
         }
@@ -154,7 +154,7 @@ def measure_overhead(config: BenchConfig) -> dict[str, dict[str, float]]:
 
 
 def compare_lookups(num_blocks: int = 400) -> dict[str, dict[str, dict[str, float]]]:
-    """Hashes against a radix tree, in a pool too small for all prompts: hit rate, and lookup time per prompt."""
+    """Hashes versus a radix tree, in a pool too small for all prompts: hit rate, and lookup time per prompt."""
     shared = shared_prefix(200, prefix_tokens=512, suffix_tokens=64, num_prefixes=20)
     prompts = {
         "20 prefixes": [request.prompt_token_ids or [] for request in shared],

@@ -1,1 +1,1 @@
-"""Part 8: speculative decoding. Several tokens in one step, where draft tokens are accepted."""
+"""Part 8: speculative decoding. A step produces several tokens for a request if its draft tokens are accepted."""

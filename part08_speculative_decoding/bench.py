@@ -45,13 +45,13 @@ BATCH_SIZES = (1, 4, 16)
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
-    model: str = option("tiny", "the small target; with more layers that add nothing, the large target")
+    model: str = option("tiny", "the small target; extra layers that change nothing make it the large target")
     draft_model: str = option("tiny-draft", "the draft model")
     num_layers: int = option(48, "layers of the large target")
-    num_speculative_tokens: int = option(4, "draft tokens of one request in a step, at most")
-    max_tokens: int = option(48, "tokens of an answer, at most")
+    num_speculative_tokens: int = option(4, "maximum number of draft tokens per request and step")
+    max_tokens: int = option(48, "maximum tokens per answer")
     repeats: int = option(3, "runs of each method, in turns; medians are reported")
-    results_dir: str = option("results", "where the JSON and the plots go")
+    results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.max_tokens < 8:
@@ -75,7 +75,7 @@ def tasks(model: str) -> dict[str, list[list[int]]]:
 
 
 def make_llms(config: BenchConfig, model: str, max_num_seqs: int) -> dict[str, LLM]:
-    """An engine for each method. Speculation stays on up to max_num_seqs requests, so that its cost shows."""
+    """An engine for each method. Speculation stays on for up to max_num_seqs requests, so that its cost shows."""
     return {
         method: LLM(
             EngineConfig(

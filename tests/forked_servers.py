@@ -117,11 +117,12 @@ class Host:
 
     def start(
         self, part: str, *flags: str, slow: float = 0, step_s: float = 0, grace_s: float | None = None,
-        counts_threads: bool = False,
+        counts_threads: bool = False, sigterm_after: str = "",
     ) -> ForkedServer:  # fmt: skip
         """slow: seconds that the core takes to load; step_s: that each step takes, so that a stream stays open;
         grace_s: for how long it serves after the engine's death; counts_threads: it loads the model itself, and prints
-        how many threads that has started instead of serving."""
+        how many threads that has started instead of serving; sigterm_after: SIGTERM comes as soon as it has made the
+        core's "directory" or "process"."""
         directory = self.directory / str(self.num_servers)
         self.num_servers += 1
         (directory / "tmp").mkdir(parents=True)
@@ -129,8 +130,9 @@ class Host:
         for name in ("stdout", "stderr"):
             paths[name].touch()
         pid = self.ask(
-            part=part, argv=["--port", "0", "--device", "cpu", *flags], slow=slow, step_s=step_s, grace_s=grace_s,
-            counts_threads=counts_threads, timeout=TIMEOUT_S, **{name: str(path) for name, path in paths.items()},
+            part=part, argv=["--port", "0", "--device", "cpu", "--no-log-stats", *flags], slow=slow,
+            step_s=step_s, grace_s=grace_s, counts_threads=counts_threads, sigterm_after=sigterm_after,
+            timeout=TIMEOUT_S, **{name: str(path) for name, path in paths.items()},
         )["pid"]  # fmt: skip
         return ForkedServer(self, part, pid, **paths)
 

@@ -72,7 +72,12 @@ def ids(requests: Sequence[Any]) -> list[str]:
 
 def shares(output: Any) -> list[tuple[Any, Any]]:
     """Of a SchedulerOutput: each Request with its ScheduledRequest."""
-    return list(zip(output.requests, output.step.requests, strict=True))
+    requests, step = output.requests, output.step.requests
+    assert len(requests) == len(step), (
+        f"a step has {len(step)} ScheduledRequests for the requests {ids(requests)}: expected one for each, in "
+        "the same order. Look at core/scheduler.py::Scheduler._add."
+    )
+    return list(zip(requests, step, strict=True))
 
 
 @dataclass
@@ -181,6 +186,10 @@ class ScriptedExecutor:
             error, self.launch_error = self.launch_error, None
             raise error
         names = ids(self.scheduled.requests) if is_named else [f"of row {share.row}" for share in step.requests]
+        assert len(names) == len(step.requests), (
+            f"the step is for the requests {names}, and its StepInput has {len(step.requests)} ScheduledRequests: "
+            f"expected one for each. {LOOK_BORDER}"
+        )
         launched = self.prepare(self.decode_input(self.encode(step)), names)
         self.pending.append(launched)
         self.launched.append(launched)
@@ -214,6 +223,10 @@ class ScriptedExecutor:
         assert share.num_scheduled_tokens > 0 and end <= len(table) * block_size, (
             f"request {name} computes positions {share.num_computed_tokens} to {end - 1}; the worker knows its blocks "
             f"{table} of {block_size} tokens, expected {-(-end // block_size)} of them. {LOOK_BORDER}"
+        )
+        assert end <= len(self.tokens[share.row]), (
+            f"request {name} computes positions {share.num_computed_tokens} to {end - 1}, and the context has "
+            f"{len(self.tokens[share.row])} tokens. {LOOK_BORDER}"
         )
         slots = [table[position // block_size] * block_size + position % block_size for position in range(end)]
         return Work(name, share, self.params[share.row], slots)

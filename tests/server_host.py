@@ -209,8 +209,23 @@ def change_core(part: str, order: dict[str, Any], stack: contextlib.ExitStack) -
 
     stack.enter_context(mock.patch.object(core_client.multiprocessing, "get_context", lambda _: FORK))
     stack.enter_context(mock.patch.object(core_client, "SHUTDOWN_TIMEOUT_S", order["timeout"]))
+    if order["sigterm_after"]:
+        owner = tempfile.TemporaryDirectory if order["sigterm_after"] == "directory" else FORK.Process
+        name = "__init__" if order["sigterm_after"] == "directory" else "start"
+        end_after(owner, name, stack)
     if order["slow"]:
         stack.enter_context(mock.patch.object(engine_core, "LLMEngine", slow))
+
+
+def end_after(owner: type, name: str, stack: contextlib.ExitStack) -> None:
+    """SIGTERM arrives as soon as a method has returned."""
+    method = getattr(owner, name)
+
+    def ended(*args: Any, **fields: Any) -> None:
+        method(*args, **fields)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stack.enter_context(mock.patch.object(owner, name, ended))
 
 
 if __name__ == "__main__":

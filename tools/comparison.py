@@ -1,7 +1,7 @@
 """Compare all parts and transformers on the same work, in one run: python -m tools.comparison [--write | --table].
 
-Without a flag it measures and prints. --write also writes results/comparison.json, its plot and README's table; --table
-rewrites the plot and the table from the existing JSON.
+Without a flag it measures and prints. --write also writes results/comparison.json, its plot and the table in
+results/README.md; --table rewrites the plot and the table from the existing JSON.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def markdown(result: dict[str, Any]) -> str:
             cells.append(f"{rates[name]:,.0f} ({rates[name] / rates[BASELINE]:.1f}×)" if name in rates else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     repeats = ", ".join(f"{count} for `{model}`" for model, count in result["config"]["repeats"].items())
-    note = f"{machine['cpu_cores']} cores of an {machine['cpu']}, float32; ways in turns, medians of {repeats}"
-    return "\n".join([*lines, "", f"({note}; [results/comparison.json](results/comparison.json).)"])
+    note = f"{machine['cpu_cores']} cores of an {machine['cpu']}, float32; the engines take turns; medians of {repeats}"
+    return "\n".join([*lines, "", f"({note}; [comparison.json](comparison.json).)"])
 
 
 def plot(rates_by_workload: dict[str, dict[str, float]], path: Path) -> None:
@@ -153,11 +153,11 @@ def plot(rates_by_workload: dict[str, dict[str, float]], path: Path) -> None:
 def write_table(result: dict[str, Any]) -> None:
     """Write the plot and the table from the measurements."""
     plot(result["measurements"]["tiny"], RESULT.with_suffix(".png"))
-    readme = ROOT / "README.md"
-    head, begin, rest = readme.read_text("utf-8").partition(MARKERS[0])
+    page = ROOT / "results" / "README.md"
+    head, begin, rest = page.read_text("utf-8").partition(MARKERS[0])
     _, end, tail = rest.partition(MARKERS[1])
-    assert begin and end, f"README.md lacks {MARKERS[0]} or {MARKERS[1]}"
-    readme.write_text(f"{head}{begin}\n\n{markdown(result)}\n\n{end}{tail}", "utf-8")
+    assert begin and end, f"results/README.md lacks {MARKERS[0]} or {MARKERS[1]}"
+    page.write_text(f"{head}{begin}\n\n{markdown(result)}\n\n{end}{tail}", "utf-8")
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,7 @@ def without_markers(content: bytes) -> bytes:
 
 
 def with_markers_of(marked: bytes, content: bytes) -> tuple[bytes, list[str]]:
-    """Insert the markers of one text into another text that was made from it and has none.
+    """Insert the markers of one text into a text that was made from it and has no markers.
 
     Returns the text, and the names of the exercises with an uncertain marker: lines that were added or rewritten right
     next to it may or may not belong to the body.

@@ -48,7 +48,7 @@ def draw_lane(axes: Axes, row: int, boxes: list[tuple[float, float]], color: str
 
 
 def part02() -> None:
-    """Which thread is busy when, while an answer of eight tokens is generated and a client calls /health."""
+    """When each thread is busy, while an answer of eight tokens is generated and a client calls /health."""
     labels = [(title, "time", "") for title in ("Part 1: one thread", "Part 2: two threads")]
     fig, (left, right) = plotting.panels(labels, height_px=300)
     num_tokens, asked = 8, 2.4

@@ -1,6 +1,6 @@
 """Regenerate the files that derive from the parts: `python -m tools.snapshots`, or `--check` to compare only.
 
-These are each part's `step.diff` (from the previous part) and the evolution map in the root README. The table
+These are each part's `step.diff` (from the previous part) and the evolution map in CONTRIBUTING.md. The table
 "What changed" in a part's README is written by hand, because it says why; here it is compared with the files.
 
 Only source files count: those with a suffix in SOURCE_SUFFIXES, outside hidden, `__pycache__` and `build` folders. So
@@ -21,6 +21,7 @@ from tools.exercise_markers import without_markers
 
 PART_NAME = re.compile(r"part\d\d_[a-z0-9_]+")
 SOURCE_SUFFIXES = frozenset([".py", ".cpp", ".cu", ".cuh", ".h", ".html", ".jinja", ".json", ".sh", ".toml", ".yaml"])
+MAP_PAGE = "CONTRIBUTING.md"
 MAP_BEGIN, MAP_END = "<!-- evolution-map:begin -->", "<!-- evolution-map:end -->"
 TABLE_SECTION = re.compile(r"^## What changed[ \t]*$(.*?)(?=^#{1,2} |\Z)", re.MULTILINE | re.DOTALL)
 TABLE_ROW = re.compile(r"\|\s*`([^`]+)`\s*\|\s*(new|changed|removed)\s*\|.*\|")
@@ -111,7 +112,7 @@ def clean_env(folder: Path) -> dict[str, str]:
 
 
 def steps(parts: list[Part]) -> list[tuple[Part | None, Part]]:
-    """Each part with the one before it."""
+    """Each part with the previous one."""
     return list(zip([None, *parts[:-1]], parts, strict=True))
 
 
@@ -181,9 +182,9 @@ def check_table(root: Path, old: Part, new: Part) -> list[str]:
     return [f'{new.name}/README.md, "What changed": {problem}' for problem in problems]
 
 
-def readme_with_map(readme: str, table: str) -> str | None:
-    """The root README with the evolution map put between its markers, or None if it lacks them."""
-    head, begin, rest = readme.partition(MAP_BEGIN)
+def page_with_map(page: str, table: str) -> str | None:
+    """A page with the evolution map put between its markers, or None if it lacks them."""
+    head, begin, rest = page.partition(MAP_BEGIN)
     _, end, tail = rest.partition(MAP_END)
     return f"{head}{begin}\n\n{table}\n{end}{tail}" if begin and end else None
 
@@ -198,12 +199,12 @@ def generate(root: Path, parts: list[Part]) -> tuple[dict[Path, bytes], list[str
             generated[diff_path] = step_diff(old, new)
         elif diff_path.exists():
             problems.append(f"{new.name}/step.diff: the first part has no previous part, so delete this file")
-    readme = root / "README.md"
-    text = readme_with_map(read_lf(readme).decode() if readme.is_file() else "", evolution_map(parts))
+    page = root / MAP_PAGE
+    text = page_with_map(read_lf(page).decode() if page.is_file() else "", evolution_map(parts))
     if text is None:
-        problems.append(f"README.md needs the lines `{MAP_BEGIN}` and `{MAP_END}`: add them, then {FIX}")
+        problems.append(f"{MAP_PAGE} needs the lines `{MAP_BEGIN}` and `{MAP_END}`: add them, then {FIX}")
     else:
-        generated[readme] = text.encode()
+        generated[page] = text.encode()
     return generated, problems
 
 
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 no problems, 1 something to fix, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.snapshots",
-        description="Write each part's step.diff and the evolution map in README.md; check the tables 'What changed'.",
+        description="Write each part's step.diff and CONTRIBUTING.md's evolution map; check the tables 'What changed'.",
         epilog="Exit status: 0 no problems; 1 problems left to fix, one per line; 2 wrong usage.",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; report what is out of date")

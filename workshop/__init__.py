@@ -1,1 +1,3 @@
-"""The learner's command line: `python -m workshop`. Exercises are done in workspace/ and checked there."""
+"""The learner's command line: `workshop`. Exercises are done in workspace/ and checked there."""
+
+COMMAND = ".venv/bin/workshop"  # as a learner types it, in the root of the repository

@@ -1,4 +1,4 @@
-"""The commands behind `python -m workshop`, one function each."""
+"""The commands behind `workshop`, one function each."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from workshop import workspace
+from workshop import COMMAND, workspace
 from workshop.check import Checker, watch
 from workshop.course import Exercise, Part, WorkshopError, find_part, read_parts
 from workshop.report import Report, width
 from workshop.results import State
 from workshop.runner import Runner
+from workshop.saves import Saves
 
 
 def run(args: argparse.Namespace, root: Path) -> int:
@@ -37,14 +38,13 @@ def start(part: Part, args: argparse.Namespace, report: Report) -> int:
     copy = workspace.relative(part, part.copy)
     report.say(f"Part {part.number} is in {copy}, with these function bodies for you to write, in any order:\n")
     for exercise in part.exercises:
-        report.say(
-            f"{exercise.name:<{width(part.exercises)}}  {exercise.file}::{exercise.symbol}, lesson: {exercise.lesson}",
-            indent=2,
-        )
+        about = f"{exercise.difficulty}, {exercise.minutes} min, lesson: {exercise.lesson}"
+        where = f"{exercise.file}::{exercise.symbol}"
+        report.say(f"{exercise.name:<{width(part.exercises)}}  {where}  ({about})", indent=2)
     report.say(
         f"\nRead {copy}/README.md first. Then open {copy}/{part.exercises[0].file}, look for `# exercise:` and keep"
     )
-    report.say(f"`python -m workshop check {part.number} --watch` running beside the editor.")
+    report.say(f"`{COMMAND} check {part.number} --watch` running beside the editor.")
     return 0
 
 
@@ -54,24 +54,35 @@ def check(part: Part, args: argparse.Namespace, report: Report) -> int:
     with Runner(part) as runner:
         checker = Checker(part, args.exercises, runner, report)
         if args.watch:
-            watch(checker)
+            with Saves(part) as saves:
+                watch(checker, saves)
         return 0 if checker.check() else 1
 
 
 def hint(part: Part, args: argparse.Namespace, report: Report) -> int:
+    """The next hint of an exercise, or the one that was asked for."""
     exercise = part.select([args.exercises])[0] if args.exercises else first_open(part)
+    state = State.load(part)
+    level = args.level or min(state.of(exercise).num_hints + 1, len(exercise.hints))
+    state.of(exercise).num_hints = max(state.of(exercise).num_hints, level)
+    state.write()
     report.say(f"{exercise.name}  {exercise.file}::{exercise.symbol}, lesson: {exercise.lesson}\n", "bold")
-    report.say(f"Hint {args.level}: {' '.join(exercise.hints[args.level - 1].split())}")
-    if args.level == 1:
-        report.say(f"\nMore: python -m workshop hint {part.number} {exercise.name} --level 2", "dim")
+    report.say(f"Hint {level}: {' '.join(exercise.hints[level - 1].split())}")
+    num_left = len(exercise.hints) - level
+    name = f"{part.number} {exercise.name}"
+    if num_left:
+        report.say(f"\n{num_left} more: {COMMAND} hint {name}", "dim")
+    else:
+        report.say(f"\nThat was the last hint. The reference's body: {COMMAND} diff {name}", "dim")
     return 0
 
 
 def first_open(part: Part) -> Exercise:
-    """The first exercise that did not pass when last checked."""
-    saved = State.load(part).saved
-    still_open = [e for e in part.exercises if not (e.name in saved and saved[e.name].passes)]
-    return (still_open or part.exercises)[0]
+    """The first exercise that the learner has not solved, and `catch-up` has not filled in."""
+    for exercise in part.exercises:
+        if not workspace.is_solved(part, exercise) and not workspace.is_caught_up(part, exercise):
+            return exercise
+    return part.exercises[0]
 
 
 def diff(part: Part, args: argparse.Namespace, report: Report) -> int:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 PART_NAME = re.compile(r"part(\d\d)_[a-z0-9_]+")
 HEADING = re.compile(r"## +(\w+)\s*")
-LABEL = re.compile(r"(File|Test|Lesson|Hint 1|Hint 2): *(.*)")
+LABELS = ("File", "Test", "Lesson", "Difficulty", "Time", "Hint 1", "Hint 2", "Hint 3")
+LABEL = re.compile(rf"({'|'.join(LABELS)}): *(.*)")
+DIFFICULTIES = ("easy", "medium", "hard")
+TIME = re.compile(r"(\d+) minutes")
 SENTENCE = re.compile(r".+?[.!?](?=\s|$)", re.DOTALL)
 
 
@@ -20,7 +23,8 @@ class WorkshopError(Exception):
 class Exercise:
     """One exercise as exercises.md describes it.
 
-    file: path inside the part; tests: what pytest runs for it, paths from the repository's root.
+    file: path inside the part; tests: what pytest runs for it, paths from the repository's root; hints: each says more
+    than the one before.
     """
 
     part: str
@@ -30,7 +34,9 @@ class Exercise:
     symbol: str
     tests: tuple[str, ...]
     lesson: str
-    hints: tuple[str, str]
+    difficulty: str
+    minutes: int
+    hints: tuple[str, ...]
 
     @property
     def blank(self) -> str:
@@ -53,6 +59,10 @@ class Part:
     @property
     def path(self) -> Path:
         return self.root / self.name
+
+    @property
+    def tests(self) -> Path:
+        return self.root / "tests" / self.name[:6]
 
     @property
     def workspace(self) -> Path:
@@ -88,8 +98,7 @@ def find_part(root: Path, number: int) -> Part:
 def read_exercises(part: Path) -> list[Exercise]:
     """Read a part's exercises.md; no file means no exercises. Raises WorkshopError naming the line that is wrong.
 
-    `## NAME`, optionally a paragraph that says what to write, then File, Test, Lesson, Hint 1 and Hint 2,
-    each up to the next label.
+    `## NAME`, optionally a paragraph that says what to write, then the labels of LABELS, each up to the next one.
     """
     path = part / "exercises.md"
     if not path.is_file():
@@ -111,13 +120,20 @@ def read_exercises(part: Path) -> list[Exercise]:
 
 def build_exercise(path: Path, name: str, fields: dict[str, str]) -> Exercise:
     """Check the labels of one section and build an Exercise from them."""
-    for label in ("File", "Test", "Lesson", "Hint 1", "Hint 2"):
+    for label in LABELS:
         if not fields.get(label):
             raise WorkshopError(f"{path}: exercise {name} has no line `{label}: …`")
+    difficulty, time = fields["Difficulty"], TIME.fullmatch(fields["Time"])
+    if difficulty not in DIFFICULTIES:
+        raise WorkshopError(f"{path}: exercise {name}: expected {' or '.join(DIFFICULTIES)}, got {difficulty!r}")
+    if time is None:
+        raise WorkshopError(f"{path}: exercise {name}: expected `Time: N minutes`, got {fields['Time']!r}")
     file, _, symbol = fields["File"].partition("::")
     tests = tuple(test.strip() for test in fields["Test"].split(","))
     sentence = SENTENCE.match(fields["Task"])
     task = " ".join((sentence[0] if sentence else fields["Task"]).split())
     task = task or f"write {fields['File']}; the lesson's section {fields['Lesson']!r} explains it"
-    return Exercise(path.parent.name, name, task, file, symbol, tests, fields["Lesson"],
-                    (fields["Hint 1"], fields["Hint 2"]))  # fmt: skip
+    hints = tuple(fields[label] for label in LABELS if label.startswith("Hint"))
+    return Exercise(
+        path.parent.name, name, task, file, symbol, tests, fields["Lesson"], difficulty, int(time[1]), hints
+    )

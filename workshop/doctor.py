@@ -1,4 +1,4 @@
-"""`python -m workshop doctor`: check that this machine has what the course needs, and say how to fix the rest.
+"""`workshop doctor`: check that this machine has what the course needs, and say how to fix the rest.
 
 It needs no packages, so it runs before anything is installed.
 """
@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from workshop import COMMAND
+
 PYTHON_VERSIONS = ((3, 10), (3, 13))
 MIN_CORES, MIN_MEMORY_GB, MIN_DISK_GB, SERVER_PORT = 2, 4.0, 5.0, 8000
-INSTALL = "run `make setup`, then use .venv/bin/python"
+INSTALL = f"run `make setup`, then use {COMMAND}"
 
 
 class Level(Enum):
@@ -31,7 +33,7 @@ class Level(Enum):
     MISSING = "MISSING"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that it runs on a Python that is too old, and says so
 class Finding:
     """The result of one check. advice: what to do, empty if nothing."""
 
@@ -50,7 +52,7 @@ def main(root: Path) -> int:
             print(f"{'':<19} -> {finding.advice}")
     num_missing = sum(finding.level is Level.MISSING for finding in findings)
     print(f"\n{num_missing} of these must be fixed first" if num_missing else "\nThis machine can run the course: "
-          "python -m workshop start 1")  # fmt: skip
+          f"{COMMAND} start 1")  # fmt: skip
     return 1 if num_missing else 0
 
 

@@ -55,9 +55,11 @@ class LendingLoader(SourceFileLoader):
         raise OSError
 
     def source_to_code(self, data: Any, path: Any, **options: Any) -> CodeType:  # type: ignore[override]
-        text = bytes(data).decode("utf-8").replace("\r\n", "\n")
-        ast.parse(text, path)  # a syntax error is reported at the learner's line
-        text, numbers = self.finder.lend(text, Path(path))
+        own = bytes(data).decode("utf-8").replace("\r\n", "\n")
+        text, numbers = self.finder.lend(own, Path(path))
+        if text == own:
+            return compile(text, path, "exec", dont_inherit=True)
+        ast.parse(own, path)  # a syntax error is reported at the learner's line
         tree = ast.parse(text, path)
         nodes: list[Any] = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
         for node in nodes:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from workshop.explain import Locator, explain, leaf
+
 MAX_OUTPUT_CHARS = 2_000
 
 
 class EventWriter:
-    """Passed to pytest.main. copy: the learner's part, so that a failure can name the line in it."""
+    """Passed to pytest.main. on_start is called when a test starts."""
 
-    def __init__(self, path: Path, copy: Path) -> None:
+    def __init__(self, path: Path, locator: Locator, on_start: Callable[[], None]) -> None:
         self.file = path.open("w", encoding="utf-8")
-        self.copy = copy
+        self.locator, self.on_start = locator, on_start
 
     def write(self, event: str, **fields: Any) -> None:
         self.file.write(json.dumps({"event": event, **fields}) + "\n")
@@ -27,6 +29,7 @@ class EventWriter:
         self.write("collected", tests=[item.nodeid for item in session.items])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.on_start()
         self.write("started", test=nodeid)
 
     @pytest.hookimpl(wrapper=True)
@@ -46,38 +49,15 @@ class EventWriter:
     def write_failure(self, test: str, error: BaseException, traceback: str, output: str = "") -> None:
         if isinstance(error, pytest.Collector.CollectError) and error.__cause__ is not None:
             error = error.__cause__
+        error = leaf(error)
+        raised_at, called_from = self.locator.locate(error)
         self.write(
             "failed",
             test=test,
             message=explain(error),
-            location=self.locate(error),
+            kind=type(error).__name__,
+            raised_at=raised_at,
+            called_from=called_from,
             traceback=traceback,
             output=output[-MAX_OUTPUT_CHARS:],
         )
-
-    def locate(self, error: BaseException) -> str | None:
-        """The deepest line of the learner's code in the traceback, or None."""
-        if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_relative_to(self.copy):
-            return f"{Path(error.filename).relative_to(self.copy).as_posix()}:{error.lineno}"
-        found, frame = None, error.__traceback__
-        while frame is not None:
-            code = frame.tb_frame.f_code
-            if Path(code.co_filename).is_relative_to(self.copy):
-                file = Path(code.co_filename).relative_to(self.copy).as_posix()
-                found = f"{file}:{frame.tb_lineno} in {code.co_name}"
-            frame = frame.tb_next
-        return found
-
-
-def explain(error: BaseException) -> str:
-    """The test's own message, or else the one from Python or pytest."""
-    text = str(error).strip()
-    if isinstance(error, AssertionError):
-        message = text.partition("\nassert ")[0] or "assert"  # pytest appends the expression it evaluated
-    elif isinstance(error, NotImplementedError | pytest.fail.Exception):
-        message = text
-    elif isinstance(error, SyntaxError):
-        message = f"{type(error).__name__}: {error.msg}" + (f"\n{error.text.rstrip()}" if error.text else "")
-    else:
-        message = f"{type(error).__name__}: {text}"
-    return "\n".join([message, *getattr(error, "__notes__", [])])

@@ -1,4 +1,4 @@
-"""The learner's output: states, failures with the test's message first, and the next step."""
+"""The learner's output: states, known mistakes, failures with one fact on a line, and the next step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.text import Text
 
+from workshop import COMMAND
 from workshop.course import Exercise, Part
-from workshop.results import Failure, Result, State
-from workshop.workspace import fingerprints, is_started, relative
+from workshop.facts import clip, split_facts, without_pointers
+from workshop.results import Failure, Result, Saved, State
+from workshop.workspace import body_of, fingerprints, is_caught_up, is_started, relative
 from workshop.wrong import WrongSolution
 
 MAX_SHOWN = 3
 NOT_STARTED = Text("not started", style="dim")
+OUTSIDE = "your function had returned by then: what it returned or changed does not fit"
 
 
 class Report:
-    """Prints to a rich Console. verbose: show all failures, with tracebacks."""
+    """Prints to a rich Console. verbose: show all failures, whole and with tracebacks."""
 
     def __init__(self, console: Console | None = None, *, verbose: bool = False) -> None:
         self.console = console or Console(highlight=False)
@@ -53,70 +56,88 @@ class Report:
         """Print the output of `list`."""
         for part in parts:
             self.say(Text.assemble((f"part {part.number}", "bold"), f"  {part.name}"))
-            saved = State.load(part).saved
+            saved = State.load(part)
             prints = fingerprints(part) if part.copy.is_dir() else {}
             for exercise in part.exercises:
-                state = NOT_STARTED
-                if is_started(part, exercise):
-                    state = Text("started", style="yellow")
-                    if last := saved.get(exercise.name):
-                        state = count(last.num_passed, last.num_tests, last.passes)
-                        if last.fingerprint != prints[exercise.name]:
-                            state += Text(", before your last change", style="dim")
-                self.say(Text.assemble(f"{exercise.name:<{width(part.exercises)}}  ", state), indent=4)
+                state = progress(part, exercise, saved.of(exercise), prints.get(exercise.name, ""))
+                about = (
+                    f"{exercise.name:<{width(part.exercises)}}  {exercise.difficulty:<6} {exercise.minutes:>4} min  "
+                )
+                self.say(Text.assemble(about, state), indent=4)
             if not part.exercises:
                 self.say("no exercises", "dim", 4)
             elif not part.copy.is_dir():
-                self.say(f"to start: python -m workshop start {part.number}", "cyan", 4)
+                self.say(f"to start: {COMMAND} start {part.number}", "cyan", 4)
 
     def results(
-        self, part: Part, exercises: list[Exercise], results: Mapping[str, Result], together: Result | None
+        self,
+        part: Part,
+        exercises: list[Exercise],
+        results: Mapping[str, Result],
+        mistakes: Mapping[str, list[WrongSolution]],
     ) -> None:
-        """Print one line per exercise, then the failures."""
+        """Print one line per exercise, then for each that fails: the known mistakes it looks like, its failures, and
+        where to look."""
         self.say(Text.assemble((f"part {part.number}", "bold"), f"  {relative(part, part.copy)}\n"))
         for exercise in exercises:
             result = results.get(exercise.name)
-            state = count(result.num_passed, result.num_tests, result.passes) if result else NOT_STARTED
+            state = count(result) if result else NOT_STARTED
             self.say(Text.assemble(f"{exercise.name:<{width(exercises)}}  ", state), indent=2)
-        if together is not None:
-            state = count(together.num_passed, together.num_tests, together.passes)
-            self.say(Text.assemble(f"{'all together':<{width(exercises)}}  ", state), indent=2)
         for exercise in exercises:
             result = results.get(exercise.name)
             if result is not None and not result.passes:
-                where = f"{exercise.file}::{exercise.symbol}, lesson: {exercise.lesson}"
-                self.say(Text.assemble("\n", (exercise.name, "bold red"), f"  {where}"))
-                self.failures(result)
-        if together is not None and not together.passes:
-            self.say("\nEach body passes with the reference's other bodies, but all of yours together fail:", "red")
-            self.failures(together)
+                self.say(Text.assemble("\n", (exercise.name, "bold red")))
+                self.lookalikes(mistakes.get(exercise.name, []))
+                self.failures(result, exercise)
+                line = body_of(part, exercise).first  # of its first marker, from 1
+                where = f"{relative(part, part.copy)}/{exercise.file}:{line}, {exercise.symbol}"
+                self.say(Text.assemble(("\nLook at  ", "bold"), where), indent=2)
+                self.say(Text.assemble(("Lesson   ", "bold"), exercise.lesson), indent=2)
 
-    def failures(self, result: Result) -> None:
-        """Print some of the failures, from as many test functions as possible."""
-        by_function: dict[str, list[Failure]] = {}
-        for failure in result.failures:
-            by_function.setdefault(failure.test.rpartition("::")[2].partition("[")[0], []).append(failure)
-        shown = [group[0] for group in by_function.values()][:MAX_SHOWN]
-        for failure in result.failures if self.verbose else shown:
-            self.failure(failure)
-        if len(result.failures) > len(shown) and not self.verbose:
-            names = ", ".join(by_function)
-            self.say(f"{len(result.failures)} failures in {names}; --verbose shows all, with tracebacks", "dim", 2)
+    def lookalikes(self, found: list[WrongSolution]) -> None:
+        for wrong in found:
+            self.say(Text.assemble("\n", (f"This looks like a known mistake: {wrong.name}.", "bold yellow")), indent=2)
+            self.say(wrong.explanation, indent=4)
 
-    def failure(self, failure: Failure) -> None:
-        """The test's own explanation first; a traceback only if verbose."""
-        self.say(failure.message, indent=2)
-        self.say(f"{failure.test}" + (f"  at {failure.location}" if failure.location else ""), "dim", 4)
+    def failures(self, result: Result, exercise: Exercise | None) -> None:
+        """Print some of the failures. exercise: the only possible cause, so that what a test says about where to look
+        is left out."""
+        shown = list(result.failures) if self.verbose else choose(result.failures)
+        for failure in shown:
+            self.failure(failure, without_pointers(failure.message) if exercise else failure.message)
+        if len(result.failures) > len(shown):
+            self.say(f"\n{len(result.failures)} tests fail; --verbose shows all, with tracebacks", "dim", 2)
+
+    def failure(self, failure: Failure, message: str) -> None:
+        """The facts of the test's own message; a traceback only if verbose."""
+        self.say()
+        for label, text in split_facts(message):
+            shown = text if self.verbose else clip(text)
+            self.say(Text.assemble((f"{label:<10}", "bold"), shown) if label else shown, indent=4 if label else 2)
+        if failure.raised_at:
+            self.say(f"at {failure.raised_at}", indent=4)
+            if failure.called_from is None and "::" in failure.test:
+                self.say(OUTSIDE, indent=4)
+            elif failure.called_from not in (None, failure.raised_at):
+                self.say(f"called from {failure.called_from}", indent=4)
+        self.say(f"test      {failure.test}", "dim", 4)
         if failure.output.strip():
             self.say("output:", "dim", 4)
             self.say(failure.output.rstrip(), indent=6)
         if self.verbose:
             self.say(failure.traceback, "dim", 4)
 
-    def lookalikes(self, exercise: Exercise, found: list[WrongSolution]) -> None:
-        for wrong in found:
-            self.say(Text.assemble("\n", (f"{exercise.name} looks like: {wrong.name}", "bold yellow")))
-            self.say(wrong.explanation, indent=2)
+    def resting(self, part: Part, names: list[str]) -> None:
+        """Say that the rest of the part's tests runs now."""
+        with_what = "your version" if len(names) == len(part.exercises) else f"your {', '.join(names)}"
+        self.say(f"\nNow all other tests of part {part.number} run with {with_what}; Ctrl-C stops them.", "dim")
+
+    def rest(self, part: Part, result: Result) -> None:
+        """Print the outcome of the rest of the part's tests."""
+        self.say(Text.assemble(f"all of part {part.number}  ", count(result)))
+        if not result.passes:
+            self.say("Each exercise passes its own tests, but together, or with the rest of the part:", "red")
+            self.failures(result, None)
 
     def next_step(self, part: Part, exercises: list[Exercise], results: Mapping[str, Result]) -> None:
         """Print the next step: fix what fails, else write what is blank, else continue."""
@@ -124,19 +145,18 @@ class Report:
         blank = [e for e in exercises if e.name not in results]
         number = part.number
         if failing or blank:
-            exercise = (failing or blank)[0]
-            verb = "fix" if failing and is_started(part, exercise) else "write"
+            exercise, verb = (failing or blank)[0], "fix" if failing else "write"
             where = f"{relative(part, part.copy)}/{exercise.file}, between its markers"
             self.say(Text.assemble(("\nNext: ", "bold cyan"), f"{verb} {exercise.name} in {where}."))
             if verb == "write":
                 self.say(exercise.task, indent=6)
-            self.say(Text.assemble("stuck? ", (f"python -m workshop hint {number} {exercise.name}", "cyan")), indent=6)
+            self.say(Text.assemble("stuck? ", (f"{COMMAND} hint {number} {exercise.name}", "cyan")), indent=6)
         elif len(exercises) < len(part.exercises):
-            self.say(Text.assemble(("\nNext: ", "bold cyan"), (f"python -m workshop check {number}", "cyan")))
+            self.say(Text.assemble(("\nNext: ", "bold cyan"), (f"{COMMAND} check {number}", "cyan")))
         else:
-            self.say(Text.assemble(("\nNext: ", "bold cyan"), (f"python -m workshop diff {number}", "cyan"),
+            self.say(Text.assemble(("\nNext: ", "bold cyan"), (f"{COMMAND} diff {number}", "cyan"),
                                    " compares your version with the reference; then run your version, ",
-                                   (f"cd workspace && python -m {part.name}.demo", "cyan")))  # fmt: skip
+                                   (f"cd workspace && ../.venv/bin/python -m {part.name}.demo", "cyan")))  # fmt: skip
 
     def diff(self, lines: list[str]) -> None:
         if not lines:
@@ -149,10 +169,35 @@ class Report:
             )
 
 
-def count(num_passed: int, num_tests: int, passes: bool) -> Text:
-    mark, style = ("passes", "green") if passes else ("fails", "red")
-    return Text(f"{mark}: {num_passed} of {num_tests} tests pass" if num_tests else "cannot be run", style=style)
+def choose(failures: Iterable[Failure]) -> list[Failure]:
+    """A few failures that say different things, from different test functions; first those that say what they expected
+    and what they got."""
+    functions, different = set[str](), dict[tuple[str, str | None], Failure]()
+    for failure in failures:
+        function = failure.test.rpartition("::")[2].partition("[")[0]
+        if function not in functions:
+            different.setdefault((failure.message, failure.raised_at), failure)
+        functions.add(function)
+    return sorted(different.values(), key=lambda failure: len(split_facts(failure.message)) == 1)[:MAX_SHOWN]
+
+
+def progress(part: Part, exercise: Exercise, saved: Saved, fingerprint: str) -> Text:
+    """How far the learner is with an exercise. fingerprint: of the current code."""
+    if not is_started(part, exercise):
+        return NOT_STARTED
+    if is_caught_up(part, exercise):
+        return Text("filled in by catch-up", style="magenta")
+    if not saved.fingerprint:
+        return Text("started", style="yellow")
+    state = Text("solved", style="green") if saved.passes else Text("fails", style="red")
+    return state if saved.fingerprint == fingerprint else state + Text(", before your last change", style="dim")
+
+
+def count(result: Result) -> Text:
+    mark, style = ("passes", "green") if result.passes else ("fails", "red")
+    of = f"{result.num_passed} of {result.num_tests} tests pass"
+    return Text(f"{mark}: {of}" if result.num_tests else "cannot be run", style=style)
 
 
 def width(exercises: Iterable[Exercise]) -> int:
-    return max([len(exercise.name) for exercise in exercises] + [len("all together")])
+    return max(len(exercise.name) for exercise in exercises)

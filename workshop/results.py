@@ -1,4 +1,4 @@
-"""The results of an exercise's tests, and the results saved between commands."""
+"""The results of an exercise's tests, and what is saved between commands."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ TIMED_OUT_FRAME = re.compile(r'File "(.+)", line (\d+) in (\w+)')
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One test that failed. message: the test's own; location: the learner's line, if the error came from one."""
+    """One test that failed.
+
+    message: the test's own; kind: the exception's name. raised_at: the innermost line of the learner's copy that the
+    exception passed through; called_from: the innermost one that the learner wrote. None if there is no such line.
+    """
 
     test: str
     message: str
-    location: str | None = None
+    kind: str = ""
+    raised_at: str | None = None
+    called_from: str | None = None
     traceback: str = ""
     output: str = ""
 
@@ -69,13 +75,13 @@ def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float
 
 def timed_out(test: str, text: str, copy: Path, limit_s: float) -> Failure:
     """The failure of a test that did not end, with the line that faulthandler wrote to the log."""
-    location = None
-    for file, line, function in TIMED_OUT_FRAME.findall(text):
+    line = None
+    for file, number, function in TIMED_OUT_FRAME.findall(text):
         if Path(file).is_relative_to(copy):
-            location = f"{Path(file).relative_to(copy).as_posix()}:{line} in {function}"
+            line = f"{Path(file).relative_to(copy).as_posix()}:{number} in {function}"
             break
     message = f"still running after {limit_s:g} s, so it was stopped. Is there an endless loop?"
-    return Failure(test, message, location, traceback=text)
+    return Failure(test, message, "Timeout", line, line, traceback=text)
 
 
 def last_line(text: str) -> str:
@@ -85,12 +91,18 @@ def last_line(text: str) -> str:
 
 @dataclass(slots=True)
 class Saved:
-    """An exercise's last result, and the fingerprint of the code that gave it."""
+    """What is known of an exercise.
 
-    fingerprint: str
-    num_tests: int
-    num_passed: int
-    passes: bool
+    fingerprint: of the code that was checked last, empty if none was; num_hints: hints shown; caught_up: the digest of
+    the body that `catch-up` filled in.
+    """
+
+    fingerprint: str = ""
+    num_tests: int = 0
+    num_passed: int = 0
+    passes: bool = False
+    num_hints: int = 0
+    caught_up: str = ""
 
 
 @dataclass(slots=True)
@@ -110,7 +122,15 @@ class State:
         except (OSError, ValueError, TypeError, AttributeError):
             return cls(path)
 
+    def of(self, exercise: Exercise) -> Saved:
+        return self.saved.setdefault(exercise.name, Saved())
+
     def record(self, exercise: Exercise, result: Result, fingerprint: str) -> None:
-        self.saved[exercise.name] = Saved(fingerprint, result.num_tests, result.num_passed, result.passes)
+        saved = self.of(exercise)
+        saved.fingerprint, saved.passes = fingerprint, result.passes
+        saved.num_tests, saved.num_passed = result.num_tests, result.num_passed
+        self.write()
+
+    def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({name: asdict(saved) for name, saved in self.saved.items()}), encoding="utf-8")

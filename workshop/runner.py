@@ -20,8 +20,9 @@ from workshop.course import Exercise, Part
 from workshop.results import Result, read_result
 from workshop.warm import CAN_FORK, Job
 
-LIMIT_S = 120.0
+LIMIT_S = 45.0  # of a test
 POLL_S = 0.1
+IN_OTHER_PROCESSES = "test_process.py"  # tests of servers, which import the reference
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -67,11 +68,15 @@ class Runner:
         tests: list[str],
         lent: list[str],
         *,
+        marks: str = "",
         workspace: Path | None = None,
         max_failures: int = 0,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Result | None:
-        """Run tests on the learner's copy, or on the one in another workspace. None if cancelled before the end."""
+        """Run tests on the learner's copy, or on the one in another workspace. None if cancelled before the end.
+
+        lent: exercises whose bodies come from the reference; marks: as pytest's -m.
+        """
         workspace = workspace or self.part.workspace
         events, log = (Path(self.folder.name) / name for name in ("events", "log"))
         for file in (events, log):
@@ -81,7 +86,7 @@ class Runner:
         paths = {"workspace": workspace, "reference": self.part.path, "events": events, "log": log}
         job = Job(
             **{name: str(path) for name, path in paths.items()},
-            modules=modules, lent=lent, tests=tests, max_failures=max_failures, limit_s=self.limit_s,
+            modules=modules, lent=lent, tests=tests, marks=marks, max_failures=max_failures, limit_s=self.limit_s,
         )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asdict(job)) + "\n")
@@ -124,11 +129,20 @@ class Runner:
         max_failures: int = 0,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Result | None:
-        """Run one exercise's tests, or only the named ones, with every other body lent by the reference."""
-        others = [other.name for other in self.part.exercises if other != exercise]
+        """Run one exercise's tests without the slow ones, or only the named ones, with every other body lent."""
         return self.run(
-            tests or list(exercise.tests), others, workspace=workspace, max_failures=max_failures, cancelled=cancelled
-        )
+            tests or list(exercise.tests), self._all_but([exercise.name]), marks="not slow", workspace=workspace,
+            max_failures=max_failures, cancelled=cancelled,
+        )  # fmt: skip
+
+    def run_rest(self, names: list[str], cancelled: Callable[[], bool]) -> Result | None:
+        """Run all tests of the part, with every body but the named ones lent."""
+        tests = [str(path.relative_to(self.part.root)) for path in sorted(self.part.tests.glob("test_*.py"))]
+        tests = [test for test in tests if not test.endswith(IN_OTHER_PROCESSES)]
+        return self.run(tests, self._all_but(names), cancelled=cancelled)
+
+    def _all_but(self, names: list[str]) -> list[str]:
+        return [exercise.name for exercise in self.part.exercises if exercise.name not in names]
 
     def close(self) -> None:
         """Kill the warm process and its job."""

@@ -35,7 +35,7 @@ CAN_FORK = sys.platform.startswith("linux") and "WORKSHOP_NO_FORK" not in os.env
 class Job:
     """One run of pytest. modules: what must be importable first; lent: exercises whose bodies come from the reference.
 
-    limit_s: its time limit.
+    marks: as pytest's -m; limit_s: the time limit of each test.
     """
 
     workspace: str
@@ -43,6 +43,7 @@ class Job:
     modules: list[str]
     lent: list[str]
     tests: list[str]
+    marks: str
     max_failures: int
     limit_s: float
     events: str
@@ -149,13 +150,19 @@ def run(job: Job) -> int:
     """Run pytest on the learner's copy. Returns its exit status."""
     redirect(job.log, 1, 2)
     log = os.open(job.log, os.O_WRONLY | os.O_APPEND)  # pytest takes 1 and 2 for itself
-    faulthandler.dump_traceback_later(job.limit_s, exit=True, file=log)
+
+    def start_clock() -> None:
+        faulthandler.dump_traceback_later(job.limit_s, exit=True, file=log)
+
+    start_clock()
     import pytest
 
+    from workshop.explain import Locator
     from workshop.pytest_plugin import EventWriter
 
     reference = Path(job.reference)
-    writer = EventWriter(Path(job.events), Path(job.workspace) / reference.name)
+    locator = Locator(Path(job.workspace) / reference.name, job.lent)
+    writer = EventWriter(Path(job.events), locator, start_clock)
     finder = CopyFinder(Path(job.workspace), reference, job.lent)
     install(finder)
     use_kernel_cache(Path(job.events).parent, finder)
@@ -165,8 +172,15 @@ def run(job: Job) -> int:
         except Exception as error:
             writer.write_failure(module, error, "".join(traceback.format_exception(error)))
             return 1
-    options = ["--rootdir=.", "--import-mode=importlib", f"--maxfail={job.max_failures}"]
-    # The last two look for garbage five times at the end, which takes longer than most of these tests.
+    options = [
+        "--rootdir=.",
+        "--import-mode=importlib",
+        f"--maxfail={job.max_failures}",
+        "--assert=plain",
+        "-m",
+        job.marks,
+    ]
+    # Rewriting the asserts, and looking for garbage five times at the end, take longer than most of these tests.
     unused = ("faulthandler", "cacheprovider", "xdist", "unraisableexception", "threadexception")
     options += [word for name in unused for word in ("-p", f"no:{name}")]
     return int(pytest.main([*options, *job.tests], [writer]))

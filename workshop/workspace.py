@@ -8,8 +8,11 @@ import shutil
 import time
 from pathlib import Path
 
+from workshop import COMMAND
 from workshop.bodies import Body, blank_bodies, find_bodies, replace_bodies
 from workshop.course import Exercise, Part, WorkshopError
+from workshop.lesson import place_lesson
+from workshop.results import State
 
 IGNORED = shutil.ignore_patterns("__pycache__", "build", "*.pyc", ".*")
 
@@ -22,7 +25,7 @@ def start(part: Part, *, force: bool = False) -> Path | None:
     if part.copy.exists() and not force:
         raise WorkshopError(
             f"{relative(part, part.copy)} already exists, and your work in it is kept. To start over: "
-            f"`python -m workshop start {part.number} --force` (it makes a backup)"
+            f"`{COMMAND} start {part.number} --force` (it makes a backup)"
         )
     blanked = {
         path.relative_to(part.path): blank_bodies(path.read_text(encoding="utf-8"), part.exercises, str(path))
@@ -31,19 +34,34 @@ def start(part: Part, *, force: bool = False) -> Path | None:
     backup = put_in_place(part)
     for path, text in blanked.items():
         (part.copy / path).write_text(text, encoding="utf-8")
+    State.load(part).path.unlink(missing_ok=True)
     return backup
 
 
 def catch_up(part: Part, exercises: list[Exercise]) -> Path | None:
-    """Replace these exercises, or the whole part if there are none, with the reference. Returns the backup."""
-    if not exercises or not part.copy.exists():
-        return put_in_place(part)
+    """Replace these exercises, or the whole part if there are none, with the reference. Returns the backup.
+
+    What the learner has not solved is noted as filled in.
+    """
+    solved = solved_names(part)
+    is_whole = not exercises or not part.copy.exists()
+    backup = put_in_place(part) if is_whole else fill_in(part, exercises)
+    state = State.load(part)
+    for exercise in part.exercises if is_whole else exercises:
+        is_own = exercise.name in solved
+        state.of(exercise).caught_up = "" if is_own else digest(body_of(part, exercise))
+    state.write()
+    return backup
+
+
+def fill_in(part: Part, exercises: list[Exercise]) -> Path:
+    """Replace some exercises of the learner's copy. Returns the backup."""
     texts = {exercise.file: read_copy(part, exercise.file) for exercise in exercises}
     for exercise in exercises:
         if exercise.name not in find_bodies(texts[exercise.file], exercise.file):
             raise WorkshopError(
                 f"{exercise.file} no longer has the line `# exercise: {exercise.name}`; "
-                f"`python -m workshop catch-up {part.number}` replaces the whole part"
+                f"`{COMMAND} catch-up {part.number}` replaces the whole part"
             )
         new = {exercise.name: reference_bodies(part)[exercise.name].lines}
         texts[exercise.file], _ = replace_bodies(texts[exercise.file], new, exercise.file)
@@ -58,6 +76,7 @@ def put_in_place(part: Part) -> Path | None:
     """Copy the whole reference to the learner's copy; an existing copy becomes a backup."""
     backup = make_backup(part) if part.copy.exists() else None
     shutil.copytree(part.path, part.copy, ignore=IGNORED)
+    place_lesson(part)
     return backup
 
 
@@ -95,7 +114,7 @@ def diff(part: Part, names: list[str]) -> list[str]:
 
 def require_copy(part: Part) -> None:
     if not part.copy.is_dir():
-        raise WorkshopError(f"part {part.number} is not started: run `python -m workshop start {part.number}`")
+        raise WorkshopError(f"part {part.number} is not started: run `{COMMAND} start {part.number}`")
 
 
 def body_of(part: Part, exercise: Exercise) -> Body:
@@ -107,6 +126,28 @@ def body_of(part: Part, exercise: Exercise) -> Body:
 
 def is_started(part: Part, exercise: Exercise) -> bool:
     return part.copy.is_dir() and not body_of(part, exercise).is_blank(exercise)
+
+
+def is_caught_up(part: Part, exercise: Exercise) -> bool:
+    """Whether the body is the one that `catch-up` filled in."""
+    return is_started(part, exercise) and State.load(part).of(exercise).caught_up == digest(body_of(part, exercise))
+
+
+def is_solved(part: Part, exercise: Exercise) -> bool:
+    """Whether the learner's own body passed when it was last checked."""
+    return is_started(part, exercise) and State.load(part).of(exercise).passes and not is_caught_up(part, exercise)
+
+
+def solved_names(part: Part) -> set[str]:
+    """No names if the copy is broken."""
+    try:
+        return {exercise.name for exercise in part.exercises if is_solved(part, exercise)}
+    except WorkshopError:
+        return set()
+
+
+def digest(body: Body) -> str:
+    return hashlib.sha256("\n".join(body.lines).encode()).hexdigest()[:16]
 
 
 def fingerprints(part: Part) -> dict[str, str]:
@@ -141,9 +182,7 @@ def read_copy(part: Part, file: str) -> str:
     """Raises WorkshopError if the learner's copy lacks the file, or it is not text."""
     path = part.copy / file
     if not path.is_file():
-        raise WorkshopError(
-            f"{relative(part, path)} is missing; `python -m workshop catch-up {part.number}` restores it"
-        )
+        raise WorkshopError(f"{relative(part, path)} is missing; `{COMMAND} catch-up {part.number}` restores it")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -20,6 +20,7 @@ from workshop.workspace import IGNORED
 
 HEADER = re.compile(r"Name: ([^\n]+)\nCaught by: ([^\n]+)\nExplanation: (.+?)\n+(?=diff |--- )", re.DOTALL)
 ADDRESS = re.compile(r"0x[0-9a-f]+")
+Signature = dict[str, str]  # failing test → its message
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class WrongSolution:
 def read_wrong_solutions(part: Part, exercise: Exercise) -> list[WrongSolution]:
     """The ones for an exercise: tests/partNN/wrong/NAME-short-title.patch. Raises WorkshopError on a bad header."""
     found = []
-    for path in sorted((part.root / "tests" / part.name[:6] / "wrong").glob(f"{exercise.name}-*.patch")):
+    for path in sorted((part.tests / "wrong").glob(f"{exercise.name}-*.patch")):
         header = HEADER.match(path.read_text(encoding="utf-8"))
         if header is None:
             raise WorkshopError(f"{path}: expected `Name: …`, `Caught by: …` and `Explanation: …` before the diff")
@@ -59,31 +60,36 @@ def write_wrong_copy(part: Part, wrong: WrongSolution, workspace: Path) -> None:
         raise WorkshopError(f"{wrong.path} no longer applies to {part.name}, recreate its diff: {done.stderr.strip()}")
 
 
-def signature(result: Result) -> dict[str, str]:
-    """What identifies a mistake: the failing tests and their messages."""
-    return {failure.test: ADDRESS.sub("0x…", failure.message) for failure in result.failures}
+def signature(result: Result) -> Signature:
+    return {failure.test: ADDRESS.sub("…", failure.message) for failure in result.failures}
 
 
 def find_lookalikes(
     part: Part, exercise: Exercise, result: Result, runner: Runner, cancelled: Callable[[], bool] = lambda: False
-) -> list[WrongSolution]:
-    """The wrong solutions that fail exactly like the learner's. Each is run once and then cached."""
-    found: list[WrongSolution] = []
-    ran = all("::" in failure.test for failure in result.failures)  # else the file could not even be imported
-    for wrong in read_wrong_solutions(part, exercise) if ran and shutil.which("git") else []:
-        expected = cached_signature(part, exercise, wrong, runner, cancelled)
-        if expected is None:
-            return []
-        if expected and expected == signature(result):
-            found.append(wrong)
-    return found
+) -> list[WrongSolution] | None:
+    """The wrong solutions that fail the same tests as the learner's, most of them with the same message.
+
+    Each is run once and then cached. None if cancelled.
+    """
+    found: dict[int, list[WrongSolution]] = {}  # by the number of equal messages
+    failing = signature(result)
+    for wrong in read_wrong_solutions(part, exercise) if shutil.which("git") else []:
+        if not any(test.startswith(wrong.caught_by) for test in failing):
+            continue
+        known = cached_signature(part, exercise, wrong, runner, cancelled)
+        if known is None:
+            return None
+        num_equal = sum(failing.get(test) == message for test, message in known.items())
+        if known.keys() == failing.keys() and num_equal >= len(failing) / 2:
+            found.setdefault(num_equal, []).append(wrong)
+    return found[max(found)] if found else []
 
 
 def cached_signature(
     part: Part, exercise: Exercise, wrong: WrongSolution, runner: Runner, cancelled: Callable[[], bool]
-) -> dict[str, str] | None:
+) -> Signature | None:
     """None if cancelled."""
-    path = part.workspace / ".cache" / "wrong" / f"{wrong.path.stem}-{digest(part, exercise, wrong)}.json"
+    path = part.workspace / ".cache" / "wrong" / f"{wrong.path.stem}-{digest(part, wrong)}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="workshop-") as name:
@@ -96,13 +102,12 @@ def cached_signature(
     return signature(result)
 
 
-def digest(part: Part, exercise: Exercise, wrong: WrongSolution) -> str:
+def digest(part: Part, wrong: WrongSolution) -> str:
     """A hash of all files that a wrong solution's failures depend on."""
-    tests = {part.root / test.partition("::")[0] for test in exercise.tests}
-    folders = {folder for test in tests for folder in test.parents if folder.is_relative_to(part.root)}
-    files = {wrong.path, *tests, *(folder / "conftest.py" for folder in folders)}
-    files |= {*part.path.rglob("*.py"), *(part.root / "common").rglob("*.py"), *(part.root / "tests").glob("*.py")}
+    tests = part.root / "tests"
+    files = {wrong.path, *part.path.rglob("*.py"), *part.tests.glob("*.py"), *tests.glob("*.py")}
+    files |= {*(part.root / "common").rglob("*.py")}
     hashed = hashlib.sha256()
-    for file in sorted(file for file in files if file.is_file()):
+    for file in sorted(files):
         hashed.update(hashlib.sha256(file.read_bytes()).digest())
     return hashed.hexdigest()[:16]

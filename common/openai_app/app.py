@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from common.errors import FieldError
@@ -22,9 +22,12 @@ from common.openai_app.generation import Generation, admit
 from common.openai_app.guards import check_api_key, check_json, read_body
 from common.openai_app.logprobs import TokenTexts
 from common.openai_app.metrics import Metrics, RequestTimer
+from common.openai_app.pages import add_page
 from common.openai_app.protocol import ApiRequest, parse_request
 from common.openai_app.responses import ResponseWriter, describe_model
 from common.openai_app.responses_endpoint import ResponsesWriter, parse_responses_request
+from common.openai_app.schema import SUMMARIES, describe
+from common.openai_app.stats_log import StatsLog
 from common.openai_app.streaming import EventStream, collect, stream_events
 from common.openai_app.tokens import detokenize, tokenize
 from common.serve import ServerConfig, is_loopback
@@ -37,7 +40,8 @@ VERSION = "1.0"
 @dataclass(frozen=True, slots=True)
 class AppOptions:
     """api_key protects all but /health, /ping, /metrics and /version (None: no key needed). body_timeout_s: how long a
-    request's body may take to arrive. root_path: where a proxy in front of the server has put it.
+    request's body may take to arrive. root_path: where a proxy in front of the server has put it. log_stats: whether
+    serve_app logs the lines of StatsLog.
 
     Raises FieldError for a key that no client could send.
     """
@@ -47,6 +51,7 @@ class AppOptions:
     body_timeout_s: float = 30.0
     browsers: BrowserPolicy = field(default_factory=BrowserPolicy)
     root_path: str = ""
+    log_stats: bool = False
 
     def __post_init__(self) -> None:
         if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
@@ -56,8 +61,8 @@ class AppOptions:
     def from_config(cls, config: ServerConfig) -> AppOptions:
         """The options that the command line's flags ask for."""
         origins = tuple(origin.strip() for origin in (config.allowed_origins or "").split(",") if origin.strip())
-        browsers = BrowserPolicy(origins, is_local=is_loopback(config.host))
-        return cls(api_key=config.api_key, browsers=browsers, root_path=config.root_path)
+        browsers = BrowserPolicy(origins, is_loopback(config.host), needs_key=config.api_key is not None)
+        return cls(config.api_key, browsers=browsers, root_path=config.root_path, log_stats=config.log_stats)
 
 
 class OpenAIServer:
@@ -161,16 +166,25 @@ def create_app(engine: ServingEngine, options: AppOptions | None = None) -> Fast
     options = options or AppOptions()
     server = OpenAIServer(engine, options)
     app = FastAPI(
-        lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+        title="An LLM inference engine", version=VERSION, lifespan=server.lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
     )  # fmt: skip
     app.state.end_requests, app.root_path = server.shut_down, options.root_path
+    if options.log_stats:
+        app.state.log_stats = StatsLog(server.metrics).tick
     guarded = APIRouter(dependencies=[Depends(server.check_key)])
     for path, method, endpoint in routes(server):
-        guarded.add_api_route(path, endpoint, methods=[method])
+        guarded.add_api_route(path, endpoint, methods=[method], summary=SUMMARIES[path], openapi_extra=describe(path))
     app.include_router(guarded)
     for path, open_endpoint in (("/health", server.health), ("/ping", server.health), ("/version", server.version)):
-        app.add_api_route(path, open_endpoint, methods=["GET", "HEAD"])
-    app.add_api_route("/metrics", server.show_metrics, methods=["GET"])
+        app.add_api_route(path, open_endpoint, methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, open_endpoint, methods=["GET"], summary=SUMMARIES[path])  # one method a route
+    app.add_api_route(
+        "/metrics", server.show_metrics, methods=["GET"], summary=SUMMARIES["/metrics"],
+        response_class=PlainTextResponse,
+    )  # fmt: skip
+    for path, page in (("/", "chat.html"), ("/docs", "docs.html")):
+        add_page(app, path, page)
     add_error_handlers(app)
     add_browser_guards(app, options.browsers)
     return app

@@ -13,26 +13,32 @@ from common.errors import FieldError, ignore_unknown
 from common.sampling_params import SamplingParams, show
 
 SAMPLING = {spec.name for spec in fields(SamplingParams)}
-COMMON = SAMPLING | {"model", "stream", "stream_options", "best_of"}
-CHAT_FIELDS = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+COMMON = SAMPLING | {
+    "model", "stream", "stream_options", "best_of", "add_special_tokens", "truncate_prompt_tokens", "return_token_ids",
+}  # fmt: skip
+TEMPLATE_FIELDS = {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
+CHAT_FIELDS = COMMON | TEMPLATE_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION_FIELDS = COMMON | {"prompt", "echo"}
 # Fields of OpenAI and vLLM that cannot change the answer. (request_id is part of the response's id.)
 IGNORED = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "verbosity", "request_id", "parallel_tool_calls", "include_reasoning",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "verbosity", "request_id", "parallel_tool_calls", "include_reasoning",
 }  # fmt: skip
 # Other fields that they have, with the values that change nothing; the first one is what an error suggests.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (), "allowed_token_ids": (), "audio": (), "bad_words": ([],), "chat_template": (),
-    "documents": (), "functions": (), "function_call": ("none",), "guided_choice": (), "guided_grammar": (),
-    "guided_json": (), "guided_regex": (), "kv_transfer_params": (), "length_penalty": (1,), "logits_processors": (),
-    "modalities": (["text"],), "prediction": (), "priority": (0,), "prompt_embeds": (), "reasoning_effort": ("none",),
+    "allowed_token_ids": (), "audio": (), "bad_words": ([],), "chat_template": (), "documents": (), "functions": (),
+    "function_call": ("none",), "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (),
+    "kv_transfer_params": (), "length_penalty": (1,), "logits_processors": (), "modalities": (["text"],),
+    "moderation": (), "prediction": (), "priority": (0,), "prompt_embeds": (), "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},), "spaces_between_special_tokens": (True,), "structured_outputs": (),
     "suffix": ("",), "tool_choice": ("none",), "tools": (), "use_beam_search": (False,), "web_search_options": (),
 }  # fmt: skip
 # Fields of one endpoint only, with their neutral values at the other one.
 CHAT_NEUTRAL = {**NEUTRAL, "echo": (False,), "prompt": ()}
-COMPLETION_NEUTRAL = {**NEUTRAL, "top_logprobs": (0,), "messages": (), "max_completion_tokens": ()}
+COMPLETION_NEUTRAL = {
+    **NEUTRAL, "top_logprobs": (0,), "messages": (), "max_completion_tokens": (),
+    "add_generation_prompt": (True, False), "continue_final_message": (False,), "chat_template_kwargs": ({},),
+}  # fmt: skip
 
 
 def given_fields(body: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:

@@ -65,29 +65,44 @@ class LogprobsWriter:
     def __init__(self, request: ApiRequest, texts: TokenTexts) -> None:
         assert request.params.logprobs is not None, "created only for requests with logprobs"
         self._is_chat, self._num_top = request.is_chat, request.params.logprobs
-        self._texts = texts
-        self._pending: list[tuple[int, dict[int, Logprob]]] = []
+        self._texts, self._shows_special = texts, not request.params.skip_special_tokens
+        self._pending: list[tuple[int, dict[int, Logprob] | None]] = []
+        self._offsets: list[int] = []  # of the pending tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._text_offset = 0
 
     def add(self, output: CompletionOutput) -> None:
         self._pending += zip(output.token_ids, output.logprobs or [], strict=True)
+        self._offsets += [self._advance(token_id) for token_id in output.token_ids]
+
+    def add_prompt(self, text: str, token_ids: list[int], logprobs: list[dict[int, Logprob] | None]) -> None:
+        """Of the prompt, which the choice's text begins with."""
+        self._pending += zip(token_ids, logprobs, strict=True)
+        for token_id in token_ids:
+            self._offsets.append(self._text_offset)
+            piece = self._decoder.decode(self._texts.bytes_of(token_id))
+            for shown in (piece, piece.lstrip(" ")):  # the tokenizer may have added a space, or a special token
+                if text.startswith(shown, self._text_offset):
+                    self._text_offset += len(shown)
+                    break
+        self._text_offset = len(text)
 
     def take(self) -> dict[str, Any] | None:
         """What was added since the last call, or None if there is nothing."""
         pending, self._pending = self._pending, []
+        offsets, self._offsets = self._offsets, []
         if not pending:
             return None
         if self._is_chat:
-            return {"content": [self._chat_entry(token_id, logprobs) for token_id, logprobs in pending]}
+            return {"content": [self._chat_entry(token_id, logprobs) for token_id, logprobs in pending if logprobs]}
         return {
             "tokens": [self._texts.text_of(token_id) for token_id, _ in pending],
-            "token_logprobs": [_finite(logprobs[token_id]) for token_id, logprobs in pending],
+            "token_logprobs": [logprobs and _finite(logprobs[token_id]) for token_id, logprobs in pending],
             "top_logprobs": [
-                {self._texts.text_of(other): _finite(logprob) for other, logprob in logprobs.items()}
+                logprobs and {self._texts.text_of(other): _finite(logprob) for other, logprob in logprobs.items()}
                 for _, logprobs in pending
             ],
-            "text_offset": [self._advance(token_id) for token_id, _ in pending],
+            "text_offset": offsets,
         }
 
     def _chat_entry(self, token_id: int, logprobs: dict[int, Logprob]) -> dict[str, Any]:
@@ -105,9 +120,25 @@ class LogprobsWriter:
     def _advance(self, token_id: int) -> int:
         """Where in the choice's text this token begins, in characters; the next one begins after it."""
         offset = self._text_offset
-        if not self._texts.is_special(token_id):  # special tokens are not in the text
+        if self._shows_special or not self._texts.is_special(token_id):
             self._text_offset += len(self._decoder.decode(self._texts.bytes_of(token_id)))
         return offset
+
+
+def describe_prompt(
+    texts: TokenTexts, logprobs: list[dict[int, Logprob] | None]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """prompt_logprobs in vLLM's form: for each token of the prompt but the first, that token and the likeliest ones."""
+    return [None if entry is None else _describe_entry(texts, entry) for entry in logprobs]
+
+
+def _describe_entry(texts: TokenTexts, entry: dict[int, Logprob]) -> dict[str, dict[str, Any]]:
+    return {
+        str(token_id): {
+            "logprob": _finite(logprob), "rank": logprob.rank, "decoded_token": texts.text_of(token_id),
+        }
+        for token_id, logprob in entry.items()
+    }  # fmt: skip
 
 
 def _finite(logprob: Logprob) -> float:

@@ -15,7 +15,20 @@ TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
 ITL_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
-GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")  # all other stats are counters
+# The engine's own numbers, with what /metrics says about them. Those that are not named here are counters as well.
+GAUGES = {
+    "num_requests_running": "Requests that the engine is computing now.",
+    "num_requests_waiting": "Requests that wait in the queue now.",
+    "kv_cache_usage_perc": "Fraction of the KV cache blocks that requests use now, from 0 to 1.",
+}
+COUNTERS = {
+    "num_preemptions": "Preemptions: how often a running request had to give up its KV cache blocks.",
+    "prefix_cache_queries": "Tokens that were looked up in the prefix cache.",
+    "prefix_cache_hits": "Tokens that were found in the prefix cache.",
+    "spec_decode_num_drafts": "Drafts that were verified, each with one or more draft tokens of one request.",
+    "spec_decode_num_draft_tokens": "Draft tokens that were verified.",
+    "spec_decode_num_accepted_tokens": "Draft tokens that were accepted.",
+}
 
 
 class Metrics:
@@ -32,35 +45,50 @@ class Metrics:
         for reason in ("stop", "length"):
             self.success.labels(reason)  # so that they show 0 before the first request
         self.aborted = self._counter(
-            "request_aborted", "Requests aborted because the client disconnected or a choice failed."
+            "request_aborted", "Requests aborted because the client disconnected, or because another choice failed."
         )
         self.errors = self._counter("request_errors", "Requests that failed in the engine.")
         self.prompt_tokens = self._counter(
-            "prompt_tokens", "Tokens of accepted prompts, counted once for all n choices."
+            "prompt_tokens", "Prompt tokens of accepted requests. With n > 1 a prompt counts once."
         )
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
         self.time_to_first_token = self._histogram(
-            "time_to_first_token", "From arrival to the first token.", TTFT_BUCKETS
+            "time_to_first_token", "TTFT: time from a request's arrival to its first token, in seconds.", TTFT_BUCKETS
         )
-        self.inter_token_latency = self._histogram("inter_token_latency", "Between outputs of a request.", ITL_BUCKETS)
-        self.e2e_latency = self._histogram("e2e_request_latency", "From arrival to the last token.", E2E_BUCKETS)
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency", "ITL: time between two outputs of a request, in seconds.", ITL_BUCKETS
+        )
+        self.e2e_latency = self._histogram(
+            "e2e_request_latency", "Time from a request's arrival to its last token, in seconds.", E2E_BUCKETS
+        )
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """The engine's gauges and counters; prometheus_client calls this at each scrape."""
         for name, value in self._stats().items():
             if name in GAUGES:
-                yield GaugeMetricFamily(f"engine:{name}", f"Current {name} of the engine.", value)
+                yield GaugeMetricFamily(f"engine:{name}", GAUGES[name], value)
             else:
-                yield CounterMetricFamily(f"engine:{name}", f"{name} since the engine started.", value)
+                meaning = COUNTERS.get(name, f"{name}, counted since the engine started.")
+                yield CounterMetricFamily(f"engine:{name}", meaning, value)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+    def totals(self) -> dict[str, float]:
+        """The engine's own numbers, and under prompt_tokens and generation_tokens all tokens so far."""
+        counters = {"prompt_tokens": self.prompt_tokens, "generation_tokens": self.generation_tokens}
+        return {**self._stats(), **{name: _total(counter) for name, counter in counters.items()}}
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"engine:{name}", meaning, labels, registry=self._registry)
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"engine:{name}_seconds", meaning, buckets=buckets, registry=self._registry)
+
+
+def _total(counter: Counter) -> float:
+    (metric,) = counter.collect()
+    return next(sample.value for sample in metric.samples if sample.name.endswith("_total"))
 
 
 class RequestTimer:

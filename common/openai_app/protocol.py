@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from common.answer_text import end_of_prompt
 from common.errors import FieldError
 from common.openai_app.errors import ApiError
 from common.openai_app.fields import given_fields
-from common.prompts import encode_prompts, split_prompts, stop_at_special_tokens
+from common.prompts import PromptOptions, encode_prompts, split_prompts, stop_at_special_tokens
 from common.sampling_params import (
     MAX_LOGPROBS,
     MIN_SEED,
@@ -46,6 +46,8 @@ class ApiRequest:
     """A checked request, with the fields that its responses repeat.
 
     prompts: one, or a batch; each gets params.n answers. echo: the text to put before each prompt's answers, or None.
+    is_prompt_only: max_tokens is 0, and the token that the engine has to generate is dropped. return_token_ids,
+    wants_prompt_logprobs: what the response tells beside the text.
     """
 
     id: str
@@ -56,6 +58,9 @@ class ApiRequest:
     echo: list[str] | None
     params: SamplingParams
     stream: StreamOptions | None
+    is_prompt_only: bool = False
+    return_token_ids: bool = False
+    wants_prompt_logprobs: bool = False
 
     @property
     def num_choices(self) -> int:
@@ -85,16 +90,20 @@ def build_request(body: dict[str, Any], is_chat: bool, engine: ServingEngine, re
     stream = _parse_stream(given)
     logprobs = _parse_chat_logprobs(given) if is_chat else _parse_completion_logprobs(given)
     echo = _parse_flag(given, "echo")
+    if stream and given.get("prompt_logprobs") is not None:
+        raise FieldError("prompt_logprobs", "only allowed when stream is false")
+    wants_prompt_logprobs = given.get("prompt_logprobs") is not None
     if echo and logprobs is not None:
-        raise FieldError("echo", "not supported together with logprobs: there are none for the prompt")
+        given.setdefault("prompt_logprobs", logprobs)
     field = "messages" if is_chat else "prompt"
     if field not in given:
         raise FieldError(field, "expected a list of messages, got none" if is_chat else "expected a prompt, got none")
-    prompts = encode_prompts({field: given[field]}, engine.tokenizer, engine.max_model_len)
-    default_max_tokens = DEFAULT_COMPLETION_TOKENS
-    if is_chat:
-        default_max_tokens = max(1, engine.max_request_len - len(prompts[0]))
-    params = _parse_params(given, default_max_tokens, logprobs, engine.max_model_len)
+    max_tokens = _parse_max_tokens(given, 0 if echo else 1, engine.max_model_len)
+    num_reserved = max_tokens or (1 if is_chat else DEFAULT_COMPLETION_TOKENS)
+    options = PromptOptions.from_body(given, max(1, engine.max_model_len - num_reserved), engine.max_model_len)
+    prompts = encode_prompts({field: given[field]}, engine.tokenizer, engine.max_model_len, options)
+    default_max_tokens = max(1, engine.max_request_len - len(prompts[0])) if is_chat else DEFAULT_COMPLETION_TOKENS
+    params = _parse_params({**given, "max_tokens": max_tokens}, default_max_tokens, logprobs, engine.default_sampling)
     params = stop_at_special_tokens(params, engine.tokenizer)
     check_vocabulary(params, engine.vocab_size)
     return ApiRequest(
@@ -103,9 +112,12 @@ def build_request(body: dict[str, Any], is_chat: bool, engine: ServingEngine, re
         model=engine.model_name,
         is_chat=is_chat,
         prompts=prompts,
-        echo=_prompt_texts(given["prompt"], prompts, engine.tokenizer) if echo else None,
+        echo=_prompt_texts(given["prompt"], prompts, engine.tokenizer, options) if echo else None,
         params=params,
         stream=stream,
+        is_prompt_only=max_tokens == 0,
+        return_token_ids=_parse_flag(given, "return_token_ids"),
+        wants_prompt_logprobs=wants_prompt_logprobs,
     )
 
 
@@ -175,34 +187,44 @@ def _parse_completion_logprobs(given: dict[str, Any]) -> int | None:
     return num_top
 
 
-def _parse_params(
-    given: dict[str, Any], default_max_tokens: int, logprobs: int | None, max_model_len: int
-) -> SamplingParams:
+def _parse_max_tokens(given: dict[str, Any], low: int, max_model_len: int) -> int | None:
     names = [name for name in ("max_tokens", "max_completion_tokens") if name in given]
     for name in names:
-        check_int(name, given[name], low=1, high=max_model_len, high_name="max_model_len")
+        check_int(name, given[name], low=low, high=max_model_len, high_name="max_model_len")
         if given[name] != given[names[0]]:
             raise FieldError(name, f"{show(given[name])} contradicts {names[0]}, {show(given[names[0]])}")
-    min_tokens = given.get("min_tokens")
-    if not names and isinstance(min_tokens, int):  # a min_tokens above the default raises it
-        default_max_tokens = max(default_max_tokens, min_tokens)
-    max_tokens = given[names[0]] if names else default_max_tokens
+    return given[names[0]] if names else None
+
+
+def _parse_params(
+    given: dict[str, Any], default_max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any]
+) -> SamplingParams:
+    max_tokens, min_tokens = given["max_tokens"], given.get("min_tokens")
+    if max_tokens is None:
+        is_longer = isinstance(min_tokens, int) and min_tokens > default_max_tokens
+        max_tokens = min_tokens if is_longer else default_max_tokens
+    max_tokens = max(1, max_tokens)  # 0 asks for the prompt alone; the engine generates a token at least
     if "temperature" in given:
         check_float("temperature", given["temperature"], 0.0, MAX_TEMPERATURE)
     if given.get("top_k") == -1:  # vLLM's other way to say that all tokens stay
         given = {**given, "top_k": 0}
-    params = SamplingParams.from_body({**given, "max_tokens": max_tokens, "logprobs": logprobs})
+    params = SamplingParams.from_body({**given, "max_tokens": max_tokens, "logprobs": logprobs}, defaults)
     best_of = given.get("best_of", params.n)
     if isinstance(best_of, bool) or best_of != params.n:
         raise FieldError("best_of", f"not supported: expected n, {params.n}, or nothing, got {show(best_of)}")
     return params
 
 
-def _prompt_texts(prompt: object, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _prompt_texts(
+    prompt: object, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, options: PromptOptions
+) -> list[str]:
     """Each prompt as text: as it was sent, or decoded from its token ids up to where the answer's text begins."""
     texts = []
     for (_, given), token_ids in zip(split_prompts(prompt), prompts, strict=True):
+        if isinstance(given, str) and len(token_ids) != options.truncate_prompt_tokens:  # else it may have lost some
+            texts.append(given)
+            continue
         tail, end = end_of_prompt(tokenizer, token_ids)
         whole = token_ids[: len(token_ids) - len(tail) + end]
-        texts.append(given if isinstance(given, str) else str(tokenizer.decode(whole)))
+        texts.append(str(tokenizer.decode(whole, skip_special_tokens=isinstance(given, str))))
     return texts

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 CHAT_NAMES = {"max_output_tokens": "max_completion_tokens"}  # what chats call it; the other fields have the same name
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "previous_response_id": (),
-    "prompt": (), "reasoning": ({},), "text": ({"format": {"type": "text"}}, {}), "tools": ([],),
+    "prompt": (), "prompt_logprobs": (), "reasoning": ({},), "return_token_ids": (False,),
+    "text": ({"format": {"type": "text"}}, {}), "tools": ([],),
     "tool_choice": ("none", "auto"), "top_logprobs": (0,), "truncation": ("disabled",),
 }  # fmt: skip
 INSTEAD = {"previous_response_id": ": nothing is stored; send the whole conversation as input"}

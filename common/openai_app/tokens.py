@@ -6,8 +6,8 @@ from typing import Any
 
 from common.errors import FieldError
 from common.openai_app.protocol import check_model, parse_json
-from common.prompts import check_token_ids, encode_prompts
-from common.sampling_params import show
+from common.prompts import PromptOptions, check_token_ids, encode_prompts
+from common.sampling_params import check_bool, show
 from common.serving import ServingEngine
 
 
@@ -19,12 +19,14 @@ def tokenize(raw: bytes, engine: ServingEngine) -> dict[str, Any]:
     body = parse_json(raw)
     check_model(body, engine)
     given = {name: body[name] for name in ("prompt", "messages") if body.get(name) is not None}
-    wants_texts = body.get("return_token_strs")
-    if not isinstance(wants_texts, bool | None):
-        raise FieldError("return_token_strs", f"expected true or false, got {show(wants_texts)}")
+    if (wants_texts := body.get("return_token_strs")) is not None:
+        check_bool("return_token_strs", wants_texts)
+    options = PromptOptions.from_body(
+        {**body, "truncate_prompt_tokens": None}, engine.max_model_len, engine.max_model_len
+    )
     if not isinstance(given.get("prompt", ""), str):
         raise FieldError("prompt", f"expected text, got {show(given['prompt'])}")
-    [token_ids] = encode_prompts(given, engine.tokenizer, max_model_len=None)
+    [token_ids] = encode_prompts(given, engine.tokenizer, None, options)
     texts = engine.tokenizer.convert_ids_to_tokens(token_ids) if wants_texts else None
     return {
         "count": len(token_ids), "max_model_len": engine.max_model_len, "tokens": token_ids, "token_strs": texts,

@@ -52,7 +52,7 @@ class StepTrace(msgspec.Struct, kw_only=True):
     """One engine step. start_s counts from the start of the trace; num_running and num_waiting are after scheduling.
 
     requests: those scheduled in this step. num_blocks_*: without the null block. preempted, finished: request ids in
-    this step; aborted: since the previous step. discarded: ids of requests in it that had ended before it was done.
+    this step; aborted: since the previous step. discarded: ids of requests in this step that ended before it did.
     execute_s: from scheduling until the results arrive; forward_s: the model's share of it, from forward_start_s on.
     An engine that runs ahead launches a step while the previous one runs; the launch counts as scheduling.
     """

@@ -247,9 +247,10 @@ def _positions(steps: Sequence[StepTrace], first: int | None, last: int | None) 
     return inside[0], inside[-1] + 1
 
 
-def draw(trace: Trace, path: Path, *, title: str = "Requests in each step") -> None:
+def draw(trace: Trace, path: Path, *, title: str = "Requests in each step", last_step: int | None = None) -> None:
     """Draw the chart as a PNG: one row for each of the first 60 requests.
 
+    last_step: where the axis ends, so that several charts can share it (None: with the trace).
     Raises ValueError for a trace without requests, and as plotting.save() does.
     """
     all_rows = chart_rows(trace.steps)
@@ -268,6 +269,8 @@ def draw(trace: Trace, path: Path, *, title: str = "Requests in each step") -> N
     _label_rows(axes, rows)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.005)
+    if last_step is not None:
+        axes.set_xlim(right=last_step + 1)
     _draw_legend(fig, rows)
     save(fig, path)
 

@@ -369,7 +369,7 @@ class Trainer:
         if is_moe:
             config = self.recipe.config
             real = (ids[:, :-1] != config.pad_token_id).long()
-            # transformers pools the layers, so that a layer may starve an expert; here the loss is per layer.
+            # transformers pools all layers, so a single layer could starve an expert; here the loss is per layer.
             balance = sum(
                 load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok, real)
                 for logits in output.router_logits
@@ -409,7 +409,9 @@ class Trainer:
         if self.ends:
             weights = {name: sum(end[name] for end in self.ends) / len(self.ends) for name in weights}
         exported.load_state_dict(weights)
-        exported.generation_config = GenerationConfig(eos_token_id=SPECIAL_TOKENS.index(END), pad_token_id=0)
+        exported.generation_config = GenerationConfig(
+            eos_token_id=SPECIAL_TOKENS.index(END), pad_token_id=0, do_sample=True, temperature=0.3
+        )
         exported.save_pretrained(directory)
         save_tokenizer(self.tokenizer, directory)
         hardware = (

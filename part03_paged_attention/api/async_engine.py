@@ -1,4 +1,4 @@
-"""The engine in a thread of its own: requests come from the event loop, outputs go back to it."""
+"""The engine in its own thread: requests come from the event loop, outputs go back to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .output_processor import OutputProcessor
 
 
 class RequestStream:
-    """One request: `async for` over its outputs as they arrive. A caller that stops early calls AsyncLLM.abort."""
+    """One request: read its outputs with `async for` as they arrive. To stop early, call AsyncLLM.abort."""
 
     def __init__(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         self.request_id, self.prompt_token_ids, self.params = request_id, prompt_token_ids, params
@@ -47,13 +47,14 @@ class AsyncLLM:
     """LLMEngine for an asyncio server. Only the engine's thread touches the engine.
 
     Requests and aborts wait in an inbox until the current step has ended. Implements common.serving.ServingEngine.
-    cause_of_death: why no request can succeed any more, or None.
+    cause_of_death: why no request can succeed anymore, or None.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.engine = LLMEngine(config)
         self.model_name, self.device, self.block_size = config.model, config.device, config.block_size
-        self.tokenizer = load_tokenizer(resolve_checkpoint(config.model))
+        checkpoint = resolve_checkpoint(config.model)
+        self.tokenizer, self.default_sampling = load_tokenizer(checkpoint), checkpoint.default_sampling
         self.processor = OutputProcessor(self.tokenizer)
         self.limits, self.num_kv_blocks = self.engine.limits, self.engine.blocks.num_blocks
         self.max_model_len, self.vocab_size = self.limits.max_model_len, self.limits.vocab_size
@@ -76,7 +77,7 @@ class AsyncLLM:
         self._thread.start()
 
     def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> RequestStream:
-        """Queue a request; call it on the event loop that will read the stream.
+        """Queue a request. Call this on the event loop that will read the stream.
 
         Raises FieldError, QueueFullError, or GenerationError if the engine is dead.
         """
@@ -86,7 +87,7 @@ class AsyncLLM:
                 raise GenerationError(self.cause_of_death or "the server is shutting down")
             if len(self._streams) >= self.max_num_unfinished:
                 limit = "max_num_seqs + max_queued_requests"
-                raise QueueFullError(f"{len(self._streams)} requests are unfinished ({limit}), try again later")
+                raise QueueFullError(f"{len(self._streams)} requests are unfinished (limit: {limit}), try again later")
             stream = RequestStream(next(self._request_ids), prompt_token_ids, params)
             self._streams[stream.request_id] = stream
             self._inbox.append(stream)
@@ -94,14 +95,14 @@ class AsyncLLM:
         return stream
 
     def abort(self, stream: RequestStream) -> None:
-        """Drop a request. It leaves before the next step. It is no error if it has ended."""
+        """Abort a request. It leaves the engine before the next step. Does nothing if the request has ended."""
         with self._changed:
             if self._streams.pop(stream.request_id, None) is not None:
                 self._aborted.append(stream.request_id)
                 self._changed.notify()
 
     def shutdown(self) -> None:
-        """End the thread. Unfinished requests get an error."""
+        """Stop the thread. Unfinished requests get an error."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -121,7 +122,7 @@ class AsyncLLM:
         try:
             while self.cause_of_death is None and self._take_inbox():
                 self._deliver(self._step())
-        except Exception as error:  # outside of a step: no request can go on
+        except Exception as error:  # not from a step: no request can continue
             self.cause_of_death = f"{type(error).__name__}: {error}"
         cause = self.cause_of_death or "the server is shutting down"
         with self._changed:
@@ -130,7 +131,7 @@ class AsyncLLM:
         self.engine.abort_requests(request_ids)
 
     def _take_inbox(self) -> bool:
-        """Wait for something to do, then tell the engine what came in. False when it is time to stop."""
+        """Pass new requests and aborts to the engine; if it is idle, wait for some. Returns False when it must stop."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._inbox or self._aborted or self._stopping or self.engine.has_unfinished_requests
@@ -144,7 +145,7 @@ class AsyncLLM:
         return not self._stopping
 
     def _step(self) -> list[EngineCoreOutput]:
-        """One step. If it fails, so do all requests in the engine; if the next one fails too, the engine ends."""
+        """One step. If it fails, all requests in the engine fail; if the next step fails too, the engine stops."""
         try:
             return self.engine.step()
         except Exception as error:
@@ -167,7 +168,7 @@ class AsyncLLM:
     def _put(self, request_id: str, output: CompletionOutput | GenerationError, is_last: bool) -> None:
         with self._changed:
             stream = self._streams.pop(request_id, None) if is_last else self._streams.get(request_id)
-        if stream is not None:  # else the request was aborted meanwhile
+        if stream is not None:  # otherwise the request has been aborted
             stream.put(output)
 
     def _abort_in_engine(self, request_ids: list[str]) -> None:

@@ -19,10 +19,10 @@ from .validation import check_request
 
 
 class LLMEngine:
-    """Static batching: a batch is formed when the one before it has ended, and runs until its longest answer is done.
+    """Static batching: a batch is formed when the previous one has ended, and runs until its longest answer is done.
 
-    add_request() queues, step() advances the batch by one forward pass, abort_requests() removes requests wherever they
-    are. num_failures: failed steps since the last good one. num_steps and num_preemptions count.
+    add_request() queues a request, step() runs one forward pass of the batch, abort_requests() removes requests
+    wherever they are. num_failures: failed steps since the last successful one. num_steps, num_preemptions: totals.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -57,7 +57,7 @@ class LLMEngine:
         self.waiting.append(Request(request_id, prompt_token_ids, params, max_num_tokens))
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Remove requests and free their blocks. An id that is not there is no error."""
+        """Remove requests and free their blocks. Unknown ids are ignored."""
         wanted = set(request_ids)
         self.unfinished -= wanted
         for request in [request for request in (*self.waiting, *self.running) if request.request_id in wanted]:
@@ -68,7 +68,7 @@ class LLMEngine:
             request.status = RequestStatus.FINISHED_ABORTED
 
     def fail(self, error: Exception) -> list[EngineCoreOutput]:
-        """After a step has raised: end every request with the cause, and start with an empty pool."""
+        """Call this after a step has raised: every request ends with the error, and all blocks are free again."""
         self.num_failures += 1
         cause = f"{type(error).__name__}: {error}"
         request_ids = sorted(self.unfinished)
@@ -82,7 +82,7 @@ class LLMEngine:
         return self._update(self.executor.execute(step)) if step.requests else []
 
     def _schedule(self) -> StepInput:
-        """A new batch computes all tokens of its requests (prefill), a running one the newest of each (decode)."""
+        """A new batch computes all tokens of its requests (prefill), a running batch each one's newest (decode)."""
         if self.running:
             self._grow_batch()
             return StepInput([], [self._share(request, request.num_tokens - 1) for request in self.running])
@@ -93,7 +93,7 @@ class LLMEngine:
         )
 
     def _form_batch(self) -> None:
-        """Take requests from the head of the queue, as many as batch size, token budget and blocks allow."""
+        """Take as many requests from the head of the queue as batch size, token budget and free blocks allow."""
         # exercise: form_batch
         budget = self.max_num_batched_tokens
         while self.waiting and len(self.running) < self.max_num_seqs:
@@ -130,12 +130,12 @@ class LLMEngine:
         request.row, request.num_sent_blocks = None, 0
 
     def _describe(self, request: Request) -> NewRequest:
-        """What the worker has to know about a request that joins the batch."""
+        """What the worker needs to know about a request that joins the batch."""
         request.row = self.free_rows.pop()
         return NewRequest(request.row, request.token_ids, len(request.prompt_token_ids), request.params)
 
     def _share(self, request: Request, num_computed_tokens: int) -> ScheduledRequest:
-        """The request computes all tokens from there on."""
+        """The request's share of a step: all its tokens from position num_computed_tokens on."""
         assert request.row is not None, f"request {request.request_id} is not in the batch"
         table = self.blocks.block_tables[request.request_id]
         new_block_ids, request.num_sent_blocks = table[request.num_sent_blocks :], len(table)
@@ -145,13 +145,15 @@ class LLMEngine:
     def _update(self, output: StepOutput) -> list[EngineCoreOutput]:
         """Append the sampled tokens. Requests that end leave the batch and free their blocks."""
         self.num_steps, self.num_failures = self.num_steps + 1, 0
+        for found in output.prompt_logprobs:
+            self.running[found.index].add_prompt_logprobs(found.position, found.logprobs)
         results = zip(list(self.running), output.token_ids, output.logprobs, strict=True)
         outputs = [self._append(request, token_id, logprobs) for request, token_id, logprobs in results]
         self.unfinished.difference_update(output.request_id for output in outputs if output.finish_reason)
         return outputs
 
     def _append(self, request: Request, token_id: int, logprobs: dict[int, Logprob] | None) -> EngineCoreOutput:
-        """Append a request's newest token. A request that ends leaves at once."""
+        """Append a request's newest token. A request that ends leaves the batch at once."""
         request.output_token_ids.append(token_id)
         if stop := check_stop(request, self.eos_token_ids):
             request.finish(*stop)
@@ -162,4 +164,5 @@ class LLMEngine:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=request.take_prompt_logprobs(),
         )

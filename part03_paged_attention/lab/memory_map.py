@@ -1,4 +1,4 @@
-"""A look at the KV pool: which slots are used, which are reserved and empty, and which request owns them."""
+"""A map of the KV pool: which slots are used, which are reserved and empty, and which request owns them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..core.engine import LLMEngine
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A stretch of slots within one block: the number of the request that owns it, and how many hold a token."""
+    """Some consecutive slots of one block: the number of the request that owns them, and how many hold a token."""
 
     owner: int
     num_used: int
@@ -20,7 +20,7 @@ def memory_map(engine: LLMEngine, slots_per_cell: int) -> list[Cell | None]:
     blocks, cells_per_block = engine.blocks, engine.blocks.block_size // slots_per_cell
     cells: list[Cell | None] = [None] * (blocks.num_blocks * cells_per_block)
     for request in engine.running:
-        num_stored = request.num_tokens - 1  # the newest token's key and value come with the next step
+        num_stored = request.num_tokens - 1  # the next step computes the newest token's key and value
         for i, block in enumerate(blocks.block_tables[request.request_id]):
             for j in range(cells_per_block):
                 first = i * blocks.block_size + j * slots_per_cell

@@ -15,9 +15,9 @@ from .kv_cache import KVCache
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What attention has to know about a step's batch; the same for all layers.
+    """What attention needs to know about a step's batch; the same for all layers.
 
-    slot_mapping: [num_tokens], where each token's key and value go.
+    slot_mapping: [num_tokens], the slot for each token's key and value.
     query_start_loc: where each sequence begins in the flattened batch, and where the last ends: num_seqs + 1 numbers.
     block_tables: [num_seqs, max_blocks], int32; entries past a context's end are padding.
     context_lens: [num_seqs], int32, tokens of each sequence in the cache, this step's included.
@@ -31,9 +31,9 @@ class AttentionMetadata:
 
 
 class PagedAttention:
-    """attend() for DecoderModel: writes a step's keys and values to the cache and attends to what it holds.
+    """attend() for DecoderModel: writes a step's keys and values to the cache, then attends to the cached context.
 
-    Prefill attends to the keys and values at hand, decode reads them through the block tables.
+    Prefill uses the keys and values of the step itself, decode reads them from the cache through the block tables.
     """
 
     def __init__(self, kv_cache: KVCache, scale: float, backend: str) -> None:
@@ -83,7 +83,7 @@ def reference_decode(
 
 
 def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
-    """The function that computes attention, compiled and ready. Only what is used gets imported."""
+    """The function that computes attention, compiled and ready. Only the chosen backend is imported."""
     if name == "torch":
         return reference_decode
     if name == "triton":
@@ -98,7 +98,7 @@ def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
 
 
 def choose_backend(name: str, device: str, dtype: torch.dtype) -> str:
-    """auto: Triton on a GPU, Numba on a CPU, except for float16, which it does not have."""
+    """auto: Triton on a GPU, Numba on a CPU, except for float16, which Numba does not support."""
     if name != "auto":
         return name
     if device.startswith("cuda"):

@@ -1,7 +1,7 @@
 """The decoder of Llama, Qwen2 and Qwen3 in plain torch, over the tokens of many sequences laid end to end.
 
-A token attends to the tokens before it, whose keys and values are in the KV cache. The model knows neither cache nor
-sequences: it passes each layer's queries, keys and values to `attend` and continues with the result.
+A token attends to the tokens before it, whose keys and values are in the KV cache. The model knows nothing about the
+cache and the sequences: it passes each layer's queries, keys and values to `attend` and continues with the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 class Attend(Protocol):
-    """Attention as the caller does it: store keys and values in the cache, and let each query see its own past."""
+    """Attention, provided by the caller: it stores keys and values in the cache, and each query sees its own past."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim], not contiguous.
@@ -35,7 +35,7 @@ class Attend(Protocol):
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of every position, looked up by position (RoPE: Su et al., 2021).
 
-    They are computed in float32 on the CPU, whatever the model's dtype and device: the table is the same everywhere.
+    They are computed in float32 on the CPU, whatever the model's dtype and device, so the table is the same everywhere.
     """
 
     table: Tensor  # [max_position_embeddings, cosines then sines]
@@ -49,7 +49,7 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the table, also after the module got new memory from to_empty()."""
+        """Fill the table. Call this again when to_empty() has given the module new memory."""
         positions = torch.arange(len(self.table), dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, inverse_frequencies(self.config))
         self.table.copy_(torch.cat((angles.cos(), angles.sin()), dim=-1))
@@ -61,10 +61,10 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head by its position's angles.
+    """Rotate each head by its position's angles.
 
     heads: [num_tokens, num_heads, head_dim]; cos, sin: [num_tokens, 1, head_dim / 2]. Returns the shape of heads.
-    Dimension i pairs with i + head_dim / 2, as Hugging Face's weights expect; the paper pairs neighbours.
+    Dimension i pairs with i + head_dim / 2, as Hugging Face's weights expect; the paper pairs neighbors.
     """
     first, second = heads.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -77,7 +77,7 @@ def inverse_frequencies(config: Any) -> Tensor:
     context they were trained on (Llama 3.1). Raises FieldError for any other type.
     """
     settings = getattr(config, "rope_parameters", None)
-    if settings is None:  # as transformers 4 laid it out
+    if settings is None:  # the format of transformers 4
         settings = {"rope_theta": config.rope_theta, **(getattr(config, "rope_scaling", None) or {})}
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
     if rope_type not in ("default", "llama3"):
@@ -91,7 +91,7 @@ def inverse_frequencies(config: Any) -> Tensor:
         return frequencies
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     num_turns = settings["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # over the trained context
-    keep = ((num_turns - low) / (high - low)).clamp(0, 1)  # 1: turns often, stays as it is; 0: slowed by factor
+    keep = ((num_turns - low) / (high - low)).clamp(0, 1)  # 1: turns often, is kept; 0: is slowed down by factor
     return (1 - keep) * frequencies / settings["factor"] + keep * frequencies
 
 
@@ -162,10 +162,10 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """A decoder of one of FAMILIES, from a Hugging Face config; weights.py loads it.
+    """A decoder of one of FAMILIES, from a Hugging Face config; weights.py loads its weights.
 
-    num_heads, num_kv_heads: those that this model's attention computes. Raises FieldError for an architecture, or a
-    feature of one, that is not supported.
+    num_heads, num_kv_heads: the heads that this model's attention computes. Raises FieldError for an unsupported
+    architecture or feature.
     """
 
     def __init__(self, config: Any) -> None:
@@ -214,7 +214,7 @@ def head_dim(config: Any) -> int:
 
 
 def check_architecture(config: Any) -> None:
-    """Raises FieldError naming what the model is or has that DecoderModel does not compute."""
+    """Raises FieldError naming the architecture or feature that DecoderModel does not support."""
     if config.model_type not in FAMILIES:
         expected = ", ".join(FAMILIES)
         raise FieldError("model", f"architecture {config.model_type!r} is not supported: expected one of {expected}")

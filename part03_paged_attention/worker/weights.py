@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the layers that are made of them."""
+"""Load a checkpoint's tensors into the layers of a decoder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .model import DecoderModel
 def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> DecoderModel:
     """The decoder with its weights, in eval mode.
 
-    Raises FieldError for an architecture that DecoderModel does not compute, for a missing or corrupt file, and for a
-    tensor that is missing, unknown, stored twice, of another shape than the layer's or not of floating-point numbers.
+    Raises FieldError for an architecture that DecoderModel does not support, for a missing or corrupt file, and for a
+    tensor that is missing, unknown, stored twice, of the wrong shape, or not of floating-point numbers.
     """
     with torch.device("meta"):  # shapes without memory, so that nothing is initialized only to be overwritten
         model = DecoderModel(checkpoint.config)
@@ -30,7 +30,7 @@ def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Dec
 
 @torch.no_grad()
 def load_layers(model: DecoderModel, reader: CheckpointReader) -> None:
-    """Let every layer take its tensors, then check that none is left. Raises FieldError as load_decoder does."""
+    """Load every layer, then check that no tensor is left over. Raises FieldError as load_decoder does."""
     for path, layer in model.named_modules():
         if load := getattr(layer, "load", None):
             load(reader, path if path == "lm_head" else f"model.{path}")
@@ -40,5 +40,5 @@ def load_layers(model: DecoderModel, reader: CheckpointReader) -> None:
 
 
 def is_ignored(name: str, model: DecoderModel) -> bool:
-    """True for leftovers of old checkpoints: RoPE's frequencies, and the output's copy of tied embeddings."""
+    """True for tensors that only old checkpoints have: RoPE's frequencies, and the output's copy of tied embeddings."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None)

@@ -1,4 +1,4 @@
-"""OpenAI's API over the engine. From here on the app itself is common's."""
+"""OpenAI's API over the engine. From part 3 on, the app itself is common.openai_app."""
 
 from __future__ import annotations
 

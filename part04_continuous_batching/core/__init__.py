@@ -1,1 +1,1 @@
-"""Decides what the next step computes, and in which KV blocks. It knows no tensor and no HTTP."""
+"""Decides what the next step computes and which KV blocks it uses. It knows nothing about tensors and HTTP."""

@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. Every step has a batch of its own."""
+"""The engine: requests in, tokens out. Every step has its own batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .validation import check_request
 
 
 class LLMEngine:
-    """Continuous batching: the batch is decided anew before every step.
+    """Continuous batching: the scheduler forms a new batch before every step.
 
-    add_request() queues, step() runs one forward pass, abort_requests() removes requests wherever they are.
-    num_failures: failed steps since the last good one.
+    add_request() queues a request, step() runs one forward pass, abort_requests() removes requests wherever they are.
+    num_failures: failed steps since the last successful one.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -54,13 +54,13 @@ class LLMEngine:
         self.scheduler.add_request(Request(request_id, prompt_token_ids, params, max_num_tokens))
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Remove requests and free their blocks. An id that is not there is no error."""
+        """Remove requests and free their blocks. Unknown ids are ignored."""
         request_ids = list(request_ids)
         self.unfinished.difference_update(request_ids)
         self.tracer.aborted += [request.request_id for request in self.scheduler.abort(request_ids)]
 
     def fail(self, error: Exception) -> list[EngineCoreOutput]:
-        """After a step has raised: end every request with the cause, and start with an empty pool."""
+        """Call this after a step has raised: every request ends with the error, and all blocks are free again."""
         self.num_failures += 1
         cause = f"{type(error).__name__}: {error}"
         self.scheduler.reset()
@@ -83,13 +83,15 @@ class LLMEngine:
         return outputs
 
     def _update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[EngineCoreOutput]:
-        """Append the sampled tokens. Requests that end leave at once."""
+        """Append the sampled tokens. Requests that end leave the batch at once."""
         self.num_steps, self.num_failures = self.num_steps + 1, 0
+        for found in output.prompt_logprobs:
+            scheduled.requests[found.index].add_prompt_logprobs(found.position, found.logprobs)
         results = zip(scheduled.requests, output.token_ids, output.logprobs, strict=True)
         return [self._append(request, token_id, logprobs) for request, token_id, logprobs in results]
 
     def _append(self, request: Request, token_id: int, logprobs: dict[int, Logprob] | None) -> EngineCoreOutput:
-        """Append a request's newest token. A request that ends leaves at once."""
+        """Append a request's newest token. A request that ends leaves the batch at once."""
         # exercise: append
         request.num_computed_tokens = request.num_tokens
         request.output_token_ids.append(token_id)
@@ -100,4 +102,5 @@ class LLMEngine:
         return EngineCoreOutput(
             request_id=request.request_id, token_ids=[token_id], finish_reason=request.finish_reason,
             stop_reason=request.stop_reason, logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=request.take_prompt_logprobs(),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How core reaches the worker."""
+"""How core calls the worker."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..worker.worker import Worker
 
 
 class Executor:
-    """A worker in this process, so a call is all it takes (vLLM's UniProcExecutor).
+    """Runs the worker in this process, so a step is a plain function call (vLLM's UniProcExecutor).
 
-    num_blocks: the size of the KV pool. It is agreed on before the cache is allocated.
+    num_blocks: the size of the KV pool, which is decided before the cache is allocated.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -19,5 +19,5 @@ class Executor:
         self.worker.allocate_cache(self.num_blocks)
 
     def execute(self, step: StepInput) -> StepOutput:
-        """Run one step and wait for it. Raises what the worker raised."""
+        """Run one step and wait for it. Raises whatever the worker raises."""
         return self.worker.execute(step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from common.outputs import FinishReason
+from common.outputs import FinishReason, Logprob
 from common.sampling_params import SamplingParams
 
 
@@ -31,14 +31,19 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    max_num_tokens: int  # limit of prompt and answer together
+    max_num_tokens: int  # limit for prompt and answer together
     output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # those known so far, until they are reported
     num_computed_tokens: int = 0  # how many tokens, from the first on, have their keys and values in the cache
     row: int | None = None  # the worker's row for this request while it is in the batch
     num_sent_blocks: int = 0  # how many blocks of its block table the worker knows
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # nothing predicts the first token
 
     @property
     def token_ids(self) -> list[int]:
@@ -53,6 +58,16 @@ class Request:
         """Tokens that have to be computed before the next one can be sampled."""
         return self.num_tokens - self.num_computed_tokens
 
+    def add_prompt_logprobs(self, position: int, logprobs: list[dict[int, Logprob]]) -> None:
+        """Add those of the prompt tokens from this position on. After a preemption, some arrive a second time."""
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs += logprobs[len(self.prompt_logprobs) - position :]
+
+    def take_prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """All prompt logprobs, to be reported with the first token; None if not requested, and in later calls."""
+        found, self.prompt_logprobs = self.prompt_logprobs, None
+        return found
+
     def finish(self, finish_reason: FinishReason, stop_reason: int | None) -> None:
         stopped = finish_reason == "stop"
         self.status = RequestStatus.FINISHED_STOPPED if stopped else RequestStatus.FINISHED_LENGTH_CAPPED
@@ -60,7 +75,7 @@ class Request:
 
 
 def check_stop(request: Request, eos_token_ids: frozenset[int]) -> tuple[FinishReason, int | None] | None:
-    """Why to stop after the newest token: (finish_reason, stop_reason), or None to go on. After vLLM's check_stop."""
+    """Whether to stop after the newest token: (finish_reason, stop_reason), or None. Based on vLLM's check_stop."""
     params, last = request.params, request.output_token_ids[-1]
     if len(request.output_token_ids) >= params.min_tokens:
         if last in eos_token_ids and not params.ignore_eos:

@@ -1,4 +1,4 @@
-"""Which requests compute how many tokens in the next step: decided anew before every step."""
+"""Decides before every step which requests compute how many tokens in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .request import Request, RequestStatus
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: what the worker is told, the requests it is about, in the same order, and those preempted for it."""
+    """One step: the worker's input, its requests in the same order, and the requests that were preempted for it."""
 
     step: StepInput
     requests: list[Request]
@@ -27,9 +27,10 @@ class SchedulerOutput:
 class Scheduler:
     """Iteration-level scheduling (Orca, 2022), with vLLM's rules.
 
-    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode has
-    one token to compute, a new request its whole prompt, a preempted one everything. Running requests come first, in
-    order; then whole requests from the head of the queue, while token budget, max_num_seqs and blocks allow it.
+    There is no prefill phase and no decode phase: num_computed_tokens of a request catches up with its num_tokens. A
+    decode has one token to compute, a new request its whole prompt, a preempted one all its tokens. Running requests
+    come first, in order; then whole requests from the head of the queue, as long as token budget, max_num_seqs and free
+    blocks allow it.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> SchedulerOutput:
-        """Give out this step's tokens, and the blocks they need."""
+        """Assign this step's tokens to requests, and allocate the blocks they need."""
         output = SchedulerOutput(StepInput([], []), [], [])
         self._schedule_running(output)
         if not output.preempted:  # after a preemption, admit no new requests
@@ -62,7 +63,7 @@ class Scheduler:
         # exercise: schedule_running
         for request in list(self.running):
             if request.status is RequestStatus.PREEMPTED:
-                break  # and so are all that follow
+                break  # so are all requests after it
             if self._grow_or_preempt(request, output):
                 self._add(request, request.num_new_tokens, output)
         # exercise: end
@@ -70,7 +71,7 @@ class Scheduler:
     def _grow_or_preempt(self, request: Request, output: SchedulerOutput) -> bool:
         """Give a request the block that its newest token may need. While none is free, preempt the latest request.
 
-        False if that was the request itself.
+        Returns False if that was the request itself.
         """
         # exercise: grow_or_preempt
         while not self.blocks.grow(request.request_id, request.num_tokens):
@@ -99,7 +100,7 @@ class Scheduler:
         """Allocate a waiting request's blocks, unless that would leave fewer free blocks than the watermark.
 
         Without the watermark a request is admitted into the last blocks and preempted one step later. A request that
-        would run alone is exempt: it takes nothing from others.
+        would run alone is exempt: it takes no blocks from others.
         """
         # exercise: admit
         num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_for(request.num_tokens)
@@ -109,7 +110,7 @@ class Scheduler:
         # exercise: end
 
     def _start(self, request: Request, output: SchedulerOutput) -> None:
-        """An admitted request joins the batch, and the worker is told all about it."""
+        """Add an admitted request to the batch, and send all its tokens to the worker."""
         self.running.append(request)
         request.status, request.row = RequestStatus.RUNNING, self.free_rows.pop()
         output.step.new_requests.append(
@@ -117,7 +118,7 @@ class Scheduler:
         )
 
     def _add(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
-        """The request computes its next num_tokens tokens in this step."""
+        """Schedule the request's next num_tokens tokens in this step."""
         assert request.row is not None, f"request {request.request_id} is not in the batch"
         table = self.blocks.block_tables[request.request_id]
         new_block_ids, request.num_sent_blocks = table[request.num_sent_blocks :], len(table)
@@ -127,7 +128,7 @@ class Scheduler:
         )
 
     def preempt(self, request: Request) -> None:
-        """Free all blocks of a running request and put it back at the head of the queue, to compute everything again.
+        """Free all blocks of a running request and put it back at the head of the queue, to be computed again.
 
         It keeps its output: the tokens are known, only their keys and values are lost.
         """
@@ -140,11 +141,11 @@ class Scheduler:
         # exercise: end
 
     def finish(self, request: Request) -> None:
-        """A running request has ended: its row and its blocks are free at once."""
+        """Free the row and the blocks of a running request that has ended."""
         self._leave(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
-        """Remove requests wherever they are. Returns those that were there; an unknown id is no error."""
+        """Remove requests wherever they are. Returns those that were found; unknown ids are ignored."""
         wanted = set(request_ids)
         found = [request for request in (*self.waiting, *self.running) if request.request_id in wanted]
         for request in found:
@@ -156,14 +157,14 @@ class Scheduler:
         return found
 
     def reset(self) -> list[Request]:
-        """Remove all requests, and start with an empty pool. Returns the requests, those that ran first."""
+        """Remove all requests and free all blocks. Returns the requests, running ones first."""
         requests = [*self.running, *self.waiting]
         self.abort(request.request_id for request in requests)
         self.blocks.reset()
         return requests
 
     def _leave(self, request: Request) -> None:
-        """The request gives back its row and its blocks."""
+        """Take a running request out of the batch, and free its row and blocks."""
         assert request.row is not None, f"request {request.request_id} is not in the batch"
         self.running.remove(request)
         self.blocks.free(request.request_id)

@@ -1,4 +1,4 @@
-"""Part 3's way to form batches, to compare with."""
+"""Part 3's static batching, for comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StaticScheduler(Scheduler):
 
 
 def use_static_batches(engine: LLMEngine) -> LLMEngine:
-    """The same engine with the other scheduler. It must be idle."""
+    """Replace the engine's scheduler with a StaticScheduler. The engine must be idle."""
     assert not engine.has_unfinished_requests, "the scheduler cannot be replaced while it holds requests"
     old = engine.scheduler
     engine.scheduler = StaticScheduler(engine.blocks, old.max_num_seqs, old.max_num_batched_tokens)

@@ -16,7 +16,7 @@ PARTS = (
     "prefill attention", "decode attention", "layer products (QKV, O, MLP)", "logits", "norms", "rotation", "KV store",
     "sampling", "rest of the model", "schedule", "prepare", "update", "rest of the step",
 )  # fmt: skip
-OUTSIDE = PARTS[-4:]  # of the model and the sampler
+OUTSIDE = PARTS[-4:]  # outside the model and the sampler
 
 
 class StepTimer:
@@ -25,11 +25,11 @@ class StepTimer:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._parts: list[str] = []  # those entered and not left, the innermost last
+        self._parts: list[str] = []  # those that are running, the innermost last
         self._changed_at = 0.0
 
     def timed(self, part: str, call: Any) -> Any:
-        """call, with its time counted as part's."""
+        """Wrap call so that its time counts for part."""
 
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ class StepTimer:
         return run
 
     def _count(self) -> None:
-        """The time since the last change was spent in the innermost part."""
+        """Add the time since the last change to the innermost part."""
         now = time.perf_counter()
         if self._parts:
             self.seconds[self._parts[-1]] += now - self._changed_at

@@ -1,4 +1,4 @@
-"""Paged attention for decode as a Numba kernel: it reads the KV cache in place, nothing is gathered first."""
+"""Paged attention for decode as a Numba kernel: it reads the KV cache in place, without gathering a context first."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _jit_cached(kernel: Callable[..., None]) -> Any:
 
 @_jit_cached
 def _paged_decode_kernel(query, kv_cache, block_tables, context_lens, block_size, scale, output):
-    scale = np.float32(scale)  # one float64 would turn every loop it enters into float64
+    scale = np.float32(scale)  # a float64 would make every loop that uses it compute in float64
     for seq in range(len(query)):
         token_attention(output[seq], query[seq], kv_cache, block_tables[seq], context_lens[seq], block_size, scale)
 
@@ -100,7 +100,7 @@ def token_attention(output, query, kv_cache, block_table, context_len, block_siz
 
 @numba.njit(**OPTIONS)
 def find_slots(slots, block_table, start, num_keys, block_size):
-    """The slots of a tile: of num_keys positions from start on. The last one is repeated up to the tile's end."""
+    """The slots of a tile: num_keys positions from start on. The last slot is repeated up to the tile's end."""
     for i in range(num_keys):
         position = start + i
         slots[i] = block_table[position // block_size] * np.int64(block_size) + position % block_size
@@ -152,8 +152,8 @@ def add_values(output, weights, kv_cache, slots, num_keys):
 
 
 def to_float32(stored: Any) -> Any:
-    """A number of the KV cache as float32; which code that is depends on the cache's dtype, see below."""
-    raise NotImplementedError("only kernels call it")
+    """A number of the KV cache as float32. The code depends on the cache's dtype: see _to_float32."""
+    raise NotImplementedError("to_float32 works only inside a kernel")
 
 
 @overload(to_float32)
@@ -165,7 +165,7 @@ def _to_float32(stored):
 
 LOG2_E = np.float32(math.log2(math.e))
 ROUND = np.float32(1.5 * 2**23)  # a float32 of this size has no fraction: adding it rounds, and the low bits are n
-SMALLEST = np.float32(-127)  # where the exponent bits are 0, and 2^n with them
+SMALLEST = np.float32(-127)  # here the exponent bits are 0, so 2^n is 0 as well
 POWER_OF_2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(6, -1, -1))  # Taylor, highest first
 
 
@@ -176,7 +176,7 @@ def exp(x):
     e^x = 2^n · 2^f with f between -0.5 and 0.5: a polynomial gives 2^f, and n is the exponent field of a float32.
     """
     y = x * LOG2_E
-    y = SMALLEST if y < SMALLEST else y  # written so that a NaN stays one
+    y = SMALLEST if y < SMALLEST else y  # written so that NaN stays NaN
     shifted = y + ROUND
     f = y - (shifted - ROUND)
     power = POWER_OF_2[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -17,8 +17,9 @@ from .attention import AttentionMetadata, PagedAttention, choose_backend
 from .device import to_device
 from .kv_cache import KVCache, slot_mapping
 from .model import DecoderModel
+from .prompt_logprobs import PromptSpan, prompt_spans, to_prompt_logprobs
 from .request_states import RequestStates
-from .sampler import Sampler, SamplerOutput, SamplingState, to_logprobs
+from .sampler import LogprobsTensors, Sampler, SamplerOutput, SamplingState, to_logprobs, top_logprobs
 from .token_buffer import TokenBuffer
 
 
@@ -27,8 +28,9 @@ class Batch:
     """A step as tensors: the tokens of all its requests, laid end to end.
 
     input_indices: [num_tokens], where in the token buffer the input tokens are. positions: [num_tokens].
-    logits_indices: [num_seqs], which of the tokens are followed by a sampled one. output_indices: [num_seqs], where in
-    the token buffer that one goes. sampling: how each is sampled.
+    logits_indices: [num_seqs], the tokens after which one is sampled. output_indices: [num_seqs], where in the token
+    buffer the sampled tokens go. sampling: how each is sampled. prompt_spans: the tokens whose logits are needed for
+    prompt logprobs.
     """
 
     input_indices: Tensor
@@ -37,6 +39,7 @@ class Batch:
     logits_indices: Tensor
     output_indices: Tensor
     sampling: list[SamplingState]
+    prompt_spans: list[PromptSpan]
 
 
 class ModelRunner:
@@ -59,7 +62,7 @@ class ModelRunner:
     def execute(self, step: StepInput) -> StepOutput:
         """One forward pass, and a token sampled for each request."""
         batch = self._prepare(step)
-        return to_step_output(self._run(batch), batch.sampling)
+        return to_step_output(self._run(batch), batch)
 
     def _prepare(self, step: StepInput) -> Batch:
         """Update the rows of the step's requests and lay their tokens end to end."""
@@ -83,6 +86,7 @@ class ModelRunner:
             logits_indices=to_device([end - 1 for end in metadata.query_start_loc[1:]], self.device),
             output_indices=to_device([flat_index(state.row, state.num_tokens) for state in sampling], self.device),
             sampling=sampling,
+            prompt_spans=prompt_spans(step.requests, self.states, self.config.max_num_seqs),
         )
 
     def _metadata(self, step: StepInput, rows: Tensor, positions: Tensor) -> AttentionMetadata:
@@ -103,15 +107,26 @@ class ModelRunner:
         self.num_tokens_computed += len(batch.positions)
         input_ids = self.tokens.read(batch.input_indices)
         hidden = self.model(input_ids, batch.positions, partial(self.attention.attend, batch.metadata))
+        prompt_logprobs = self._prompt_logprobs(batch, hidden)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
         sampled = self.sampler.sample(logits, batch.sampling, self.tokens.data)
         self.tokens.write(batch.output_indices, sampled.token_ids)
-        return sampled
+        return replace(sampled, prompt_logprobs=prompt_logprobs)
+
+    def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> list[LogprobsTensors]:
+        """The logprobs of each span. It has at most max_num_seqs tokens: no more memory than profile() counts."""
+        found = []
+        for span in batch.prompt_spans:
+            tokens = slice(span.start, span.start + span.num_tokens)
+            logprobs = self.model.compute_logits(hidden[tokens]).log_softmax(dim=-1)
+            next_token_ids = self.tokens.read(batch.input_indices[tokens] + 1)
+            found.append(top_logprobs(logprobs, next_token_ids, span.num_top))
+        return found
 
     @torch.inference_mode()
     def profile(self) -> None:
-        """Allocate what the largest step does: a forward pass over all tokens of the budget, and the sampler for all
-        rows with everything switched on."""
+        """Allocate as much memory as the largest step: a forward pass over the whole token budget, and the sampler for
+        all rows with all features on."""
         assert self.config.max_num_batched_tokens is not None, "resolve_config fills it in"
         tokens = torch.zeros(self.config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
         hidden = self.model(tokens, tokens, lambda layer, query, key, value: torch.empty_like(query))
@@ -121,11 +136,14 @@ class ModelRunner:
         self.sampler.sample(logits, sampling, self.tokens.data)
 
 
-def to_step_output(sampled: SamplerOutput, sampling: list[SamplingState]) -> StepOutput:
-    """What the worker answers, in plain data."""
-    rows = [None] * len(sampling) if sampled.logprobs is None else sampled.logprobs.tolist()
+def to_step_output(sampled: SamplerOutput, batch: Batch) -> StepOutput:
+    """The worker's answer, as plain data."""
+    rows = [None] * len(batch.sampling) if sampled.logprobs is None else sampled.logprobs.tolist()
     logprobs = [
         None if row is None or state.params.logprobs is None else to_logprobs(*row, state.params.logprobs)
-        for row, state in zip(rows, sampling, strict=True)
+        for row, state in zip(rows, batch.sampling, strict=True)
     ]
-    return StepOutput(sampled.token_ids.tolist(), logprobs)
+    prompt_logprobs = [
+        to_prompt_logprobs(*pair) for pair in zip(batch.prompt_spans, sampled.prompt_logprobs, strict=True)
+    ]
+    return StepOutput(sampled.token_ids.tolist(), logprobs, prompt_logprobs)

@@ -1,4 +1,4 @@
-"""Paged attention for decode as a Triton kernel: it reads the cache where it lies, no context is gathered first."""
+"""Paged attention for decode as a Triton kernel: it reads the cache in place, without gathering a context first."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is Triton for Linux only; this module must import everywhere
+except ImportError:  # Triton exists only for Linux, but this module must import everywhere
     triton = None
 
 TILE_SIZE = 32  # tokens that a program reads at once
-MIN_DOT_SIZE = 16  # no side of a tl.dot may be shorter
+MIN_DOT_SIZE = 16  # the shortest side that tl.dot accepts
 
 
 def paged_decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float) -> Tensor:
-    """Attention of one new token a sequence over its cached context (PagedAttention: Kwon et al., 2023).
+    """Attention of one new token per sequence over its cached context (PagedAttention: Kwon et al., 2023).
 
     query: [num_seqs, num_heads, head_dim]. kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim] of one layer,
     keys at 0 and values at 1, in any memory order that keeps a head's numbers side by side. block_tables: [num_seqs,
     max_blocks], int32; entries past a context's end are not read. context_lens: [num_seqs], int32, at least 1, the new
     token included. Returns [num_seqs, num_heads, head_dim] in query's dtype; sums are kept in float32.
-    Raises RuntimeError where Triton is not installed.
+    Raises RuntimeError if Triton is not installed.
     """
     if triton is None:
         raise RuntimeError("paged_decode needs the package triton, which is not installed (Linux: pip install triton)")
@@ -44,7 +44,7 @@ def paged_decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, context_
 
 
 def dot_size(size: int) -> int:
-    """The length to which tl.dot wants a side padded: a power of two, at least MIN_DOT_SIZE."""
+    """The length that a side of tl.dot must be padded to: a power of two, at least MIN_DOT_SIZE."""
     return max(MIN_DOT_SIZE, triton.next_power_of_2(size))
 
 
@@ -59,7 +59,7 @@ def _paged_decode_kernel(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr,
     PADDED_GROUP_SIZE: tl.constexpr, PADDED_HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One program for a sequence and a KV head: each key and value is read once for all query heads of its group.
+    """One program per sequence and KV head: each key and value is read once for all query heads of its group.
 
     Online softmax (Milakov and Gimelshein, 2018): after every tile of tokens, `accumulator / total` is the attention
     over the tokens so far; a larger maximum rescales both. Letters give the shapes: g(roup), t(oken), d(imension).

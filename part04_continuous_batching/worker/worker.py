@@ -17,7 +17,7 @@ from .weights import load_decoder
 
 
 class Worker:
-    """Loads the model, says how large a KV cache it has room for, allocates it, and runs steps.
+    """Loads the model, determines how large the KV cache can be, allocates it, and runs steps.
 
     config: as resolve_config returns it. allocate_cache() comes before the first step.
     """
@@ -33,7 +33,7 @@ class Worker:
         self.runner = ModelRunner(self.model, config, self.checkpoint.eos_token_ids)
 
     def num_blocks_available(self) -> int:
-        """The size of the KV pool in blocks: as configured, or what its memory holds."""
+        """The size of the KV pool in blocks: as configured, or as many as fit in memory."""
         config = self.config
         bytes_per_block = kv_bytes_per_block(self.model, config.block_size)
         if config.num_kv_blocks is not None:
@@ -53,5 +53,5 @@ class Worker:
         self.runner.set_cache(KVCache(self.model, num_blocks, self.config.block_size))
 
     def execute(self, step: StepInput) -> StepOutput:
-        set_num_threads(self.config.num_threads)  # here, since the server loads in another thread
+        set_num_threads(self.config.num_threads)  # here, because the server loads the model in another thread
         return self.runner.execute(step)

@@ -1,11 +1,10 @@
-"""The API process's side of the engine core: start its process, exchange messages, notice its end, stop it."""
+"""The API process's side of the engine core: start its process, exchange messages, notice when it ends, stop it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import multiprocessing
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ POLL_MS = 100  # how often to check that a core is alive while it loads
 
 
 class CoreClient:
-    """Starts an engine core and waits until it is ready. Raises FieldError or OSError, as the core did.
+    """Starts an engine core and waits until it is ready. Raises FieldError or OSError if the core cannot start.
 
     The sockets are files in a directory that only this user can enter. It is removed as soon as both ends are
     connected, so nothing is left behind whichever process is killed.
@@ -33,25 +32,23 @@ class CoreClient:
     def __init__(self, config: EngineConfig) -> None:
         self._context = zmq.Context()
         self._requests, self._outputs = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        directory = tempfile.mkdtemp(prefix="llm-engine-")  # mode 0700
-        self.process: BaseProcess = multiprocessing.get_context("spawn").Process(
-            target=run_engine_core, args=(directory,), name="engine-core", daemon=True
-        )
-        try:
-            if (length := len(f"{directory}/requests")) > zmq.IPC_PATH_MAX_LEN:
-                limit = f"a socket's path has at most {zmq.IPC_PATH_MAX_LEN} characters"
-                raise OSError(f"{directory}/requests has {length} characters, and {limit}: set a shorter TMPDIR")
-            self._requests.setsockopt(zmq.SNDHWM, 0)  # a send on the event loop must never wait
-            self._requests.connect(f"ipc://{directory}/requests")  # a socket that connects may send at once
-            self._outputs.bind(f"ipc://{directory}/outputs")
-            self.process.start()
-            self.send(Start(config))
-            self.ready = self._wait_until_ready()
-        except BaseException:
-            self.shutdown()
-            raise
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="llm-engine-", ignore_cleanup_errors=True) as directory:  # mode 0700
+            self.process: BaseProcess = multiprocessing.get_context("spawn").Process(
+                target=run_engine_core, args=(directory,), name="engine-core", daemon=True
+            )
+            try:
+                if (length := len(f"{directory}/requests")) > zmq.IPC_PATH_MAX_LEN:
+                    limit = f"a socket's path has at most {zmq.IPC_PATH_MAX_LEN} characters"
+                    raise OSError(f"{directory}/requests has {length} characters, and {limit}: set a shorter TMPDIR")
+                self._requests.setsockopt(zmq.SNDHWM, 0)  # a send on the event loop must never wait
+                self._requests.connect(f"ipc://{directory}/requests")  # a socket that connects may send at once
+                self._outputs.bind(f"ipc://{directory}/outputs")
+                self.process.start()
+                self.send(Start(config))
+                self.ready = self._wait_until_ready()
+            except BaseException:
+                self.shutdown()
+                raise
 
     def send(self, message: ToCore) -> None:
         """Queue a message. Never waits."""
@@ -60,7 +57,7 @@ class CoreClient:
     def watch(
         self, loop: asyncio.AbstractEventLoop, on_outputs: Callable[[], None], on_death: Callable[[], None]
     ) -> None:
-        """The loop calls on_outputs when receive() may find something, and on_death when the process has ended."""
+        """Let the loop call on_outputs when messages may have arrived, and on_death when the process has ended."""
         loop.add_reader(self._outputs, on_outputs)
         loop.add_reader(self.process.sentinel, on_death)
         loop.call_soon(on_outputs)  # the notification is edge-triggered, and messages may be waiting already
@@ -70,7 +67,7 @@ class CoreClient:
         loop.remove_reader(self.process.sentinel)
 
     def receive(self) -> list[FromCore]:
-        """All messages that have arrived. It has to empty the socket, or the loop is not notified of the next."""
+        """All messages that have arrived. It must empty the socket, or the loop is not notified of the next message."""
         messages = []
         with contextlib.suppress(zmq.Again):
             while True:
@@ -78,7 +75,7 @@ class CoreClient:
         return messages
 
     def wait_for_messages(self) -> None:
-        """Wait for what an ended process sent last, which may still be on its way: POLL_MS at most."""
+        """Wait up to POLL_MS for the last messages of a process that has ended: they may still be on their way."""
         self._outputs.poll(POLL_MS)
 
     def describe_exit(self) -> str:
@@ -90,7 +87,7 @@ class CoreClient:
         return f"exit status {status}"
 
     def shutdown(self) -> None:
-        """End the process with SIGTERM, after SHUTDOWN_TIMEOUT_S with SIGKILL. A second call does nothing."""
+        """Stop the process with SIGTERM, and with SIGKILL after SHUTDOWN_TIMEOUT_S. A second call does nothing."""
         if self.process.pid is not None:
             self.process.terminate()
             self.process.join(SHUTDOWN_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The engine in a process of its own: requests arrive on one socket, tokens leave on another."""
+"""The engine in its own process: requests arrive on one socket, tokens leave on another."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..messages import (
 )
 from .engine import LLMEngine
 
-LINGER_MS = 1_000  # how long undelivered messages hold up the end of the process
+LINGER_MS = 1_000  # how long the process waits at its end for messages to be delivered
 
 
 class EngineCore:
@@ -44,7 +44,7 @@ class EngineCore:
         self.engine, self.requests, self.outputs = engine, requests, outputs
 
     def run(self) -> None:
-        """Never returns. SIGTERM raises SystemExit, and the second of two failing steps what it raised."""
+        """Never returns. Raises SystemExit on SIGTERM, and the step's error when two steps in a row fail."""
         while True:
             refused = [output for message in self.receive() if (output := self.handle(message))]
             outputs = refused + self.step()
@@ -60,7 +60,7 @@ class EngineCore:
         return messages
 
     def handle(self, message: ToCore) -> EngineCoreOutput | None:
-        """Returns an output for a request that is refused."""
+        """Handle a message. Returns an output for a request that is rejected."""
         match message:
             case AddRequest():
                 try:
@@ -72,7 +72,7 @@ class EngineCore:
         return None
 
     def step(self) -> list[EngineCoreOutput]:
-        """One step. If it fails, so do all requests in the engine; if the next one fails too, the core ends."""
+        """One step. If it fails, all requests in the engine fail; if the next step fails too, the core stops."""
         try:
             return self.engine.step()
         except Exception as error:
@@ -95,7 +95,7 @@ class EngineCore:
 
 
 def run_engine_core(directory: str) -> None:
-    """The process's main function: serve the sockets in a directory until SIGTERM or the parent's end."""
+    """The process's main function: serve the sockets in a directory until SIGTERM, or until the parent ends."""
     os.setsid()  # so that Ctrl-C reaches only the API process, which has open requests to finish
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=_end_with_parent, args=(directory,), name="parent-watch", daemon=True).start()
@@ -121,7 +121,7 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], outputs: zmq.Socke
     else:
         _run(engine, requests, outputs)
         return
-    outputs.send(encode(failed))  # after the half-built engine is gone, since the API process answers with SIGTERM
+    outputs.send(encode(failed))  # after the half-built engine is gone, because the API process answers with SIGTERM
 
 
 def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
@@ -134,7 +134,7 @@ def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[byt
 
 
 def _end_with_parent(directory: str) -> None:
-    """End when the parent ends, also by SIGKILL, and remove the sockets' directory, which it cannot do any more."""
+    """End when the parent ends, even by SIGKILL, and remove the sockets' directory, since the parent no longer can."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "run_engine_core is started by multiprocessing"
     parent.join()

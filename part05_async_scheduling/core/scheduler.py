@@ -1,4 +1,4 @@
-"""Which requests compute how many tokens in the next step: decided anew before every step."""
+"""Decides before every step which requests compute how many tokens in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .request import Request, RequestStatus
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: what the worker is told, the requests it is about, in the same order, and those preempted for it."""
+    """One step: the worker's input, its requests in the same order, and the requests that were preempted for it."""
 
     step: StepInput
     requests: list[Request]
@@ -27,11 +27,12 @@ class SchedulerOutput:
 class Scheduler:
     """Iteration-level scheduling (Orca, 2022), with vLLM's rules.
 
-    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode has
-    one token to compute, a new request its whole prompt, a preempted one everything. Running requests come first, in
-    order; then whole requests from the head of the queue, while token budget, max_num_seqs and blocks allow it.
+    There is no prefill phase and no decode phase: num_computed_tokens of a request catches up with its num_tokens. A
+    decode has one token to compute, a new request its whole prompt, a preempted one all its tokens. Running requests
+    come first, in order; then whole requests from the head of the queue, as long as token budget, max_num_seqs and free
+    blocks allow it.
 
-    A step may be scheduled while the one before still runs: its tokens are unknown, but their number is known.
+    A step may be scheduled while the previous one runs: that step's tokens are not known yet, but their number is.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> SchedulerOutput:
-        """Give out this step's tokens, and the blocks they need."""
+        """Assign this step's tokens to requests, and allocate the blocks they need."""
         output = SchedulerOutput(StepInput([], []), [], [])
         self._schedule_running(output)
         if not output.preempted:  # after a preemption, admit no new requests
@@ -64,9 +65,9 @@ class Scheduler:
         # exercise: schedule_running
         for request in list(self.running):
             if request.status is RequestStatus.PREEMPTED:
-                break  # and so are all that follow
+                break  # so are all requests after it
             if request.num_expected_tokens >= request.max_num_tokens:
-                continue  # a step in flight brings its last token
+                continue  # a step in flight produces its last token
             if self._grow_or_preempt(request, output):
                 self._add(request, request.num_new_tokens, output)
         # exercise: end
@@ -74,7 +75,7 @@ class Scheduler:
     def _grow_or_preempt(self, request: Request, output: SchedulerOutput) -> bool:
         """Give a request the block that its newest token may need. While none is free, preempt the latest request.
 
-        False if that was the request itself.
+        Returns False if that was the request itself.
         """
         while not self.blocks.grow(request.request_id, request.num_expected_tokens):
             victim = self.running[-1]
@@ -90,7 +91,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_output_placeholders:
-                break  # it was preempted, and a step in flight brings it a token first
+                break  # it was preempted, and first gets a token from a step in flight
             if request.num_new_tokens > budget or not self._admit(request):
                 break
             budget -= request.num_new_tokens
@@ -101,7 +102,7 @@ class Scheduler:
         """Allocate a waiting request's blocks, unless that would leave fewer free blocks than the watermark.
 
         Without the watermark a request is admitted into the last blocks and preempted one step later. A request that
-        would run alone is exempt: it takes nothing from others.
+        would run alone is exempt: it takes no blocks from others.
         """
         num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_for(request.num_tokens)
         if self.running and num_free_after < self.watermark_blocks:
@@ -109,7 +110,7 @@ class Scheduler:
         return self.blocks.admit(request.request_id, request.num_tokens)
 
     def _start(self, request: Request, output: SchedulerOutput) -> None:
-        """An admitted request joins the batch, and the worker is told all about it."""
+        """Add an admitted request to the batch, and send all its tokens to the worker."""
         self.running.append(request)
         request.status, request.row = RequestStatus.RUNNING, self.free_rows.pop()
         output.step.new_requests.append(
@@ -117,7 +118,7 @@ class Scheduler:
         )
 
     def _add(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
-        """The request computes its next num_tokens tokens in this step. From here on, its result is counted on."""
+        """Schedule the request's next num_tokens tokens in this step. From here on, they count as computed."""
         assert request.row is not None, f"request {request.request_id} is not in the batch"
         # exercise: add
         table = self.blocks.block_tables[request.request_id]
@@ -131,7 +132,7 @@ class Scheduler:
         # exercise: end
 
     def preempt(self, request: Request) -> None:
-        """Free all blocks of a running request and put it back at the head of the queue, to compute everything again.
+        """Free all blocks of a running request and put it back at the head of the queue, to be computed again.
 
         It keeps its output: the tokens are known, only their keys and values are lost. A token in flight still counts,
         and arrives before the request is scheduled again.
@@ -143,9 +144,9 @@ class Scheduler:
         self.num_preemptions += 1
 
     def finish(self, request: Request) -> None:
-        """A request has ended: its row and its blocks are free at once, even if a step in flight still writes to them.
+        """Free a finished request's row and blocks at once, even if a step in flight still writes to them.
 
-        The next owner's step runs after that one. The request may have been preempted meanwhile, and wait.
+        That is safe: the next owner's step runs later. If the request was preempted, it is in the waiting queue.
         """
         # exercise: finish
         if request.row is None:
@@ -155,7 +156,7 @@ class Scheduler:
         # exercise: end
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
-        """Remove requests wherever they are. Returns those that were there; an unknown id is no error."""
+        """Remove requests wherever they are. Returns those that were found; unknown ids are ignored."""
         wanted = set(request_ids)
         found = [request for request in (*self.waiting, *self.running) if request.request_id in wanted]
         for request in found:
@@ -167,14 +168,14 @@ class Scheduler:
         return found
 
     def reset(self) -> list[Request]:
-        """Remove all requests, and start with an empty pool. Returns the requests, those that ran first."""
+        """Remove all requests and free all blocks. Returns the requests, running ones first."""
         requests = [*self.running, *self.waiting]
         self.abort(request.request_id for request in requests)
         self.blocks.reset()
         return requests
 
     def _leave(self, request: Request) -> None:
-        """The request gives back its row and its blocks."""
+        """Take a running request out of the batch, and free its row and blocks."""
         assert request.row is not None, f"request {request.request_id} is not in the batch"
         self.running.remove(request)
         self.blocks.free(request.request_id)

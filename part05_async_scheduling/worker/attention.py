@@ -15,11 +15,11 @@ from .kv_cache import KVCache
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What attention has to know about a step's batch; the same for all layers.
+    """What attention needs to know about a step's batch; the same for all layers.
 
     num_decodes: this many sequences at the front have one token each and read their context from the cache; the others
-    are whole prompts, whose keys and values are at hand.
-    slot_mapping: [num_tokens], where each token's key and value go.
+    are whole prompts, whose keys and values are all computed in this step.
+    slot_mapping: [num_tokens], the slot for each token's key and value.
     query_start_loc: where each sequence begins in the flattened batch, and where the last ends: num_seqs + 1 numbers.
     block_tables: [num_decodes, max_blocks], int32; entries past a context's end are padding.
     context_lens: [num_decodes], int32, tokens of each sequence in the cache, this step's included.
@@ -33,9 +33,10 @@ class AttentionMetadata:
 
 
 class PagedAttention:
-    """attend() for DecoderModel: writes a step's keys and values to the cache and attends to what it holds.
+    """attend() for DecoderModel: writes a step's keys and values to the cache, then attends to the cached context.
 
-    Prefill attends to the keys and values at hand, decode reads them through the block tables; a batch may hold both.
+    Prefill uses the keys and values of the step itself, decode reads them from the cache through the block tables; a
+    batch may contain both.
     """
 
     def __init__(self, kv_cache: KVCache, scale: float, backend: str) -> None:
@@ -89,7 +90,7 @@ def reference_decode(
 
 
 def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
-    """The function that computes attention, compiled and ready. Only what is used gets imported."""
+    """The function that computes attention, compiled and ready. Only the chosen backend is imported."""
     if name == "torch":
         return reference_decode
     if name == "triton":
@@ -104,7 +105,7 @@ def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
 
 
 def choose_backend(name: str, device: str, dtype: torch.dtype) -> str:
-    """auto: Triton on a GPU, Numba on a CPU, except for float16, which it does not have."""
+    """auto: Triton on a GPU, Numba on a CPU, except for float16, which Numba does not support."""
     if name != "auto":
         return name
     if device.startswith("cuda"):

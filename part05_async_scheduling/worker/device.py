@@ -1,4 +1,4 @@
-"""From Python numbers to tensors on the model's device."""
+"""Turn Python numbers into tensors on the model's device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def to_device(
     values: Sequence[object] | Tensor, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """values as a tensor on the device. A GPU copies them from pinned memory, so that the caller does not wait."""
+    """values as a tensor on the device. For a GPU, they are copied from pinned memory, so the caller does not wait."""
     tensor = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda":
         return tensor

@@ -1,4 +1,4 @@
-"""The layers that have weights. Each knows which tensors of a checkpoint it is made of, and loads them itself."""
+"""The layers that have weights. Each layer knows its tensors in a checkpoint and loads them itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(outputs.values()))) if bias else None
 
     def load(self, reader: CheckpointReader, path: str) -> None:
-        """path: this layer's in the model; the projections are its neighbors there."""
+        """path: the layer's path in the model. In a checkpoint, the projections are at the same level."""
         owner = path.rpartition(".")[0]
         for kind, parameter in self.named_parameters():  # weight, and bias if there is one
             for name, rows in zip(self.outputs, parameter.split(list(self.outputs.values())), strict=True):
@@ -35,7 +35,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of numbers for every token of the vocabulary."""
+    """A vector for every token of the vocabulary."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, over the last dimension, in float32 inside (Zhang and Sennrich, 2019)."""
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension, computed in float32 (Zhang and Sennrich, 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from .noise import exponential_noise
 
 @dataclass(frozen=True, slots=True)
 class SamplingState:
-    """How one row of logits is sampled. row: the request's in the token buffer, whose first num_tokens tokens are
-    known. The sampled token's position is num_tokens."""
+    """How one row of logits is sampled. row: the request's row in the token buffer, where its first num_tokens tokens
+    are known. The sampled token's position is num_tokens."""
 
     params: SamplingParams
     row: int
@@ -28,7 +28,7 @@ class SamplingState:
 
 @dataclass(frozen=True, slots=True)
 class LogprobsTensors:
-    """For each row the sampled token and the k likeliest (vLLM's name).
+    """For each row, the sampled token and the k likeliest tokens (vLLM's name).
 
     token_ids, logprobs: [num_rows, 1 + k]; ranks: [num_rows], the sampled token's.
     """
@@ -44,25 +44,26 @@ class LogprobsTensors:
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """token_ids: [num_rows]. logprobs: of all rows, if a request asked for some."""
+    """token_ids: [num_rows]. logprobs: of all rows, if any request asked for them. prompt_logprobs: per PromptSpan."""
 
     token_ids: Tensor
     logprobs: LogprobsTensors | None
+    prompt_logprobs: list[LogprobsTensors] = field(default_factory=list)
 
 
 class Sampler:
-    """Chooses one token for each row of logits. After vLLM's Sampler: log-probabilities are the raw model's; then come
-    logit_bias, penalties, min_tokens, temperature, top-k and top-p.
+    """Chooses one token for each row of logits, in the order of vLLM's Sampler: log probabilities come from the raw
+    logits; then come logit_bias, penalties, min_tokens, temperature, min-p, top-k and top-p.
 
     The number of tensor operations does not depend on the number of rows. Nothing is read back from the device: that
-    would wait for the step before. eos_token_ids: what min_tokens holds back.
+    would wait for the previous step. eos_token_ids: the tokens that min_tokens suppresses.
     """
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self.eos_token_ids = eos_token_ids
 
     def sample(self, logits: Tensor, states: Sequence[SamplingState], token_rows: Tensor) -> SamplerOutput:
-        """logits: [num_rows, vocab_size], float32; they are changed. token_rows: [max_num_seqs, max_model_len]."""
+        """logits: [num_rows, vocab_size], float32, changed in place. token_rows: [max_num_seqs, max_model_len]."""
         num_top = max((state.params.logprobs for state in states if state.params.logprobs is not None), default=None)
         raw_logprobs = None if num_top is None else logits.log_softmax(dim=-1)
         apply_logit_bias(logits, states)
@@ -84,9 +85,12 @@ def choose(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 
 def probabilities(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """After temperature, top-k and top-p; not normalized again. logits: [num_rows, vocab_size]; so is the result."""
+    """After temperature, min-p, top-k and top-p, not renormalized. logits and the result: [num_rows, vocab_size]."""
     vocab_size, device = logits.shape[-1], logits.device
     logits = logits / column([state.params.temperature for state in states], device)
+    if any(state.params.min_p for state in states):  # drop tokens less likely than min_p times the likeliest
+        ratio = column([state.params.min_p for state in states], device).log()
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + ratio, -torch.inf)
     top_k = [min(state.params.top_k or vocab_size, vocab_size) for state in states]
     top_p = [state.params.top_p for state in states]
     if min(top_k) >= vocab_size and min(top_p) >= 1:
@@ -94,16 +98,16 @@ def probabilities(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)
     kth = ordered.gather(1, column(top_k, device) - 1)
     probs = ordered.masked_fill(ordered < kth, -torch.inf).softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # mass of the likelier tokens; 0 for the first, so it always stays
+    before = probs.cumsum(dim=-1) - probs  # mass of the likelier tokens; 0 for the first, so it is always kept
     limit = column(top_p, device)
     probs = probs.masked_fill((before >= limit) & (limit < 1), 0)
     return torch.zeros_like(probs).scatter_(1, order, probs)
 
 
 def draw(probs: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """One token a row: the largest of p / e, with e drawn from the exponential distribution, is distributed as p.
+    """One token per row: the argmax of p / e, with e from the exponential distribution, is a random draw from p.
 
-    A seeded row's noise depends on its seed and position alone, so its token does not depend on the batch.
+    A seeded row's noise depends only on its seed and position, so its token does not depend on the batch.
     """
     noise = torch.empty_like(probs).exponential_()
     if seeded := [index for index, state in enumerate(states) if state.params.seed is not None]:
@@ -121,7 +125,7 @@ def apply_logit_bias(logits: Tensor, states: Sequence[SamplingState]) -> None:
 
 
 def apply_penalties(logits: Tensor, states: Sequence[SamplingState], token_rows: Tensor) -> None:
-    """As in vLLM: repetition counts prompt and output, presence and frequency only the output."""
+    """As in vLLM: the repetition penalty counts prompt and output tokens, the other two only output tokens."""
     penalized = [index for index, state in enumerate(states) if has_penalty(state.params)]
     if not penalized:
         return
@@ -146,7 +150,7 @@ def has_penalty(params: SamplingParams) -> bool:
 
 
 def hold_back_stop_tokens(logits: Tensor, states: Sequence[SamplingState], eos_token_ids: frozenset[int]) -> None:
-    """Rows with fewer than min_tokens output tokens cannot sample a token that would end them."""
+    """Rows with fewer than min_tokens output tokens cannot sample a token that would end the answer."""
     entries = [
         (index, token_id)
         for index, state in enumerate(states)
@@ -168,7 +172,7 @@ def top_logprobs(logprobs: Tensor, token_ids: Tensor, num_top: int) -> LogprobsT
 
 
 def to_logprobs(token_ids: list[int], logprobs: list[float], rank: int, num_top: int) -> dict[int, Logprob]:
-    """One row of LogprobsTensors as a request gets it: the sampled token's first, then the num_top likeliest."""
+    """One row of LogprobsTensors in the request's format: the sampled token first, then the num_top likeliest."""
     found = {token_ids[0]: Logprob(logprobs[0], rank)}
     for index in range(1, num_top + 1):
         found.setdefault(token_ids[index], Logprob(logprobs[index], index))

@@ -18,7 +18,7 @@ from .weights import load_decoder
 
 
 class Worker:
-    """Loads the model, says how large a KV cache it has room for, allocates it, and runs steps on its stream.
+    """Loads the model, determines how large the KV cache can be, allocates it, and runs steps on its stream.
 
     config: as resolve_config returns it. allocate_cache() comes before the first step.
     """
@@ -37,7 +37,7 @@ class Worker:
         self.runner = self.stream.run(lambda: ModelRunner(self.model, config, eos_token_ids))
 
     def num_blocks_available(self) -> int:
-        """The size of the KV pool in blocks: as configured, or what its memory holds."""
+        """The size of the KV pool in blocks: as configured, or as many as fit in memory."""
         config = self.config
         bytes_per_block = kv_bytes_per_block(self.model, config.block_size)
         if config.num_kv_blocks is not None:
@@ -57,8 +57,8 @@ class Worker:
         self.stream.run(lambda: self.runner.set_cache(KVCache(self.model, num_blocks, self.config.block_size)))
 
     def launch(self, step: StepInput) -> StepHandle:
-        """Begin a step; it runs after those launched before. Returns before it is done."""
+        """Launch a step; it runs after those launched before. Returns before it is done."""
         batch = self.runner.prepare(step)
         return self.stream.launch(
-            lambda: self.runner.run(batch), lambda sampled: to_step_output(sampled, batch.sampling)
+            lambda: self.runner.run(batch), lambda sampled: to_step_output(sampled, batch)
         )  # fmt: skip

@@ -35,9 +35,9 @@ class StepInFlight:
 class LLMEngine:
     """Continuous batching that runs one step ahead of its results.
 
-    add_request() queues, step() launches a forward pass and returns the tokens of the one before it, abort_requests()
-    removes requests wherever they are. It knows tokens only; OutputProcessor turns them into text.
-    num_failures: failed steps since the last good one.
+    add_request() queues a request, step() launches a forward pass and returns the tokens of the previous one,
+    abort_requests() removes requests wherever they are. The engine handles only tokens; OutputProcessor turns them into
+    text. num_failures: failed steps since the last successful one.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -74,16 +74,16 @@ class LLMEngine:
         self.scheduler.add_request(Request(request_id, prompt_token_ids, params, max_num_tokens))
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Remove requests and free their blocks. An id that is not there is no error."""
+        """Remove requests and free their blocks. Unknown ids are ignored."""
         request_ids = list(request_ids)
         self.unfinished.difference_update(request_ids)
         self.tracer.aborted += [request.request_id for request in self.scheduler.abort(request_ids)]
 
     def fail(self, error: Exception) -> list[EngineCoreOutput]:
-        """After a step has raised: drop the steps in flight, end every request with the cause, and start with an empty
-        pool."""
+        """Call this after a step has raised: the steps in flight are dropped, every request ends with the error, and
+        all blocks are free again."""
         for step in self.in_flight:
-            with contextlib.suppress(Exception):  # one cause is enough
+            with contextlib.suppress(Exception):  # one error is enough
                 step.handle.result()
         self.in_flight.clear()
         self.num_failures += 1
@@ -94,7 +94,7 @@ class LLMEngine:
         return [EngineCoreOutput(request_id, [], error=cause) for request_id in request_ids]
 
     def step(self) -> list[EngineCoreOutput]:
-        """Launch a step, then wait for the one before it. Returns that one's tokens: none, the first time."""
+        """Launch a step, then wait for the previous one. Returns the previous step's tokens: none the first time."""
         self.tracer.begin()
         scheduled = self.scheduler.schedule()
         if scheduled.requests:
@@ -109,10 +109,12 @@ class LLMEngine:
         return StepInFlight(scheduled, handle, self.tracer.launched(scheduled))
 
     def _update(self, step: StepInFlight) -> list[EngineCoreOutput]:
-        """Wait for a step and append its tokens. Requests that end leave at once."""
+        """Wait for a step and append its tokens. Requests that end leave the batch at once."""
         output = step.handle.result()
         self.num_failures = 0
         self.tracer.executed(step.trace, output)
+        for found in output.prompt_logprobs:
+            step.scheduled.requests[found.index].add_prompt_logprobs(found.position, found.logprobs)
         results = zip(step.scheduled.sampled_requests, output.token_ids, output.logprobs, strict=True)
         outputs = [appended for result in results if (appended := self._append(*result))]
         self.tracer.updated(step.trace, outputs)
@@ -120,7 +122,7 @@ class LLMEngine:
         return outputs
 
     def _append(self, request: Request, token_id: int, logprobs: dict[int, Logprob] | None) -> EngineCoreOutput | None:
-        """Replace a placeholder by its token. None if the request has ended meanwhile: the token came too late."""
+        """Replace a placeholder with its token. Returns None if the request has ended: then the token is dropped."""
         request.num_output_placeholders -= 1
         if request.status.is_finished:
             return None
@@ -131,4 +133,5 @@ class LLMEngine:
         return EngineCoreOutput(
             request_id=request.request_id, token_ids=[token_id], finish_reason=request.finish_reason,
             stop_reason=request.stop_reason, logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=request.take_prompt_logprobs(),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a trace says about the device: when it worked, and how long it waited between two steps."""
+"""What a trace says about the device: when it was busy, and how long it was idle between two steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 
 
 def traced(config: EngineConfig, run: Callable[[LLMEngine], object]) -> list[StepTrace]:
-    """Let an engine run with a trace. Returns its steps."""
+    """Run an engine with a trace. Returns its steps."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "trace")
         engine = LLMEngine(config)
@@ -30,18 +30,18 @@ def traced(config: EngineConfig, run: Callable[[LLMEngine], object]) -> list[Ste
 
 
 def forward(step: StepTrace) -> Interval:
-    """When the device began with a step and was done, in seconds."""
-    assert step.forward_start_s is not None and step.forward_s is not None, "this trace has no times of the device"
+    """When the device began and finished a step, in seconds."""
+    assert step.forward_start_s is not None and step.forward_s is not None, "this trace has no device times"
     return step.forward_start_s, step.forward_start_s + step.forward_s
 
 
 def host(step: StepTrace) -> list[Interval]:
-    """When the engine worked on a step itself: to schedule and launch it, and to look at its results."""
+    """When the engine itself worked on a step: to schedule and launch it, and to process its results."""
     return [(step.start_s, step.start_s + step.schedule_s), (step.end_s - step.update_s, step.end_s)]
 
 
 def gaps_s(steps: list[StepTrace]) -> list[float]:
-    """How long the device did nothing between one step and the next."""
+    """How long the device was idle between one step and the next."""
     return [max(0.0, forward(later)[0] - forward(earlier)[1]) for earlier, later in pairwise(steps)]
 
 

@@ -1,4 +1,4 @@
-"""Random noise as a function of (seed, position): no generator to keep, to rewind or to move with a request."""
+"""Random noise as a function of (seed, position), so there is no generator to keep, rewind or move with a request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def exponential_noise(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     """
     streams = mix(mix(seeds) + positions * GOLDEN_RATIO)
     bits = mix(streams.unsqueeze(1) + torch.arange(1, size + 1, device=seeds.device) * GOLDEN_RATIO)
-    uniform = shift_right(bits, 33).float() * 2.0**-31  # 31 bits: fine steps near 0, where the smallest noise decides
+    uniform = shift_right(bits, 33).float() * 2.0**-31  # 31 bits: fine steps near 0, since the smallest noise wins
     return torch.log1p(-uniform.clamp_(2.0**-33, 1 - 2.0**-24)).neg_()  # never 0 and never infinite
 
 
@@ -27,5 +27,5 @@ def mix(x: Tensor) -> Tensor:
 
 
 def shift_right(x: Tensor, num_bits: int) -> Tensor:
-    """A logical shift: torch's would copy the sign bit."""
+    """A logical shift; torch's >> would copy the sign bit."""
     return (x >> num_bits) & ((1 << (64 - num_bits)) - 1)

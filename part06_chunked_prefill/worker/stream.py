@@ -1,4 +1,4 @@
-"""The model's side of the engine: steps run there one after the other while the scheduler goes on."""
+"""Where the model runs: steps are computed one after the other while the scheduler continues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StepHandle(Protocol):
     """A step that was launched."""
 
     def result(self) -> StepOutput:
-        """Wait for it. Raises what the step raised."""
+        """Wait for the step. Raises whatever it raised."""
         ...
 
 
@@ -31,19 +31,19 @@ class Stream(Protocol):
     """Where steps run: one at a time, in the order in which they were launched."""
 
     def launch(self, work: Work, finish: Finish) -> StepHandle:
-        """Returns at once, before the work is done. finish: makes plain data of what the work returns."""
+        """Returns at once, before the work is done. finish: turns the work's result into plain data."""
         ...
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """Run something else there, after everything that was launched before, and wait for it."""
+        """Run a function on the stream, after everything that was launched before, and wait for its result."""
         ...
 
 
 class ThreadStream:
-    """A CPU's stand-in for a CUDA stream: a thread that takes work from a queue. torch releases the GIL meanwhile.
+    """The CPU's counterpart of a CUDA stream: a thread that takes work from a queue. torch releases the GIL meanwhile.
 
-    Everything that computes runs on it, loading included. OpenMP keeps a worker pool per calling thread; with more
-    workers than cores they sleep instead of spinning, and a small step takes three times as long.
+    Everything that computes runs on it, including loading. OpenMP keeps a worker pool per calling thread; with more
+    workers than cores, they sleep instead of spinning, and a small step takes three times as long.
     """
 
     def __init__(self) -> None:
@@ -64,10 +64,10 @@ class ThreadStream:
 
 
 class CudaStream:
-    """Work goes to the device's current stream, its result to pinned memory; an event says when it has arrived.
+    """Work goes to the device's current stream, its result to pinned memory; an event shows when it has arrived.
 
-    It is the stream on which a step's inputs are copied. On another one the work would not wait for them, and their
-    memory could be reused for the next step while this one still reads it.
+    A step's inputs are copied on the same stream. On another stream, the work would not wait for the inputs, and their
+    memory could be reused for the next step while this step still reads it.
     """
 
     def __init__(self, device: str) -> None:
@@ -108,9 +108,12 @@ class CudaHandle:
 
 
 def to_cpu(value: Any) -> Any:
-    """Begin to copy a tensor, or all tensors of a dataclass, to pinned memory; an event says when they are complete."""
+    """Start copying a tensor, or all tensors of a dataclass or list, to pinned memory. An event shows when the copies
+    are complete."""
     if isinstance(value, Tensor):
         return value.to("cpu", non_blocking=True)
+    if isinstance(value, list):
+        return [to_cpu(item) for item in value]
     if not is_dataclass(value) or isinstance(value, type):
         return value
     return replace(value, **{spec.name: to_cpu(getattr(value, spec.name)) for spec in fields(value)})

@@ -1,4 +1,4 @@
-"""Paged attention as a Triton kernel: decodes and prompt chunks in one launch, reading the cache where it lies."""
+"""Paged attention as a Triton kernel: decodes and prompt chunks in one launch, reading the cache in place."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is Triton for Linux only; this module must import everywhere
+except ImportError:  # Triton exists only for Linux, but this module must import everywhere
     triton = None
 
 TILE_SIZE = 32  # tokens of the context that a program reads at once
-MAX_TILE_ROWS = {2: 64, 4: 32}  # by bytes a number: rows (token · head) that a program holds before registers spill
-MIN_DOT_SIZE = 16  # no side of a tl.dot may be shorter
+MAX_TILE_ROWS = {2: 64, 4: 32}  # by bytes per number: rows (token · head) per program before registers spill
+MIN_DOT_SIZE = 16  # the shortest side that tl.dot accepts
 
 
 def paged_attention(
     query: Tensor, kv_cache: Tensor, block_tables: Tensor, query_start_loc: Tensor, context_lens: Tensor,
     max_query_len: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of each sequence's new tokens over its cached context, whatever their number.
+    """Causal attention of each sequence's new tokens over its cached context, for any number of new tokens.
 
     PagedAttention (Kwon et al., 2023) over sequences laid end to end, as FlashAttention-2's varlen kernels take them
-    (Dao, 2023). The mask is aligned at the bottom right: of a sequence with q new tokens and a context of c, query i
-    stands at position c - q + i and sees the keys 0 to c - q + i.
+    (Dao, 2023). The mask is aligned at the bottom right: in a sequence with q new tokens and a context of c, query i
+    is at position c - q + i and sees keys 0 to c - q + i.
 
     query: [num_tokens, num_heads, head_dim]. kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim] of one
     layer, keys at 0 and values at 1, in any memory order that keeps a head's numbers side by side; the new tokens'
     are there already. block_tables: [num_seqs, max_blocks], int32; entries past a context's end are not read.
     query_start_loc: [num_seqs + 1], int32, where each sequence's queries begin. context_lens: [num_seqs], int32, the
     new tokens included. max_query_len: at least the longest sequence's number of new tokens; a number on the host, so
-    that a launch need not wait for the device. Returns query's shape and dtype; sums are kept in float32.
-    Raises RuntimeError where Triton is not installed.
+    a launch does not wait for the device. Returns query's shape and dtype; sums are kept in float32.
+    Raises RuntimeError if Triton is not installed.
     """
     if triton is None:
         raise RuntimeError(
@@ -49,7 +49,7 @@ def paged_attention(
     assert row_strides == (1, 1, 1, 1), f"rows must be contiguous, got strides of {row_strides}"
     query, output = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     max_rows = max(MAX_TILE_ROWS[query.element_size()], dot_size(group_size))
-    tile_rows = min(dot_size(max_query_len * group_size), max_rows)  # few where every sequence decodes
+    tile_rows = min(dot_size(max_query_len * group_size), max_rows)  # few if every sequence decodes
     grid = (len(context_lens), num_kv_heads, triton.cdiv(max_query_len, tile_rows // group_size))
     _paged_attention_kernel[grid](
         query, kv_cache, block_tables, query_start_loc, context_lens, output, scale, *kv_cache.stride()[:4],
@@ -60,7 +60,7 @@ def paged_attention(
 
 
 def dot_size(size: int) -> int:
-    """The length to which tl.dot wants a side padded: a power of two, at least MIN_DOT_SIZE."""
+    """The length that a side of tl.dot must be padded to: a power of two, at least MIN_DOT_SIZE."""
     return max(MIN_DOT_SIZE, triton.next_power_of_2(size))
 
 
@@ -75,7 +75,7 @@ def _paged_attention_kernel(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr, PADDED_HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One program for a sequence, a KV head and a tile of queries: every head of the group for a few tokens.
+    """One program per sequence, KV head and tile of queries: all heads of the group for a few tokens.
 
     Online softmax (Milakov and Gimelshein, 2018): after every tile of keys, `accumulator / total` is the attention
     over the keys so far; a larger maximum rescales both. Letters give the shapes: r(ow), k(ey), d(imension).
@@ -88,12 +88,12 @@ def _paged_attention_kernel(
     if first_token >= query_len:  # the grid is as deep as the longest sequence needs
         return
     num_past = tl.load(context_lens_ptr + seq) - query_len
-    # tiles past the diagonal are skipped; keys from num_keys on are not read, so that what lies there cannot leak
+    # tiles past the diagonal are skipped; keys from num_keys on are not read, so stale values cannot leak in
     num_keys = num_past + tl.minimum(first_token + TILE_TOKENS, query_len)
 
     r, k, d = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_SIZE), tl.arange(0, PADDED_HEAD_DIM)
-    tokens, is_dim = first_token + r // GROUP_SIZE, d[None, :] < HEAD_DIM  # a token's heads are neighbouring rows
-    is_row = (r < TILE_TOKENS * GROUP_SIZE) & (tokens < query_len)  # a group of 3 leaves one row of 64 over
+    tokens, is_dim = first_token + r // GROUP_SIZE, d[None, :] < HEAD_DIM  # a token's heads are neighboring rows
+    is_row = (r < TILE_TOKENS * GROUP_SIZE) & (tokens < query_len)  # a group of 3 leaves one row of 64 unused
     heads = ((query_start + tokens) * tl.num_programs(1) + kv_head) * GROUP_SIZE + r % GROUP_SIZE
     query_offsets, is_query = heads[:, None] * HEAD_DIM + d[None, :], is_row[:, None] & is_dim
     query = tl.load(query_ptr + query_offsets, mask=is_query, other=0.0)  # [r, d]
@@ -112,9 +112,9 @@ def _paged_attention_kernel(
         key = tl.load(key_ptr, mask=in_context[:, None] & is_dim, other=0.0)  # [k, d]
         value = tl.load(key_ptr + value_stride, mask=in_context[:, None] & is_dim, other=0.0)
 
-        # "ieee": a GPU would otherwise round float32 operands to TF32's 10 bits; for float16 and bfloat16 it is moot
+        # "ieee": a GPU would otherwise round float32 operands to TF32's 10 bits; no effect on float16 and bfloat16
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale  # [r, k], float32
-        is_visible = positions[None, :] <= (num_past + tokens)[:, None]  # key 0 always is: no row's maximum stays -inf
+        is_visible = positions[None, :] <= (num_past + tokens)[:, None]  # key 0 always is, so each maximum is finite
         scores = tl.where(is_visible, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         rescale = tl.exp(maximum - new_maximum)

@@ -1,1 +1,1 @@
-"""Speaks with clients: HTTP, text, streams. It knows no block and no tensor."""
+"""Talks to clients: HTTP, text, streams. It knows nothing about blocks and tensors."""

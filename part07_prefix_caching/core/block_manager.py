@@ -16,9 +16,9 @@ BlockHash = bytes
 class BlockManager:
     """A pool of KV blocks of block_size tokens each, and a block table for every request that holds some.
 
-    A full block is found by a hash of its tokens and of all tokens before them. Blocks are leased: ref_count says how
-    many block tables a block is in. When the last lease ends the block joins the free queue but stays findable until it
-    is needed for something else; a request that begins with the same tokens leases it again. After vLLM's
+    A full block is found by a hash of its tokens and all tokens before them. ref_count is the number of block tables
+    that a block is in. When it falls to 0, the block joins the free queue, but it can still be found until it is reused
+    for something else; until then, a request that begins with the same tokens takes it back. Modeled on vLLM's
     KVCacheManager and BlockPool.
 
     Position p of a request lives in block table[p // block_size] at offset p % block_size. After every call
@@ -28,7 +28,7 @@ class BlockManager:
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, hash_seed: int = 0
     ) -> None:
-        assert num_blocks >= 2, f"a pool of {num_blocks} blocks has none to hand out beside the null block"
+        assert num_blocks >= 2, f"a pool of {num_blocks} blocks has none to hand out besides the null block"
         self.num_blocks, self.block_size = num_blocks, block_size
         self.enable_prefix_caching, self.hash_seed = enable_prefix_caching, hash_seed
         self.pool = [KVBlock(block_id) for block_id in range(num_blocks)]
@@ -45,11 +45,11 @@ class BlockManager:
         return self.num_blocks - 1 - self.num_free_blocks
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold num_tokens tokens."""
+        """How many blocks it takes to hold num_tokens tokens."""
         return -(-num_tokens // self.block_size)
 
     def hash_blocks(self, request: Request) -> list[BlockHash]:
-        """The hashes of a request's full blocks, as far as its tokens are known. They are kept with the request."""
+        """The hashes of a request's full blocks, as far as its tokens are known. They are stored in the request."""
         hashes = request.block_hashes
         while (len(hashes) + 1) * self.block_size <= request.num_tokens:
             start = len(hashes) * self.block_size
@@ -58,13 +58,13 @@ class BlockManager:
         return hashes
 
     def _first_parent(self, cache_salt: str | None) -> BlockHash:
-        """The first block's parent. Through it the seed and the salt enter the hashes of all blocks."""
+        """The parent of the first block. Through it, the seed and the salt are part of the hashes of all blocks."""
         root = f"seed {self.hash_seed}" + ("" if cache_salt is None else f", salt {cache_salt}")
-        return hashlib.sha256(root.encode()).digest()  # not of a hash and a text: that could be another block's hash
+        return hashlib.sha256(root.encode()).digest()  # text alone: it cannot equal a block's input, hash + tokens
 
     def find_cached(self, request: Request) -> list[KVBlock]:
-        """The cached blocks of the longest prefix of the request's tokens, all tokens but the last at most: its logits
-        are needed."""
+        """The cached blocks of the longest cached prefix of the request's tokens. It never includes the last token,
+        because its logits are needed."""
         # exercise: find_cached
         found: list[KVBlock] = []
         if not self.enable_prefix_caching:
@@ -84,22 +84,22 @@ class BlockManager:
         # exercise: end
 
     def admit(self, request_id: str, num_tokens: int, cached: Sequence[KVBlock] = ()) -> bool:
-        """Give a new request a block table with room for num_tokens tokens. False, and nothing, if blocks are short.
+        """Give a new request a block table for num_tokens tokens. Returns False if there are not enough free blocks.
 
-        cached: what find_cached() found; the table begins with them.
+        cached: the blocks from find_cached(); the table begins with them.
         """
-        assert request_id not in self.block_tables, f"request {request_id} has a block table already"
+        assert request_id not in self.block_tables, f"request {request_id} already has a block table"
         # exercise: admit
         if self.num_blocks_needed(num_tokens, cached) > self.num_free_blocks:
             return False
-        for block in cached:  # before new ones are taken, or one of these might be among them
+        for block in cached:  # before new blocks are taken: one of these could be among them
             self._lease(block)
         self.block_tables[request_id] = [block.block_id for block in cached]
         return self.grow(request_id, num_tokens)
         # exercise: end
 
     def grow(self, request_id: str, num_tokens: int) -> bool:
-        """Append the blocks a request lacks to hold num_tokens tokens: all of them, or none and False."""
+        """Append the blocks a request lacks for num_tokens tokens. If too few are free, append none, return False."""
         table = self.block_tables[request_id]
         num_new = self.num_blocks_for(num_tokens) - len(table)
         if num_new > self.num_free_blocks:
@@ -112,9 +112,9 @@ class BlockManager:
         return True
 
     def cache_full_blocks(self, request: Request, num_tokens: int) -> None:
-        """Make the full blocks among a request's first num_tokens tokens findable.
+        """Make the full blocks of a request's first num_tokens tokens findable.
 
-        Of two blocks with the same content, the first stays the one that is found.
+        If two blocks have the same content, only the first one can be found.
         """
         # exercise: cache_full_blocks
         if not self.enable_prefix_caching:
@@ -129,10 +129,10 @@ class BlockManager:
         # exercise: end
 
     def free(self, request_id: str) -> None:
-        """End a request's leases. It is no error if it holds none.
+        """Release a request's blocks. Does nothing if it has none.
 
-        The last block is freed first, so that of a shared prefix the end is evicted before the beginning. Blocks that
-        cannot be found are used again before those that can.
+        The last block is freed first, so that the end of a shared prefix is evicted before its beginning. Blocks that
+        cannot be found are reused before those that can.
         """
         # exercise: free
         for block_id in reversed(self.block_tables.pop(request_id, [])):
@@ -146,19 +146,20 @@ class BlockManager:
         # exercise: end
 
     def uncache(self, block: KVBlock) -> None:
-        """The block's content is about to be lost: it cannot be found any more. Every eviction passes through here."""
+        """Make a block unfindable: its content is about to be overwritten. Every eviction goes through here."""
         if block.block_hash is not None:
             del self.cached_blocks[block.block_hash]
             block.block_hash = None
 
     def reset(self) -> None:
-        """Take back all blocks of all requests, and uncache every block."""
+        """Free all blocks of all requests, and uncache every block."""
         for request_id in list(self.block_tables):
             self.free(request_id)
         for block in list(self.cached_blocks.values()):
             self.uncache(block)
 
     def _lease(self, block: KVBlock) -> None:
+        """Add a lease: the block is in one more block table. A free block leaves the free queue."""
         if block.ref_count == 0:
             self.free_queue.remove(block)
         block.ref_count += 1

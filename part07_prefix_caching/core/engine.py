@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. What was computed once is found again."""
+"""The engine: requests in, tokens out. KV blocks that were computed before are reused."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class StepInFlight:
 class LLMEngine:
     """Continuous batching that runs one step ahead of its results.
 
-    add_request() queues, step() launches a forward pass and returns the tokens of the one before it, abort_requests()
-    removes requests wherever they are. It knows tokens only; OutputProcessor turns them into text.
-    num_failures: failed steps since the last good one.
+    add_request() queues a request, step() launches a forward pass and returns the tokens of the previous one,
+    abort_requests() removes requests wherever they are. The engine handles only tokens; OutputProcessor turns them into
+    text. num_failures: failed steps since the last successful one.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -76,16 +76,16 @@ class LLMEngine:
         self.scheduler.add_request(Request(request_id, prompt_token_ids, params, max_num_tokens))
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Remove requests and free their blocks. An id that is not there is no error."""
+        """Remove requests and free their blocks. Unknown ids are ignored."""
         request_ids = list(request_ids)
         self.unfinished.difference_update(request_ids)
         self.tracer.aborted += [request.request_id for request in self.scheduler.abort(request_ids)]
 
     def fail(self, error: Exception) -> list[EngineCoreOutput]:
-        """After a step has raised: drop the steps in flight, end every request with the cause, and start with an empty
-        pool."""
+        """Call this after a step has raised: the steps in flight are dropped, every request ends with the error, and
+        all blocks are free again."""
         for step in self.in_flight:
-            with contextlib.suppress(Exception):  # one cause is enough
+            with contextlib.suppress(Exception):  # one error is enough
                 step.handle.result()
         self.in_flight.clear()
         self.num_failures += 1
@@ -96,19 +96,19 @@ class LLMEngine:
         return [EngineCoreOutput(request_id, [], error=cause) for request_id in request_ids]
 
     def reset_prefix_cache(self) -> bool:
-        """Uncache all blocks. False, and nothing happens, while requests are in the engine."""
+        """Uncache all blocks. While requests are in the engine, do nothing and return False."""
         if self.scheduler.has_unfinished_requests:
             return False
         try:
             while self.in_flight:  # a step whose requests have all ended
                 self._update(self.in_flight.popleft())
         except Exception as error:
-            self.fail(error)  # there is no request left that could end with it
+            self.fail(error)  # no request is left to report it to
         self.blocks.reset()
         return True
 
     def step(self) -> list[EngineCoreOutput]:
-        """Launch a step, then wait for the one before it. Returns that one's tokens: none, the first time."""
+        """Launch a step, then wait for the previous one. Returns the previous step's tokens: none the first time."""
         self.tracer.begin()
         scheduled = self.scheduler.schedule()
         if scheduled.requests:
@@ -123,10 +123,12 @@ class LLMEngine:
         return StepInFlight(scheduled, handle, self.tracer.launched(scheduled))
 
     def _update(self, step: StepInFlight) -> list[EngineCoreOutput]:
-        """Wait for a step and append its tokens. Requests that end leave at once."""
+        """Wait for a step and append its tokens. Requests that end leave the batch at once."""
         output = step.handle.result()
         self.num_failures = 0
         self.tracer.executed(step.trace, output)
+        for found in output.prompt_logprobs:
+            step.scheduled.requests[found.index].add_prompt_logprobs(found.position, found.logprobs)
         results = zip(step.scheduled.sampled_requests, output.token_ids, output.logprobs, strict=True)
         outputs = [appended for result in results if (appended := self._append(*result))]
         self.tracer.updated(step.trace, outputs)
@@ -134,7 +136,7 @@ class LLMEngine:
         return outputs
 
     def _append(self, request: Request, token_id: int, logprobs: dict[int, Logprob] | None) -> EngineCoreOutput | None:
-        """Replace a placeholder by its token. None if the request has ended meanwhile: the token came too late."""
+        """Replace a placeholder with its token. Returns None if the request has ended: then the token is dropped."""
         request.num_output_placeholders -= 1
         if request.status.is_finished:
             return None
@@ -145,5 +147,6 @@ class LLMEngine:
         return EngineCoreOutput(
             request_id=request.request_id, token_ids=[token_id], finish_reason=request.finish_reason,
             stop_reason=request.stop_reason, logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=request.take_prompt_logprobs(),
             num_cached_tokens=request.num_cached_tokens if len(request.output_token_ids) == 1 else None,
         )  # fmt: skip

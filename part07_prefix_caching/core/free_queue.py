@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class KVBlock:
-    """A block of the pool. ref_count: its leases. block_hash: under which it is found, or None.
+    """A block of the pool. ref_count: how many block tables it is in. block_hash: the hash that finds it, or None.
 
     previous, next: its neighbors in the free queue, None while it is in use.
     """
@@ -23,8 +23,8 @@ class KVBlock:
 class FreeBlockQueue:
     """A doubly linked list whose links are in the blocks themselves (vLLM's FreeKVCacheBlockQueue).
 
-    A cached block that is found again leaves from the middle, which a deque could only do by searching. The first block
-    is reused next.
+    A cached block that is found again leaves from the middle of the queue; a deque would have to search for it. The
+    first block is reused next.
     """
 
     def __init__(self, blocks: Iterable[KVBlock]) -> None:
@@ -53,13 +53,13 @@ class FreeBlockQueue:
 
     @property
     def first(self) -> KVBlock:
-        """The block that has been free for the longest time."""
+        """The block that is reused next."""
         block = self._head.next
         assert block is not None and block is not self._tail, "no block is free"
         return block
 
     def remove(self, block: KVBlock) -> None:
-        """Take a block out, wherever it is, in constant time."""
+        """Remove a block from anywhere in the queue, in constant time."""
         # exercise: remove
         assert block.previous is not None and block.next is not None, f"block {block.block_id} is not free"
         block.previous.next, block.next.previous = block.next, block.previous
@@ -68,6 +68,6 @@ class FreeBlockQueue:
         # exercise: end
 
     def _link(self, before: KVBlock, block: KVBlock, after: KVBlock) -> None:
-        assert block.previous is None and block.next is None, f"block {block.block_id} is free already"
+        assert block.previous is None and block.next is None, f"block {block.block_id} is already free"
         before.next, block.previous, block.next, after.previous = block, before, after, block
         self._num_blocks += 1

@@ -1,4 +1,4 @@
-"""What --trace writes: one line a step, in the schema of common.trace."""
+"""What --trace writes: one line per step, in the schema of common.trace."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class StepTracer:
         self._writer.write(trace)
 
     def close(self) -> None:
-        """Write what is left. Nothing is traced afterwards."""
+        """Write the remaining steps and stop tracing."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

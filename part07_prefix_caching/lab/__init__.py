@@ -1,1 +1,1 @@
-"""What only the demo and the benchmark use."""
+"""Code that only the demo and the benchmark use."""

@@ -70,7 +70,7 @@ class RadixTree:
         self._add_locks(node, -1)
 
     def evict(self, num_blocks: int) -> list[int]:
-        """Evict at least num_blocks blocks, or all unlocked ones. A parent that loses its last child is a leaf."""
+        """Evict at least num_blocks blocks, or all unlocked ones. A parent that loses its last child becomes a leaf."""
         leaves = [(node.last_used, id(node), node) for node in self._nodes() if _is_evictable(node)]
         heapq.heapify(leaves)
         evicted: list[int] = []

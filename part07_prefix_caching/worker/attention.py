@@ -15,9 +15,9 @@ from .kv_cache import KVCache
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What attention has to know about a step's batch; the same for all layers.
+    """What attention needs to know about a step's batch; the same for all layers.
 
-    slot_mapping: [num_tokens], where each token's key and value go.
+    slot_mapping: [num_tokens], the slot for each token's key and value.
     block_tables: [num_seqs, max_blocks], int32; entries past a context's end are padding.
     query_start_loc: [num_seqs + 1], int32, where each sequence begins in the flattened batch, and where the last ends.
     context_lens: [num_seqs], int32, tokens of each sequence in the cache, this step's included.
@@ -32,9 +32,9 @@ class AttentionMetadata:
 
 
 class PagedAttention:
-    """attend() for DecoderModel: writes a step's keys and values to the cache, then attends to what it holds.
+    """attend() for DecoderModel: writes a step's keys and values to the cache, then attends to the cached context.
 
-    Decodes and chunks are the same to it: a few queries at the end of a context that is read through a block table.
+    Decodes and chunks are handled alike: a few queries at the end of a context that is read through a block table.
     """
 
     def __init__(self, kv_cache: KVCache, scale: float, backend: str) -> None:
@@ -57,7 +57,7 @@ def reference_attention(
     query: Tensor, kv_cache: Tensor, block_tables: Tensor, query_start_loc: Tensor, context_lens: Tensor,
     max_query_len: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """What every kernel computes: the last tokens of each sequence attend to its context, each up to itself.
+    """What every kernel computes: the last tokens of each sequence attend to its context, each token up to itself.
 
     query: [num_tokens, num_heads, head_dim]; kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim]; the others
     as in AttentionMetadata. Returns query's shape. Slow: a loop over the sequences.
@@ -78,7 +78,7 @@ def reference_attention(
 
 @lru_cache(maxsize=4)  # the same for all layers of a step
 def causal_mask(num_queries: int, context_len: int, device: torch.device) -> Tensor:
-    """Which positions each query sees, if the queries are the last tokens of the context: all up to its own.
+    """Which positions each query sees if the queries are the last tokens of the context: all positions up to its own.
 
     Returns [num_queries, context_len], bool: a triangle aligned at the bottom right.
     """
@@ -87,7 +87,7 @@ def causal_mask(num_queries: int, context_len: int, device: torch.device) -> Ten
 
 
 def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
-    """The function that computes attention, compiled and ready. Only what is used gets imported."""
+    """The function that computes attention, compiled and ready. Only the chosen backend is imported."""
     if name == "torch":
         return reference_attention
     if name == "triton":
@@ -102,7 +102,7 @@ def load_backend(name: str, kv_cache: KVCache) -> Callable[..., Tensor]:
 
 
 def choose_backend(name: str, device: str, dtype: torch.dtype) -> str:
-    """auto: Triton on a GPU, Numba on a CPU, except for float16, which it does not have."""
+    """auto: Triton on a GPU, Numba on a CPU, except for float16, which Numba does not support."""
     if name != "auto":
         return name
     if device.startswith("cuda"):

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from common.sampling_params import SamplingParams
 
-from ..messages import NewRequest
+from ..messages import NULL_BLOCK, NewRequest
 
 
 class RequestStates:
-    """A row for each request in the batch (vLLM's persistent batch), so that a step has to name only what is new.
+    """A row for each request in the batch (vLLM's persistent batch), so that a step only has to contain what is new.
 
-    block_tables: [max_num_seqs, max_blocks], int32, on the CPU; of row i the first num_blocks[i] entries count.
-    Nothing is erased when a request leaves: the next one in its row begins anew.
+    block_tables: [max_num_seqs, max_blocks], int32, on the CPU; in row i, the first num_blocks[i] entries are valid.
+    Nothing is erased when a request leaves: add() resets the row for the next request.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
@@ -26,8 +26,9 @@ class RequestStates:
         self.params = [SamplingParams()] * max_num_seqs
 
     def add(self, new: NewRequest) -> None:
-        """A request takes over a row."""
+        """Assign a row to a new request."""
         self.num_blocks[new.row] = 0
+        self.block_tables[new.row] = NULL_BLOCK  # what follows a table is padding
         self.num_prompt_tokens[new.row] = new.num_prompt_tokens
         self.params[new.row] = new.params
 
@@ -38,6 +39,6 @@ class RequestStates:
             self.block_tables[row, start : self.num_blocks[row]] = torch.tensor(block_ids, dtype=torch.int32)
 
     def tables(self, rows: list[int]) -> Tensor:
-        """Block tables of some rows, as wide as the longest: [len(rows), max_blocks], int32. A copy."""
+        """A copy of the block tables of some rows, as wide as the longest: [len(rows), max_blocks], int32."""
         width = max((self.num_blocks[row] for row in rows), default=0)
         return self.block_tables[rows, :width]

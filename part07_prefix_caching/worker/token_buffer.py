@@ -9,9 +9,9 @@ from .device import to_device
 
 
 class TokenBuffer:
-    """data [max_num_seqs, max_model_len]: all tokens of all requests in the batch, a row each.
+    """data [max_num_seqs, max_model_len]: all tokens of all requests in the batch, one row per request.
 
-    A step reads its input tokens here, and the tokens it samples are written here, so they need not go to the scheduler
+    A step reads its input tokens here and writes its sampled tokens here, so they do not have to go to the scheduler
     and back (vLLM's request states, mini-sglang's token pool). A flat index is row · max_model_len + position.
     """
 
@@ -23,7 +23,7 @@ class TokenBuffer:
         return row * self.max_model_len + position
 
     def fill(self, row: int, token_ids: list[int]) -> None:
-        """Write the tokens with which a request joins the batch."""
+        """Write the tokens that a request has when it joins the batch."""
         self.data[row, : len(token_ids)] = to_device(token_ids, self.device)
 
     def read(self, indices: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The engine as the API process sees it: requests go to the core's process, tokens come back and become text here."""
+"""The engine in the API process: requests go to the core's process, tokens come back and are turned into text here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .output_processor import OutputProcessor
 
 
 class RequestStream:
-    """One request: `async for` over its outputs as they arrive. A caller that stops early calls AsyncLLM.abort.
+    """One request: read its outputs with `async for` as they arrive. To stop early, call AsyncLLM.abort.
 
     Outputs that arrive while the reader is busy are joined, so at most one waits (vLLM's RequestOutputCollector).
     """
@@ -41,7 +41,7 @@ class RequestStream:
         self._arrived = asyncio.Event()
 
     def put(self, output: CompletionOutput | GenerationError) -> None:
-        """Pass an output on. Called on the event loop."""
+        """Pass an output to the reader. Called on the event loop."""
         if isinstance(output, GenerationError):
             self._error = output
         else:
@@ -64,13 +64,14 @@ class RequestStream:
 class AsyncLLM:
     """LLMEngine in another process. Implements common.serving.ServingEngine.
 
-    All of it runs on the event loop, so there is nothing to lock. cause_of_death: why no request can succeed any more,
-    or None. Raises FieldError or OSError if the core cannot start.
+    Everything here runs on the event loop, so it needs no locks. cause_of_death: why no request can succeed anymore, or
+    None. Raises FieldError or OSError if the core cannot start.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.model_name, self.device, self.block_size = config.model, config.device, config.block_size
-        self.tokenizer = load_tokenizer(resolve_checkpoint(config.model))
+        checkpoint = resolve_checkpoint(config.model)
+        self.tokenizer, self.default_sampling = load_tokenizer(checkpoint), checkpoint.default_sampling
         self.processor = OutputProcessor(self.tokenizer)
         self.core = CoreClient(config)
         self.limits, self.num_kv_blocks = self.core.ready.limits, self.core.ready.num_kv_blocks
@@ -81,7 +82,7 @@ class AsyncLLM:
         self._streams: dict[str, RequestStream] = {}  # of all unfinished requests
         self._request_ids = map(str, itertools.count())
         self._stats = self.core.ready.stats
-        self._resets: deque[asyncio.Future[bool]] = deque()  # questions to the core, in the order of its answers
+        self._resets: deque[asyncio.Future[bool]] = deque()  # answers that the core has not sent yet, in order
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -99,7 +100,7 @@ class AsyncLLM:
             raise GenerationError(self.cause_of_death)
         if len(self._streams) >= self.max_num_unfinished:
             limit = "max_num_seqs + max_queued_requests"
-            raise QueueFullError(f"{len(self._streams)} requests are unfinished ({limit}), try again later")
+            raise QueueFullError(f"{len(self._streams)} requests are unfinished (limit: {limit}), try again later")
         stream = RequestStream(next(self._request_ids))
         self._streams[stream.request_id] = stream
         self.processor.add_request(stream.request_id, prompt_token_ids, params)
@@ -107,13 +108,13 @@ class AsyncLLM:
         return stream
 
     def abort(self, stream: RequestStream) -> None:
-        """Drop a request. It leaves before the next step. It is no error if it has ended."""
+        """Abort a request. It leaves the engine before the next step. Does nothing if the request has ended."""
         if self._streams.pop(stream.request_id, None) is not None:
             self.processor.remove([stream.request_id])
             self._tell_core_to_abort([stream.request_id])
 
     async def reset_prefix_cache(self) -> bool:
-        """Uncache all blocks. False, and nothing happens, while requests are in the engine.
+        """Uncache all blocks. While requests are in the engine, do nothing and return False.
 
         Raises GenerationError if the core is dead.
         """
@@ -125,7 +126,7 @@ class AsyncLLM:
         return await answer
 
     def shutdown(self) -> None:
-        """End the core's process. Unfinished requests get an error. Not called on the event loop's thread."""
+        """Stop the core's process. Unfinished requests get an error. Must not be called on the event loop's thread."""
         if self._loop is not None and self._loop.is_running():
             told = threading.Event()
             self._loop.call_soon_threadsafe(self._die, "the server is shutting down", told)
@@ -143,7 +144,7 @@ class AsyncLLM:
                 case EngineCoreDead():
                     self._die(f"the engine core has ended: {message.cause}")
                 case PrefixCacheReset():
-                    if not (answer := self._resets.popleft()).done():  # the caller may have gone
+                    if not (answer := self._resets.popleft()).done():  # the caller may be gone
                         answer.set_result(message.was_reset)
                 case EngineCoreOutputs():
                     self._stats = message.stats
@@ -171,7 +172,7 @@ class AsyncLLM:
             self.core.send(AbortRequests(request_ids))
 
     def _die(self, cause: str, told: threading.Event | None = None) -> None:
-        """No request can succeed any more: open ones get the cause as their error."""
+        """From now on, no request can succeed: all open requests get the cause as their error."""
         if self.cause_of_death is None:
             assert self._loop is not None, "start() was called"
             self.core.unwatch(self._loop)

@@ -1,4 +1,4 @@
-"""OpenAI's API over the engine. From part 3 on the app itself is common's."""
+"""OpenAI's API over the engine. From part 3 on, the app itself is common.openai_app."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .async_engine import AsyncLLM
 
 
 def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
-    """The engine starts and ends with the app. Beside OpenAI's API there is POST /reset_prefix_cache, as in vLLM."""
+    """The engine starts and ends with the app. Besides OpenAI's API, there is POST /reset_prefix_cache, as in vLLM."""
     app = create_openai_app(engine, AppOptions.from_config(config))
 
     async def reset_prefix_cache(request: Request) -> JSONResponse:

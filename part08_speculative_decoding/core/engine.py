@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. A step may bring a request several tokens."""
+"""The engine: requests in, tokens out. A step may produce several tokens for a request."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class StepInFlight:
 class LLMEngine:
     """Continuous batching that runs one step ahead of its results.
 
-    add_request() queues, step() launches a forward pass and returns the tokens of the one before it, abort_requests()
-    removes requests wherever they are. It knows tokens only; OutputProcessor turns them into text.
-    num_failures: failed steps since the last good one.
+    add_request() queues a request, step() launches a forward pass and returns the tokens of the previous one,
+    abort_requests() removes requests wherever they are. The engine handles only tokens; OutputProcessor turns them into
+    text. num_failures: failed steps since the last successful one.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -77,16 +77,16 @@ class LLMEngine:
         self.scheduler.add_request(Request(request_id, prompt_token_ids, params, max_num_tokens))
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Remove requests and free their blocks. An id that is not there is no error."""
+        """Remove requests and free their blocks. Unknown ids are ignored."""
         request_ids = list(request_ids)
         self.unfinished.difference_update(request_ids)
         self.tracer.aborted += [request.request_id for request in self.scheduler.abort(request_ids)]
 
     def fail(self, error: Exception) -> list[EngineCoreOutput]:
-        """After a step has raised: drop the steps in flight, end every request with the cause, and start with an empty
-        pool."""
+        """Call this after a step has raised: the steps in flight are dropped, every request ends with the error, and
+        all blocks are free again."""
         for step in self.in_flight:
-            with contextlib.suppress(Exception):  # one cause is enough
+            with contextlib.suppress(Exception):  # one error is enough
                 step.handle.result()
         self.in_flight.clear()
         self.num_failures += 1
@@ -97,20 +97,20 @@ class LLMEngine:
         return [EngineCoreOutput(request_id, [], error=cause) for request_id in request_ids]
 
     def reset_prefix_cache(self) -> bool:
-        """Uncache all blocks. False, and nothing happens, while requests are in the engine."""
+        """Uncache all blocks. While requests are in the engine, do nothing and return False."""
         if self.scheduler.has_unfinished_requests:
             return False
         try:
             while self.in_flight:  # a step whose requests have all ended
                 self._update(self.in_flight.popleft())
         except Exception as error:
-            self.fail(error)  # there is no request left that could end with it
+            self.fail(error)  # no request is left to report it to
         self.blocks.reset()
         return True
 
     def step(self) -> list[EngineCoreOutput]:
-        """Launch a step, then wait for the one before it, or the other way round if the new step depends on that one's
-        tokens. Returns what was waited for: nothing, the first time."""
+        """Launch a step, then wait for the previous one, or the other way round if the new step depends on the previous
+        step's tokens. Returns the tokens of the step that was waited for: none the first time."""
         outputs = []
         if self.in_flight and not self.scheduler.can_run_ahead():
             outputs = self._update(self.in_flight.popleft())
@@ -129,10 +129,12 @@ class LLMEngine:
         return StepInFlight(scheduled, handle, self.tracer.launched(scheduled))
 
     def _update(self, step: StepInFlight) -> list[EngineCoreOutput]:
-        """Wait for a step and append its tokens. Requests that end leave at once."""
+        """Wait for a step and append its tokens. Requests that end leave the batch at once."""
         output = step.handle.result()
         self.num_failures = 0
         self.tracer.executed(step.trace, output)
+        for found in output.prompt_logprobs:
+            step.scheduled.requests[found.index].add_prompt_logprobs(found.position, found.logprobs)
         sampled = [pair for pair in step.scheduled.pairs if pair[1].is_sampled]
         outputs = [
             appended
@@ -145,7 +147,7 @@ class LLMEngine:
     def _append(
         self, request: Request, share: ScheduledRequest, output: StepOutput, index: int
     ) -> EngineCoreOutput | None:
-        """Replace a request's placeholders by its tokens. None if it has ended meanwhile: they came too late.
+        """Replace a request's placeholders with its tokens. Returns None if it has ended: then they are dropped.
 
         share: what it computed in the step; index: where its results are in the output.
         """
@@ -154,21 +156,22 @@ class LLMEngine:
         if request.status.is_finished:
             return None
         self.speculation.verified(request, num_drafts, len(token_ids) - 1)
-        if request.status is RequestStatus.RUNNING:  # else it was preempted, and computes everything again
-            request.num_computed_tokens -= 1 + num_drafts - len(token_ids)  # without the rejected draft tokens
+        if request.status is RequestStatus.RUNNING:  # else it was preempted and will be computed again
+            request.num_computed_tokens -= 1 + num_drafts - len(token_ids)  # minus rejected draft tokens
             request.draft_token_ids = output.draft_token_ids[index]
-            request.num_pending_drafts -= share.num_next_drafts  # a later step may propose as well
+            request.num_pending_drafts -= share.num_next_drafts  # a later step may propose some too
         is_first = not request.output_token_ids
         token_ids = self._append_until_stop(request, token_ids)
         logprobs = output.logprobs[index]
         return EngineCoreOutput(
             request_id=request.request_id, token_ids=token_ids, finish_reason=request.finish_reason,
             stop_reason=request.stop_reason, logprobs=None if logprobs is None else logprobs[: len(token_ids)],
+            prompt_logprobs=request.take_prompt_logprobs(),
             num_cached_tokens=request.num_cached_tokens if is_first else None,
         )  # fmt: skip
 
     def _append_until_stop(self, request: Request, token_ids: list[int]) -> list[int]:
-        """Append tokens one by one, and drop those after one that ends the request. Returns the appended ones."""
+        """Append tokens until one of them ends the request, and drop the rest. Returns the appended tokens."""
         # exercise: append
         for num_appended, token_id in enumerate(token_ids, start=1):
             request.output_token_ids.append(token_id)

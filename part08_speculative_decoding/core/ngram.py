@@ -1,4 +1,4 @@
-"""N-gram lookup: the text so far proposes what followed the last time it read like this."""
+"""N-gram lookup: find the text's last few tokens earlier in the text, and propose the tokens that followed them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class NgramIndex:
-    """Where each run of min_n to max_n tokens of a text was first followed by another token. It grows with the text.
+    """For each run of min_n to max_n tokens in a growing text: the position that followed its first occurrence.
 
     Prompt lookup (Saxena, 2023; vLLM's NgramProposer): it costs almost nothing, and is right where text repeats.
     """
@@ -27,7 +27,7 @@ class NgramIndex:
         # exercise: end
 
     def propose(self, num_tokens: int) -> list[int]:
-        """Up to num_tokens tokens that followed the first occurrence of the longest known run that ends the text."""
+        """Up to num_tokens tokens: those after the first occurrence of the longest run that the text also ends with."""
         # exercise: propose
         for n in range(min(self.max_n, len(self.token_ids)), self.min_n - 1, -1):
             position = self._next.get(tuple(self.token_ids[-n:]))

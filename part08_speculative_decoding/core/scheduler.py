@@ -1,4 +1,4 @@
-"""Which requests compute how many tokens in the next step: decided anew before every step."""
+"""Decides before every step which requests compute how many tokens in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .speculation import Speculation
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: what the worker is told, the requests it is about, in the same order, and those preempted for it."""
+    """One step: the worker's input, its requests in the same order, and the requests that were preempted for it."""
 
     step: StepInput
     requests: list[Request]
@@ -34,12 +34,12 @@ class SchedulerOutput:
 class Scheduler:
     """Iteration-level scheduling (Orca, 2022), with vLLM's rules.
 
-    There is no prefill phase and no decode phase: a request's num_computed_tokens chases its num_tokens. A decode has
-    one token to compute, a new request its whole prompt, a preempted one everything. All share the step's token budget:
-    first all decodes, then chunks of the prompts that have begun, then new requests from the head of the queue, while
-    max_num_seqs and blocks allow it (Sarathi-Serve, 2024).
+    There is no prefill phase and no decode phase: num_computed_tokens of a request catches up with its num_tokens. A
+    decode has one token to compute, a new request its whole prompt, a preempted request all its tokens. All share the
+    step's token budget: first all decodes, then chunks of the prompts that have begun, then new requests from the head
+    of the queue, as long as max_num_seqs and free blocks allow it (Sarathi-Serve, 2024).
 
-    A step may be scheduled while the one before still runs: its tokens are unknown, but their number is known.
+    A step may be scheduled while the previous one runs: that step's tokens are not known yet, but their number is.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Scheduler:
         enable_chunked_prefill: bool = True, long_prefill_token_threshold: int = 0,
         speculation: Speculation | None = None, watermark: float = 0.01,
     ) -> None:  # fmt: skip
-        assert max_num_batched_tokens >= max_num_seqs, "a step must have room for a token of each request"
+        assert max_num_batched_tokens >= max_num_seqs, "a step must have room for one token of each request"
         self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
         self.enable_chunked_prefill = enable_chunked_prefill
         self.long_prefill_token_threshold = long_prefill_token_threshold
@@ -67,7 +67,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> SchedulerOutput:
-        """Give out this step's tokens, and the blocks they need."""
+        """Assign this step's tokens to requests, and allocate the blocks they need."""
         output = SchedulerOutput(StepInput([], []), [], [])
         self._schedule_running(output)
         if not output.preempted:  # after a preemption, admit no new requests
@@ -75,10 +75,10 @@ class Scheduler:
         return output
 
     def can_run_ahead(self) -> bool:
-        """Whether a step can be scheduled while the one before is in flight.
+        """Whether a step can be scheduled while the previous one is in flight.
 
-        Not if a request has draft tokens in flight, gets some from that step, or finds some in what is known: its next
-        position depends on how many are accepted.
+        Not if a request has draft tokens in flight, will get some from that step, or finds some by n-gram lookup: its
+        next position depends on how many are accepted.
         """
         return not any(
             request.num_output_placeholders > 1 or request.num_pending_drafts or self._look_up_drafts(request)
@@ -86,14 +86,14 @@ class Scheduler:
         )
 
     def _schedule_running(self, output: SchedulerOutput) -> None:
-        """A token for every decode; then chunks, whose blocks were allocated at admission, for what is left."""
+        """One token for every decode; then chunks from the rest of the budget. Their blocks were allocated already."""
         prefills = []
         num_spare = self.max_num_batched_tokens - len(self.running)  # budget for draft tokens
         for request in list(self.running):
             if request.status is RequestStatus.PREEMPTED:
-                break  # and so are all that follow
+                break  # so are all requests after it
             if request.num_expected_tokens >= request.max_num_tokens:
-                continue  # a step in flight brings its last token
+                continue  # a step in flight produces its last token
             if request.num_new_tokens > 1:
                 prefills.append(request)
                 continue
@@ -101,14 +101,14 @@ class Scheduler:
             if self._grow_or_preempt(request, output):
                 num_spare -= len(drafts)
                 self._add(request, 1 + len(drafts), output, drafts)
-        for request in prefills:  # none was preempted: a decode preempts itself before a request that is ahead of it
+        for request in prefills:  # none was preempted: a decode preempts only itself or requests behind it
             if num_tokens := self._chunk_size(request.num_new_tokens, output):
                 self._add(request, num_tokens, output)
 
     def _grow_or_preempt(self, request: Request, output: SchedulerOutput) -> bool:
         """Give a request the block that its newest token may need. While none is free, preempt the latest request.
 
-        False if that was the request itself.
+        Returns False if that was the request itself.
         """
         while not self.blocks.grow(request.request_id, request.num_expected_tokens):
             victim = self.running[-1]
@@ -119,16 +119,16 @@ class Scheduler:
         return True
 
     def _choose_drafts(self, request: Request, num_spare: int) -> list[int]:
-        """The draft tokens that a decode verifies in this step: at most num_spare, and as blocks are free for them."""
+        """The draft tokens that a decode verifies in this step: at most num_spare, and none if blocks are short."""
         drafts, request.draft_token_ids = request.draft_token_ids, []
         if not request.num_output_placeholders:
             drafts = drafts or self._look_up_drafts(request)
-        num_room = request.max_num_tokens - request.num_tokens - 1  # the last token of all is not proposed
+        num_room = request.max_num_tokens - request.num_tokens - 1  # the answer's last token is not proposed
         drafts = drafts[: max(0, min(num_spare, num_room))]
         return drafts if drafts and self._allocate_draft_slots(request, len(drafts)) else []
 
     def _look_up_drafts(self, request: Request) -> list[int]:
-        """What n-gram lookup proposes for a decode that is not at its last token."""
+        """Draft tokens from n-gram lookup, for a decode that has more than one token to go."""
         is_last = request.num_expected_tokens + 1 >= request.max_num_tokens
         if self.speculation is None or request.num_new_tokens > 1 or is_last:
             return []
@@ -144,8 +144,8 @@ class Scheduler:
         return num_tokens if has_slots else 0
 
     def _allocate_draft_slots(self, request: Request, num_tokens: int) -> bool:
-        """Blocks for this many tokens after the last expected one. A draft token preempts nobody: it takes a block only
-        if one is left for each other running request."""
+        """Allocate blocks for num_tokens tokens after the last expected one. Draft tokens never cause a preemption:
+        they take a block only if one stays free for each other running request."""
         num_tokens += request.num_expected_tokens
         return self.blocks.grow(request.request_id, num_tokens, num_reserved=len(self.running) - 1)
 
@@ -154,8 +154,9 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_output_placeholders:
-                break  # it was preempted, and a step in flight brings it a token first
-            cached = self.blocks.find_cached(request)
+                break  # it was preempted, and first gets a token from a step in flight
+            # A request that still needs prompt logprobs cannot use hits: the logits of cached tokens are not computed.
+            cached = self.blocks.find_cached(request) if request.prompt_logprobs is None else []
             num_cached_tokens = len(cached) * self.blocks.block_size
             num_tokens = self._chunk_size(request.num_tokens - num_cached_tokens, output)
             if not num_tokens or not self._admit(request, cached):
@@ -164,7 +165,7 @@ class Scheduler:
             self._add(request, num_tokens, output)
 
     def _chunk_size(self, num_new_tokens: int, output: SchedulerOutput) -> int:
-        """How many of its new tokens a request may compute in this step; 0 if there is no room for it."""
+        """How many of its new tokens a request may compute in this step; 0 if the budget has no room for it."""
         budget = self.max_num_batched_tokens - output.total_num_scheduled_tokens
         if not self.enable_chunked_prefill:
             return num_new_tokens if num_new_tokens <= budget else 0
@@ -173,9 +174,9 @@ class Scheduler:
     def _admit(self, request: Request, cached: list[KVBlock]) -> bool:
         """Allocate a waiting request's blocks, unless that would leave fewer free blocks than the watermark.
 
-        It gets blocks for all its tokens, though the step may compute only some: a prompt admitted with the blocks of
-        its first chunk would find the pool full half-way. Without the watermark a request is admitted into the last
-        blocks and preempted one step later. A request that would run alone is exempt: it takes nothing from others.
+        It gets blocks for all its tokens, even if the step computes only some: a prompt with blocks for only its first
+        chunk could find the pool full halfway. Without the watermark, a request is admitted into the last blocks and
+        preempted one step later. A request that would run alone is exempt: it takes no blocks from others.
         """
         num_free_after = self.blocks.num_free_blocks - self.blocks.num_blocks_needed(request.num_tokens, cached)
         if self.running and num_free_after < self.watermark_blocks:
@@ -183,12 +184,12 @@ class Scheduler:
         return self.blocks.admit(request.request_id, request.num_tokens, cached)
 
     def _start(self, request: Request, num_cached_tokens: int, output: SchedulerOutput) -> None:
-        """An admitted request joins the batch, and the worker is told all about it."""
+        """Add an admitted request to the batch, and send all its tokens to the worker."""
         self.running.append(request)
         request.num_computed_tokens = num_cached_tokens
-        if request.num_cached_tokens is None:  # a preempted request that finds its own blocks is no hit
+        if request.num_cached_tokens is None:  # a preempted request that finds its own blocks does not count
             request.num_cached_tokens = num_cached_tokens
-            self.num_queried_tokens += request.num_tokens
+            self.num_queried_tokens += request.num_tokens if request.prompt_logprobs is None else 0
             self.num_hit_tokens += num_cached_tokens
         request.status, request.row = RequestStatus.RUNNING, self.free_rows.pop()
         output.step.new_requests.append(
@@ -196,12 +197,12 @@ class Scheduler:
         )
 
     def _add(self, request: Request, num_tokens: int, output: SchedulerOutput, drafts: Sequence[int] = ()) -> None:
-        """The request computes its next num_tokens tokens in this step. From here on, its result is counted on.
+        """Schedule the request's next num_tokens tokens in this step. From here on, they count as computed.
 
-        drafts: the last of these tokens; each may bring another one.
+        drafts: the draft tokens, which are the last of these; each one may produce another token.
 
-        Blocks that become full by it can be found at once, even by other requests of this step: every layer writes all
-        keys and values before it reads any.
+        Blocks that become full can be found at once, even by other requests of this step, because every layer writes
+        all keys and values before it reads any.
         """
         is_sampled = num_tokens == request.num_new_tokens + len(drafts)
         request.num_pending_drafts = self._num_next_drafts(request, len(drafts)) if is_sampled else 0
@@ -221,7 +222,7 @@ class Scheduler:
         self.blocks.cache_full_blocks(request, min(request.num_computed_tokens, request.num_tokens))
 
     def preempt(self, request: Request) -> None:
-        """Free all blocks of a running request and put it back at the head of the queue, to compute everything again.
+        """Free all blocks of a running request and put it back at the head of the queue, to be computed again.
 
         It keeps its output: the tokens are known, only their keys and values are lost. A token in flight still counts,
         and arrives before the request is scheduled again.
@@ -234,9 +235,9 @@ class Scheduler:
         self.num_preemptions += 1
 
     def finish(self, request: Request) -> None:
-        """A request has ended: its row and its blocks are free at once, even if a step in flight still writes to them.
+        """Free a finished request's row and blocks at once, even if a step in flight still writes to them.
 
-        The next owner's step runs after that one. The request may have been preempted meanwhile, and wait.
+        That is safe: the next owner's step runs later. If the request was preempted, it is in the waiting queue.
         """
         if request.row is None:
             self.waiting.remove(request)
@@ -244,7 +245,7 @@ class Scheduler:
             self._leave(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
-        """Remove requests wherever they are. Returns those that were there; an unknown id is no error."""
+        """Remove requests wherever they are. Returns those that were found; unknown ids are ignored."""
         wanted = set(request_ids)
         found = [request for request in (*self.waiting, *self.running) if request.request_id in wanted]
         for request in found:
@@ -256,14 +257,14 @@ class Scheduler:
         return found
 
     def reset(self) -> list[Request]:
-        """Remove all requests, and start with an empty pool. Returns the requests, those that ran first."""
+        """Remove all requests and free all blocks. Returns the requests, running ones first."""
         requests = [*self.running, *self.waiting]
         self.abort(request.request_id for request in requests)
         self.blocks.reset()
         return requests
 
     def _leave(self, request: Request) -> None:
-        """The request gives back its row and its blocks."""
+        """Take a running request out of the batch, and free its row and blocks."""
         assert request.row is not None, f"request {request.request_id} is not in the batch"
         self.running.remove(request)
         num_written = request.num_computed_tokens - request.num_output_placeholders

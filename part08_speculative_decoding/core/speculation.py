@@ -1,4 +1,4 @@
-"""How many draft tokens a request gets: as many as pay off, down to none."""
+"""How many draft tokens a request gets: as many as pay off, possibly none."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .ngram import NgramIndex
 from .request import Request
 
 SMOOTHING = 0.2  # weight of the newest step in a request's acceptance
-MIN_PROBABILITY = 0.35  # a draft token that is accepted less often is not worth a row of the step
-PROBE_INTERVAL = 16  # tokens after which a request whose drafts fail gets another chance
+MIN_PROBABILITY = 0.35  # a draft token that is accepted less often is not worth computing
+PROBE_INTERVAL = 16  # a request whose draft tokens fail tries one again after this many tokens
 
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """Counters under vLLM's names. num_drafts: steps with draft tokens, of each request."""
+    """Counters under vLLM's names. num_drafts: steps with draft tokens, counted for each request."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -23,7 +23,7 @@ class SpeculationStats:
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
 
     def add(self, num_draft_tokens: int, num_accepted: int) -> None:
-        """The draft tokens of one request in one step were verified."""
+        """Count the verified draft tokens of one request in one step."""
         if not num_draft_tokens:
             return
         self.num_drafts += 1
@@ -35,10 +35,10 @@ class SpeculationStats:
 
 
 class Speculation:
-    """The number of draft tokens of each request, from how many were accepted and from how many requests run.
+    """Chooses the number of draft tokens per request, from its acceptance rate and the number of running requests.
 
-    A draft token costs a row of the step whether it is accepted or not. One request alone leaves the device half idle,
-    and rows are almost free; in a large batch they are not.
+    A draft token costs as much as any token, whether it is accepted or not. A single request leaves the device half
+    idle, so extra tokens are almost free; in a large batch they are not.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -64,7 +64,7 @@ class Speculation:
         # exercise: end
 
     def verified(self, request: Request, num_draft_tokens: int, num_accepted: int) -> None:
-        """Learn from a step. Draft tokens after the first rejected one tell nothing."""
+        """Update the acceptance rate after a step. Draft tokens after the first rejected one do not count."""
         # exercise: verified
         self.stats.add(num_draft_tokens, num_accepted)
         if num_draft_tokens:

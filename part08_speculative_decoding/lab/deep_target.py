@@ -17,7 +17,7 @@ ADDS_NOTHING = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 def write_deep_model(model: str, num_layers: int, directory: Path) -> None:
     """Copy a checkpoint of one safetensors file, and append layers whose outputs are zero, up to num_layers.
 
-    Each layer adds its output to what comes in, so these change nothing and cost as much as any other.
+    A layer adds its output to its input, so these layers change nothing but cost as much as any other layer.
     """
     source = resolve_checkpoint(model).directory
     if source is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention import causal_mask
 
 TILE_SIZE = 64  # keys between two updates of the softmax; a multiple of four
-MAX_KERNEL_TOKENS = 8  # per sequence; from 16 on, SDPA's matrix products over gathered keys take half the kernel's time
+MAX_KERNEL_TOKENS = 8  # per sequence; from 16 on, SDPA's matrix products over gathered keys take half the time
 # fastmath=True would add "nnan" and "ninf", and then a NaN in a key might come out as a plausible number.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
@@ -26,17 +26,17 @@ def paged_attention(
     query: Tensor, kv_cache: Tensor, block_tables: Tensor, query_start_loc: Tensor, context_lens: Tensor,
     max_query_len: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of each sequence's new tokens over its cached context, whatever their number.
+    """Causal attention of each sequence's new tokens over its cached context, for any number of new tokens.
 
-    PagedAttention (Kwon et al., 2023) over sequences laid end to end. The mask is aligned at the bottom right: of a
-    sequence with q new tokens and a context of c, query i stands at position c - q + i and sees keys 0 to c - q + i.
+    PagedAttention (Kwon et al., 2023) over sequences laid end to end. The mask is aligned at the bottom right: in a
+    sequence with q new tokens and a context of c, query i is at position c - q + i and sees keys 0 to c - q + i.
 
     query: [num_tokens, num_heads, head_dim]. kv_cache: [num_blocks, block_size, 2, num_kv_heads, head_dim] of one
     layer, contiguous, float32 or bfloat16; the new tokens' keys and values are there already. block_tables: [num_seqs,
     max_blocks], int32; entries past a context's end are not read. query_start_loc: [num_seqs + 1], int32, where each
-    sequence's queries begin. context_lens: [num_seqs], int32, the new tokens included. max_query_len: the most new
-    tokens of a sequence. Returns query's shape and dtype; sums are kept in float32. Several threads may call it at
-    once: the kernel releases the GIL and starts no threads of its own.
+    sequence's queries begin. context_lens: [num_seqs], int32, the new tokens included. max_query_len: the largest
+    number of new tokens in a sequence. Returns query's shape and dtype; sums are kept in float32. Several threads may
+    call it at once: the kernel releases the GIL and starts no threads of its own.
     """
     num_heads, num_kv_heads = query.shape[1], kv_cache.shape[3]
     assert num_heads % num_kv_heads == 0, f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly"
@@ -48,7 +48,7 @@ def paged_attention(
         query_start_loc.contiguous().numpy(), context_lens.contiguous().numpy(), kv_cache.shape[1], float(scale),
         output.numpy(),
     )  # fmt: skip
-    starts = query_start_loc.tolist() if max_query_len > MAX_KERNEL_TOKENS else []  # else no sequence is left over
+    starts = query_start_loc.tolist() if max_query_len > MAX_KERNEL_TOKENS else []  # else the kernel did them all
     for seq, (start, end) in enumerate(pairwise(starts)):
         if end - start > MAX_KERNEL_TOKENS:
             key, value = gather_context(kv_cache, block_tables[seq], int(context_lens[seq]))
@@ -65,7 +65,7 @@ def gather_context(kv_cache: Tensor, block_table: Tensor, context_len: int) -> t
 
 
 def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The last tokens of one sequence over all of it, each over those up to itself.
+    """Attention of a sequence's last tokens over the whole sequence, each token over those up to itself.
 
     query: [num_queries, num_heads, head_dim]; key, value: [num_context, num_kv_heads, head_dim], of which the last
     num_queries belong to the queries. Returns query's shape.
@@ -104,8 +104,8 @@ def _jit_cached(kernel: Callable[..., None]) -> Any:
 def _paged_attention_kernel(
     query, kv_cache, block_tables, query_start_loc, context_lens, block_size, scale, output
 ):  # fmt: skip
-    """Each new token attends to the keys up to its own. Sequences with more than MAX_KERNEL_TOKENS are left out."""
-    scale = np.float32(scale)  # one float64 would turn every loop it enters into float64
+    """Each new token attends to the keys up to its own. Sequences with more than MAX_KERNEL_TOKENS are skipped."""
+    scale = np.float32(scale)  # a float64 would make every loop that uses it compute in float64
     for seq in range(len(context_lens)):
         start, end = query_start_loc[seq], query_start_loc[seq + 1]
         if end - start <= MAX_KERNEL_TOKENS:
@@ -151,7 +151,7 @@ def token_attention(output, query, kv_cache, block_table, context_len, block_siz
 
 @numba.njit(**OPTIONS)
 def find_slots(slots, block_table, start, num_keys, block_size):
-    """The slots of a tile: of num_keys positions from start on. The last one is repeated up to the tile's end."""
+    """The slots of a tile: num_keys positions from start on. The last slot is repeated up to the tile's end."""
     for i in range(num_keys):
         position = start + i
         slots[i] = block_table[position // block_size] * np.int64(block_size) + position % block_size
@@ -203,8 +203,8 @@ def add_values(output, weights, kv_cache, slots, num_keys):
 
 
 def to_float32(stored: Any) -> Any:
-    """A number of the KV cache as float32; which code that is depends on the cache's dtype, see below."""
-    raise NotImplementedError("only kernels call it")
+    """A number of the KV cache as float32. The code depends on the cache's dtype: see _to_float32."""
+    raise NotImplementedError("to_float32 works only inside a kernel")
 
 
 @overload(to_float32)
@@ -216,7 +216,7 @@ def _to_float32(stored):
 
 LOG2_E = np.float32(math.log2(math.e))
 ROUND = np.float32(1.5 * 2**23)  # a float32 of this size has no fraction: adding it rounds, and the low bits are n
-SMALLEST = np.float32(-127)  # where the exponent bits are 0, and 2^n with them
+SMALLEST = np.float32(-127)  # here the exponent bits are 0, so 2^n is 0 as well
 POWER_OF_2 = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(6, -1, -1))  # Taylor, highest first
 
 
@@ -227,7 +227,7 @@ def exp(x):
     e^x = 2^n · 2^f with f between -0.5 and 0.5: a polynomial gives 2^f, and n is the exponent field of a float32.
     """
     y = x * LOG2_E
-    y = SMALLEST if y < SMALLEST else y  # written so that a NaN stays one
+    y = SMALLEST if y < SMALLEST else y  # written so that NaN stays NaN
     shifted = y + ROUND
     f = y - (shifted - ROUND)
     power = POWER_OF_2[0]

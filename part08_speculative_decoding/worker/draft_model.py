@@ -38,11 +38,11 @@ class Span:
 
 
 class DraftModelProposer:
-    """Follows the target: after each step it computes the step's tokens with the draft model, then goes on alone.
+    """Follows the target: after each step, it computes the step's tokens with the draft model, then more on its own.
 
     Its KV cache has the same blocks as the target's. So it needs no block tables of its own, and a prefix that is
-    cached there is cached here. probs: [max_num_seqs, num_speculative_tokens, vocab_size], from which the random draft
-    tokens of each row were drawn; they stay in the worker.
+    cached for the target is cached here too. probs: [max_num_seqs, num_speculative_tokens, vocab_size], from which the
+    random draft tokens of each row were drawn; they stay in the worker.
     """
 
     def __init__(self, model: DecoderModel, config: EngineConfig) -> None:
@@ -59,7 +59,7 @@ class DraftModelProposer:
         self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, backend)
 
     def add(self, row: int, num_cached_tokens: int) -> None:
-        """A request takes over a row; its first tokens were found in the cache."""
+        """Assign a row to a new request, whose first num_cached_tokens tokens were found in the cache."""
         self._num_computed[row] = num_cached_tokens
 
     def propose(
@@ -68,22 +68,22 @@ class DraftModelProposer:
     ) -> list[list[int]]:  # fmt: skip
         """After a step: draft tokens for each sampled request, as many as the step asked for.
 
-        params, num_accepted: of each request, the latter of the step's draft tokens. tokens: with what the step has
-        sampled. block_tables: [num_requests, max_blocks]; they have room for all draft tokens but the last.
+        params: of each request. num_accepted: how many of its draft tokens the step accepted. tokens: with the tokens
+        that the step sampled. block_tables: [num_requests, max_blocks], with room for all draft tokens but the last.
         """
         triples = zip(requests, params, num_accepted, strict=True)
         spans = [self._catch_up(seq, *triple) for seq, triple in enumerate(triples)]
         spans = [span for span in spans if span.start < span.end]
-        spans.sort(key=lambda span: -span.num_drafts)  # those that are followed by most draft tokens come first
+        spans.sort(key=lambda span: -span.num_drafts)  # those with the most draft tokens come first
         indices = [tokens.flat_index(span.row, position) for span in spans for position in range(span.start, span.end)]
         drafts = self._extend(tokens.read(to_device(indices, self.device, torch.int64)), spans, block_tables)
         by_seq = {span.seq: [ids[i] for ids in drafts if i < len(ids)] for i, span in enumerate(spans)}
         return [by_seq.get(seq, []) for seq, request in enumerate(requests) if request.is_sampled]
 
     def _catch_up(self, seq: int, request: ScheduledRequest, params: SamplingParams, num_accepted: int) -> Span:
-        """The tokens that the target has computed and the draft model has not, and the newest one if it is extended.
+        """The tokens that the target has computed and the draft model has not, and the newest one if drafts follow it.
 
-        Of the draft tokens that this model computed on its own, the rejected ones do not count.
+        Rejected draft tokens that this model has computed do not count.
         """
         num_computed = request.num_computed_tokens + request.num_scheduled_tokens - len(request.draft_token_ids)
         num_computed += num_accepted
@@ -144,7 +144,7 @@ class DraftModelProposer:
 def samples_drafts(params: SamplingParams) -> bool:
     """Whether draft tokens are drawn at random, as the target draws.
 
-    A seeded answer must not depend on them: for it the likeliest token is proposed, and accepted if the seeded draw
-    hits it.
+    A seeded answer must not depend on its draft tokens: for it, the likeliest token is proposed, and accepted if the
+    seeded draw gives the same token.
     """
     return params.temperature > 0 and params.seed is None

@@ -19,9 +19,10 @@ from .device import to_device
 from .draft_model import DraftModelProposer, samples_drafts
 from .kv_cache import KVCache, slot_mapping
 from .model import DecoderModel
+from .prompt_logprobs import PromptSpan, prompt_spans, to_prompt_logprobs
 from .rejection_sampler import SpecDecodeMetadata
 from .request_states import RequestStates
-from .sampler import Sampler, SamplerOutput, SamplingState, to_logprobs
+from .sampler import LogprobsTensors, Sampler, SamplerOutput, SamplingState, to_logprobs, top_logprobs
 from .token_buffer import TokenBuffer
 
 
@@ -29,11 +30,12 @@ from .token_buffer import TokenBuffer
 class Batch:
     """A step as tensors: the tokens of all its requests, laid end to end.
 
-    requests, params: the step's requests. new_rows: rows of the token buffer, and the tokens they begin with.
+    requests, params: the step's requests. new_rows: rows of the token buffer, and the tokens to write there first.
     input_indices: [num_tokens], where in the token buffer the input tokens are. positions: [num_tokens].
-    logits_indices: [num_rows], which of the tokens are followed by a sampled one. output_indices: [num_rows], where in
-    the token buffer that one goes. sampling: how it is sampled. spec: the draft tokens to verify, if there are any.
-    draft_indices: [num_drafts], where in the token buffer these draft_token_ids go.
+    logits_indices: [num_rows], the tokens after which one is sampled. output_indices: [num_rows], where in the token
+    buffer the sampled tokens go. sampling: how each is sampled. spec: the draft tokens to verify, if there are any.
+    draft_indices: [num_drafts], where in the token buffer draft_token_ids go. prompt_spans: the tokens whose logits are
+    needed for prompt logprobs.
     """
 
     requests: list[ScheduledRequest]
@@ -48,11 +50,12 @@ class Batch:
     spec: SpecDecodeMetadata | None
     draft_indices: Tensor
     draft_token_ids: Tensor
+    prompt_spans: list[PromptSpan]
 
 
 class ModelRunner:
     """Runs steps in two halves. prepare() is called when a step is launched, and touches no tensor that an earlier step
-    may still use. run() is called on the stream, when the steps before have run.
+    may still use. run() is called on the stream, after the earlier steps have run.
 
     num_tokens_computed counts the positions that went through the model.
     """
@@ -111,13 +114,14 @@ class ModelRunner:
                 self.device,
                 torch.int64,
             ),
+            prompt_spans=prompt_spans(step.requests, self.states, self.config.max_num_seqs),
         )
 
     def _sampling_state(self, row: int, num_tokens: int) -> SamplingState:
         return SamplingState(self.states.params[row], row, self.states.num_prompt_tokens[row], num_tokens)
 
     def _flat_indices(self, places: Iterable[tuple[int, int]]) -> Tensor:
-        """Where in the flattened token buffer some (row, position) are."""
+        """The flat indices of (row, position) pairs in the token buffer."""
         indices = [self.tokens.flat_index(row, position) for row, position in places]
         return to_device(indices, self.device, torch.int64)
 
@@ -157,7 +161,7 @@ class ModelRunner:
     def run(self, batch: Batch) -> SamplerOutput:
         """One forward pass, the tokens that are sampled from it, and draft tokens for the next step.
 
-        Its input may have been sampled a moment ago.
+        The previous step may have sampled its input.
         """
         assert self.attention is not None, "set_cache() comes before the first step"
         self.num_tokens_computed += len(batch.positions)
@@ -166,16 +170,26 @@ class ModelRunner:
         self.tokens.write(batch.draft_indices, batch.draft_token_ids)
         input_ids = self.tokens.read(batch.input_indices)
         hidden = self.model(input_ids, batch.positions, partial(self.attention.attend, batch.metadata))
+        prompt_logprobs = self._prompt_logprobs(batch, hidden)
         logits = self.model.compute_logits(hidden[batch.logits_indices])
         draft_probs = None if self.drafter is None else self.drafter.probs
         sampled = self.sampler.sample(logits, batch.sampling, self.tokens.data, batch.spec, draft_probs)
         self.tokens.write(batch.output_indices, sampled.token_ids)
-        if self.drafter is None:
-            return sampled
-        return replace(sampled, draft_token_ids=self._propose(batch, sampled, self.drafter))
+        draft_token_ids = None if self.drafter is None else self._propose(batch, sampled, self.drafter)
+        return replace(sampled, draft_token_ids=draft_token_ids, prompt_logprobs=prompt_logprobs)
+
+    def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> list[LogprobsTensors]:
+        """The logprobs of each span. It has at most max_num_seqs tokens: no more memory than profile() counts."""
+        found = []
+        for span in batch.prompt_spans:
+            tokens = slice(span.start, span.start + span.num_tokens)
+            logprobs = self.model.compute_logits(hidden[tokens]).log_softmax(dim=-1)
+            next_token_ids = self.tokens.read(batch.input_indices[tokens] + 1)
+            found.append(top_logprobs(logprobs, next_token_ids, span.num_top))
+        return found
 
     def _propose(self, batch: Batch, sampled: SamplerOutput, drafter: DraftModelProposer) -> list[list[int]]:
-        """Let the drafter follow. On a GPU this waits for the step, to know how many draft tokens were accepted."""
+        """Let the drafter propose. On a GPU, this waits for the step, to know how many draft tokens were accepted."""
         new_rows = {row for row, _ in batch.new_rows}
         for request in batch.requests:
             if request.row in new_rows:
@@ -186,8 +200,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def profile(self) -> None:
-        """Allocate what the largest step does: a forward pass over all tokens of the budget, the sampler for all rows
-        with everything switched on, and the draft model."""
+        """Allocate as much memory as the largest step: a forward pass over the whole token budget, the sampler for all
+        rows with all features on, and the draft model."""
         assert self.config.max_num_batched_tokens is not None, "resolve_config fills it in"
         tokens = torch.zeros(self.config.max_num_batched_tokens, dtype=torch.int64, device=self.device)
         params = SamplingParams(top_p=0.5, seed=0, presence_penalty=1.0, logprobs=MAX_LOGPROBS)
@@ -199,7 +213,7 @@ class ModelRunner:
 
 
 def to_step_output(sampled: SamplerOutput, batch: Batch) -> StepOutput:
-    """What the worker answers, in plain data."""
+    """The worker's answer, as plain data."""
     token_ids, states = sampled.token_ids.tolist(), batch.sampling
     logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
     first_rows = range(len(states)) if batch.spec is None else batch.spec.first_rows
@@ -212,4 +226,6 @@ def to_step_output(sampled: SamplerOutput, batch: Batch) -> StepOutput:
             output.logprobs.append(None)
         else:
             output.logprobs.append([to_logprobs(*row, num_top) for row in logprobs[rows]])
+    spans = zip(batch.prompt_spans, sampled.prompt_logprobs, strict=True)
+    output.prompt_logprobs = [to_prompt_logprobs(*pair) for pair in spans]
     return output

@@ -1,4 +1,4 @@
-"""Verification of draft tokens: what comes out is distributed exactly as without them."""
+"""Verification of draft tokens: the output has exactly the same distribution as without them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class SpecDecodeMetadata:
 
 
 def verify_drafts(spec: SpecDecodeMetadata, token_ids: Tensor) -> Tensor:
-    """How many draft tokens of each request are accepted, because they are what their rows have sampled.
+    """How many draft tokens of each request are accepted: those that equal the tokens sampled in their rows.
 
     token_ids: [num_rows], the sampled ones. Returns [num_requests]. A draft token d is accepted with probability p(d),
-    and the token sampled instead of a rejected one is already right: it is drawn from p, given that it is not d.
+    and the token sampled instead of a rejected one is already correct: it is drawn from p, given that it is not d.
     """
     device, num_drafts = token_ids.device, to_device(spec.num_draft_tokens, token_ids.device)
     rows = to_device(spec.first_rows, device).unsqueeze(1) + torch.arange(spec.draft_token_ids.shape[1], device=device)
@@ -43,10 +43,10 @@ def verify_random_drafts(
     spec: SpecDecodeMetadata, drawn: Sequence[int], probs: Tensor, draft_probs: Tensor, token_ids: Tensor,
     num_accepted: Tensor,
 ) -> None:  # fmt: skip
-    """Rejection sampling for the requests whose draft tokens were drawn at random: more of them are accepted.
+    """Rejection sampling for requests whose draft tokens were drawn at random. It accepts more than verify_drafts.
 
     probs: [len(drawn), vocab_size], the target's, of the rows that were drawn. draft_probs: [max_num_seqs, k,
-    vocab_size], the drafter's. token_ids: [num_rows] and num_accepted: [num_requests] are changed.
+    vocab_size], the drafter's. token_ids: [num_rows] and num_accepted: [num_requests] are changed in place.
     """
     device, index_of = token_ids.device, {row: index for index, row in enumerate(drawn)}
     counts = [spec.num_draft_tokens[request] for request in spec.random]
@@ -81,10 +81,10 @@ def rejection_sample(
     [batch, k] from [0, 1); noise: [batch, vocab_size] from Exp(1).
     Returns (how many draft tokens are accepted: [batch], the token after them: [batch]).
 
-    A draft token d is accepted with probability min(1, p(d) / q(d)). The first one that is not is replaced by a token
-    drawn from max(p - q, 0): what p has more than q. If all are accepted, one more is drawn from p, and so it is if
-    max(p - q, 0) leaves nothing, because p is q but for rounding. Where q is NaN it counts as 0: a broken drafter costs
-    speed, and changes no answer.
+    A draft token d is accepted with probability min(1, p(d) / q(d)). The first rejected one is replaced by a token
+    drawn from max(p - q, 0), normalized. If all are accepted, one more token is drawn from p. It is drawn from p, too,
+    if max(p - q, 0) is 0 everywhere, because p and q differ only by rounding. NaN in q counts as 0: a broken drafter
+    costs speed but changes no answer.
     """
     # exercise: rejection_sample
     draft_probs = draft_probs.nan_to_num(nan=0.0)

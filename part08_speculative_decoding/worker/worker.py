@@ -19,7 +19,7 @@ from .weights import load_decoder
 
 
 class Worker:
-    """Loads the model, says how large a KV cache it has room for, allocates it, and runs steps on its stream.
+    """Loads the model, determines how large the KV cache can be, allocates it, and runs steps on its stream.
 
     config: as resolve_config returns it. allocate_cache() comes before the first step.
     """
@@ -43,7 +43,7 @@ class Worker:
         self.runner = self.stream.run(lambda: ModelRunner(self.model, config, eos_token_ids, self.drafter))
 
     def num_blocks_available(self) -> int:
-        """The size of the KV pool in blocks: as configured, or what its memory holds. The draft model's has as many."""
+        """The size of the KV pool in blocks: as configured, or as many as fit; the draft model's pool has as many."""
         config = self.config
         bytes_per_block = kv_bytes_per_block(self.model, config.block_size)
         if self.drafter is not None:
@@ -65,7 +65,7 @@ class Worker:
         self.stream.run(lambda: self.runner.set_cache(KVCache(self.model, num_blocks, self.config.block_size)))
 
     def launch(self, step: StepInput) -> StepHandle:
-        """Begin a step; it runs after those launched before. Returns before it is done."""
+        """Launch a step; it runs after those launched before. Returns before it is done."""
         batch = self.runner.prepare(step)
         return self.stream.launch(
             lambda: self.runner.run(batch), lambda sampled: to_step_output(sampled, batch)

@@ -11,7 +11,7 @@ import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -96,6 +96,7 @@ class FakeEngine:
         self.manual = False
         self.script: list[CompletionOutput | Exception | None] | None = None
         self.is_alive = True
+        self.default_sampling: dict[str, Any] = {}
         self.capacity = 10_000
         self.refusal: Exception | None = None
         self.streams: list[FakeStream] = []
@@ -132,12 +133,15 @@ class FakeEngine:
         start = len(prompt) + (params.seed or 0)
         for number in range(num_tokens):
             token_id = self.letters[(start + number) % 25]
-            yield delta(
+            output = delta(
                 str(self.tokenizer.decode([token_id])),
                 [token_id],
                 "length" if number == num_tokens - 1 else None,
                 logprobs=None if params.logprobs is None else [self.logprobs(token_id, params.logprobs)],
             )
+            if number == 0 and params.prompt_logprobs is not None:
+                output = replace(output, prompt_logprobs=self.prompt_logprobs(prompt, params.prompt_logprobs))
+            yield output
 
     def logprobs(self, token_id: int, num_top: int) -> dict[int, Logprob]:
         """The sampled token is the second likeliest; the others are the letters after it."""
@@ -147,6 +151,12 @@ class FakeEngine:
         all_of_them = {token_id: Logprob(-0.5 * 2, 2)}
         all_of_them |= {other: Logprob(-0.5 * rank, rank) for rank, other in enumerate(ranked[:num_top], 1)}
         return all_of_them
+
+    def prompt_logprobs(self, prompt: list[int], num_top: int) -> list[dict[int, Logprob] | None]:
+        """The token at position p has the log probability -p and rank 9; the likeliest ones are letters."""
+        likeliest = {token_id: Logprob(-0.25 * rank, rank) for rank, token_id in enumerate(self.letters[:num_top], 1)}
+        entries = [{token_id: Logprob(-float(place), 9), **likeliest} for place, token_id in enumerate(prompt)]
+        return [None, *entries[1:]]
 
     @property
     def num_open(self) -> int:

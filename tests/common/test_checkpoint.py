@@ -73,6 +73,20 @@ def write_generation_config(directory: Path, content: object) -> None:
     (directory / "generation_config.json").write_text(json.dumps(content))
 
 
+def test_sampling_defaults_come_from_the_generation_config(directory: Path) -> None:
+    named = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05}
+    write_generation_config(directory, {**named, "max_new_tokens": 9, "do_sample": True, "eos_token_id": 2})
+    assert resolve_checkpoint(str(directory)).default_sampling == named
+    write_generation_config(directory, {"temperature": None})
+    assert resolve_checkpoint(str(directory)).default_sampling == {}
+    assert resolve_checkpoint("random:llama-110m").default_sampling == {}
+    assert resolve_checkpoint("tiny").default_sampling == {"temperature": 0.3}
+    write_generation_config(directory, {"temperature": "hot"})
+    with pytest.raises(FieldError, match="generation_config.json: temperature: expected a number") as caught:
+        resolve_checkpoint(str(directory))
+    assert caught.value.field == "model"
+
+
 @pytest.mark.parametrize(
     ("generation_config", "config_eos", "expected"),
     [

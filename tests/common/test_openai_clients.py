@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
+import operator
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -110,6 +112,56 @@ def test_fields_that_client_users_may_send(client: openai.OpenAI, server: Server
     assert (params.top_k, params.min_tokens, params.ignore_eos, params.stop_token_ids) == (5, 1, True, (7,))
 
 
+# Fields of the client that ask for something this server does not do, whatever their value.
+ONLY_NULL = {"audio", "functions", "prediction", "tools", "web_search_options", "moderation"}
+NEUTRAL: dict[str, Any] = {
+    "best_of": 1, "echo": False, "frequency_penalty": 0, "function_call": "none", "logit_bias": {}, "logprobs": None,
+    "max_completion_tokens": 3, "max_tokens": 3, "metadata": {}, "modalities": ["text"], "n": 1,
+    "parallel_tool_calls": True, "presence_penalty": 0, "prompt_cache_key": "a", "prompt_cache_retention": "24h",
+    "prompt_cache_options": {}, "reasoning_effort": "none", "response_format": {"type": "text"},
+    "safety_identifier": "a", "seed": 1, "service_tier": "auto", "stop": [], "store": False, "stream": False,
+    "stream_options": None, "suffix": "", "temperature": 0, "tool_choice": "none", "top_logprobs": 0, "top_p": 1,
+    "user": "Bo", "verbosity": "low",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "call"), [("chat.completions", CHAT_CALL), ("completions", COMPLETION_CALL)])
+def test_every_field_that_the_client_has_may_be_null_or_neutral(
+    client: openai.OpenAI, path: str, call: dict[str, Any]
+) -> None:
+    create = operator.attrgetter(path)(client).create
+    names = inspect.signature(create).parameters.keys() - call.keys()
+    names = {name for name in names if not name.startswith("extra_")} - {"timeout"}
+    unknown = names - NEUTRAL.keys() - ONLY_NULL
+    assert not unknown, f"openai {openai.__version__} has new fields, {unknown}: say in this test what becomes of them"
+    expected = create(**call).choices
+    for name in sorted(names | {"temperature", "max_tokens"}):
+        assert create(**{**call, name: None}).choices, f"{path}: {name}=None is refused"
+        if name in NEUTRAL:
+            assert create(**{**call, name: NEUTRAL[name]}).choices[0].finish_reason == expected[0].finish_reason
+        else:
+            with pytest.raises(openai.BadRequestError) as caught:
+                create(**{**call, name: [{"type": "function"}]})
+            assert "not supported by this engine" in str(caught.value), f"{path}: {name}: {caught.value}"
+
+
+def test_what_a_stream_helper_puts_together(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.script = [delta(f" {letter}", [token]) for letter, token in zip("klm", engine.letters[10:13], strict=True)]
+    engine.script += [delta("", [2], "stop")]
+    expected = client.chat.completions.create(**CHAT_CALL)
+    with client.chat.completions.stream(**CHAT_CALL) as stream:
+        events = list(stream)
+    whole = stream.get_final_completion()
+    assert whole.choices[0].message.content == expected.choices[0].message.content
+    assert whole.choices[0].finish_reason == expected.choices[0].finish_reason
+    deltas = [event.delta for event in events if event.type == "content.delta" and event.delta]
+    assert "".join(deltas) == whole.choices[0].message.content and len(deltas) == 3, "a delta for each token"
+    again = client.chat.completions.create(
+        **{**CHAT_CALL, "messages": [USER, whole.choices[0].message.model_dump(), USER]}
+    )
+    assert again.choices[0].message.content, "what came back may be sent again as it is"
+
+
 def test_async(server: Server) -> None:
     async def test(client: openai.AsyncOpenAI) -> None:
         assert [model.id async for model in client.models.list()] == ["tiny"]
@@ -127,10 +179,10 @@ def test_async(server: Server) -> None:
                 texts[piece.choices[0].index] += piece.choices[0].text
             return texts
 
-        answers = await asyncio.gather(*map(complete, range(12)))
-        letters = "abcdefghijklmnopqrstuvwxy" * 2
-        expected = [["".join(f" {x}" for x in letters[2 + s + j : 5 + s + j]) for j in range(2)] for s in range(12)]
-        assert answers == expected, "twelve requests at once, streamed and not: each gets its own answers"
+        answers = await asyncio.gather(*map(complete, range(200)))
+        letters = "abcdefghijklmnopqrstuvwxy" * 9
+        expected = [["".join(f" {x}" for x in letters[2 + s + j : 5 + s + j]) for j in range(2)] for s in range(200)]
+        assert answers == expected, "two hundred requests at once, streamed and not: each gets its own answers"
 
     on_async_client(server, test)
 

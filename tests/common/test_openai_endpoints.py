@@ -8,8 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from common.openai_app import AppOptions
+from common.openai_app.fields import CHAT_FIELDS, COMPLETION_FIELDS
+from common.openai_app.schema import BODIES
 from tests.common.openai_fakes import CONTEXT, FakeEngine, Server, check_error, serving
-from tests.http_checks import USER
+from tests.http_checks import CHAT, COMPLETIONS, USER
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,12 @@ def test_root_path(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with serving(FakeEngine(tiny_tokenizer), AppOptions(root_path="/llm")) as server:
         for path in ("/llm/v1/models", "/v1/models"):
             assert server.client.get(path).status_code == 200, f"{path} under the root path /llm"
+
+
+def test_openapi_describes_every_endpoint_and_field(server: Server) -> None:
+    described = server.client.get("/openapi.json").json()
+    others = {"/v1/models", "/v1/models/{name}", "/load", "/health", "/ping", "/version", "/metrics"}
+    assert described["paths"].keys() == BODIES.keys() | others
+    for path, fields in ((CHAT, CHAT_FIELDS), (COMPLETIONS, COMPLETION_FIELDS)):
+        schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert schema["properties"].keys() == fields, "a new field needs a line in common/openai_app/schema.py"

@@ -84,9 +84,6 @@ def test_wrong_values(server: Server) -> None:
     for value in (-1, 21, 1.5, True, "3", []):
         response = server.post(COMPLETIONS, GOOD[COMPLETIONS], logprobs=value)
         check_error(response, 400, "logprobs", "expected an integer from 0 to 20")
-    for value in (0, 2):
-        response = server.post(COMPLETIONS, GOOD[COMPLETIONS], echo=True, logprobs=value)
-        check_error(response, 400, "echo", "together with logprobs")
     assert not server.engine.streams
 
 

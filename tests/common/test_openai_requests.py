@@ -282,11 +282,8 @@ def test_the_default_limits() -> None:
         ("POST", "/health", 405, "GET, HEAD"),
         ("POST", "/metrics", 405, "GET"),
         ("POST", "/v1/models", 405, "GET"),
-        ("GET", "/", 404, None),
         ("POST", "/v1/embeddings", 404, None),
-        ("GET", "/docs", 404, None),
         ("GET", "/redoc", 404, None),
-        ("GET", "/openapi.json", 404, None),
         ("GET", "/v1/%ff", 404, None),
     ],
 )
@@ -422,3 +419,23 @@ def test_any_bytes_are_answered_or_refused(server: Server, path: str) -> None:
         assert server.post(path, body).status_code in (200, 400, 404)
 
     check()
+
+
+# The model's own defaults
+
+
+def test_a_request_that_names_no_sampling_gets_the_models(engine: FakeEngine) -> None:
+    engine.default_sampling = {"temperature": 0.3, "top_p": 0.9, "min_p": 0.1}
+    cases: list[tuple[dict[str, Any], tuple[float, float, float]]] = [
+        ({}, (0.3, 0.9, 0.1)),
+        ({"temperature": None, "top_p": None}, (0.3, 0.9, 0.1)),
+        ({"temperature": 0}, (0.0, 0.9, 0.1)),
+        ({"temperature": 1, "top_p": 1, "min_p": 0}, (1.0, 1.0, 0.0)),
+    ]
+    with serving(engine) as server:
+        for path in (CHAT, COMPLETIONS):
+            for fields, expected in cases:
+                server.whole(path, **fields)
+                params = server.engine.streams[-1].params
+                got = (params.temperature, params.top_p, params.min_p)
+                assert got == expected, f"{path}, {fields}: expected {expected}, got {got}"

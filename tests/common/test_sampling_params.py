@@ -62,6 +62,15 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("stop", "x" * 1001, "1 to 1000 characters, got 1001"),
     ("ignore_eos", 1, "true or false, got 1"),
     ("ignore_eos", "yes", "true or false, got 'yes'"),
+    ("include_stop_str_in_output", 1, "true or false, got 1"),
+    ("skip_special_tokens", None, "true or false, got None"),
+    ("min_p", -0.1, "a number from 0 to 1, got -0.1"),
+    ("min_p", 1.01, "a number from 0 to 1, got 1.01"),
+    ("min_p", float("nan"), "a number from 0 to 1, got nan"),
+    ("min_p", True, "a number from 0 to 1, got True"),
+    ("prompt_logprobs", -1, "an integer from 0 to 20, got -1"),
+    ("prompt_logprobs", 21, "an integer from 0 to 20, got 21"),
+    ("prompt_logprobs", True, "an integer from 0 to 20, got True"),
 ]
 
 
@@ -96,6 +105,12 @@ def test_every_field_has_a_refusal_above() -> None:
         {"top_k": 0},
         {"top_k": MAX_COUNT},
         {"top_p": 1},
+        {"min_p": 0},
+        {"min_p": 1},
+        {"prompt_logprobs": 0},
+        {"prompt_logprobs": 20},
+        {"prompt_logprobs": None},
+        {"include_stop_str_in_output": True, "skip_special_tokens": False},
         {"seed": 0},
         {"seed": -(2**63)},
         {"seed": 2**63 - 1},
@@ -180,7 +195,7 @@ def test_unsupported_fields_are_refused(field: str) -> None:
     others = [name for name in ASKED if name != field]
     check_supported(SamplingParams(**{name: ASKED[name] for name in others}), others)
     check_supported(SamplingParams(**{field: ASKED[field]}), [field])
-    with pytest.raises(FieldError, match="^" + field + ": this part does not support it, got ") as caught:
+    with pytest.raises(FieldError, match="^" + field + ": not supported by this part, got ") as caught:
         check_supported(SamplingParams(**{field: ASKED[field]}), others)
     assert caught.value.field == field
 

@@ -147,7 +147,7 @@ ASKED: dict[str, Any] = {
 def test_unsupported_fields_are_refused(field: str) -> None:
     others = [name for name in ASKED if name != field]
     check_supported(SamplingParams(**{name: ASKED[name] for name in others}), others)
-    with pytest.raises(FieldError, match="^" + field + ": this part does not support it, got "):
+    with pytest.raises(FieldError, match="^" + field + ": not supported by this part, got "):
         check_supported(SamplingParams(**{field: ASKED[field]}), others)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def open_sockets() -> list[socket.socket]:
 
 def test_the_server_s_own_flags() -> None:
     config = ServerConfig()
-    assert (config.host, config.port, config.api_key) == ("127.0.0.1", 8000, None), f"got {config}. {LOOK}"
+    assert (config.host, config.port, config.api_key, config.log_stats) == ("127.0.0.1", 8000, None, True), (
+        f"got {config}. {LOOK}"
+    )
     for port in (0, 1, 65_535):
         assert ServerConfig(port=port).port == port
 
@@ -309,6 +312,22 @@ def test_a_signal_finishes_what_is_open_and_ends_the_server(number: signal.Signa
         assert text == "begun done", f"{number.name}: the open request got {text!r}. {LOOK}"
         check_end(server)
         assert refuses(port), f"the port is still open. {LOOK}"
+
+
+def test_only_serve_app_logs_statistics() -> None:
+    hook = (
+        "import types\napp.state = types.SimpleNamespace(log_stats=lambda now_s: print(type(now_s), file=sys.stderr))\n"
+    )
+    with process(SCRIPT.replace("before = [", f"{hook}before = [")) as (server, port):
+        assert get(f"http://127.0.0.1:{port}/") == "begun done"
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=PROCESS_TIMEOUT_S)
+    assert set(errors.splitlines()) == {repr(float)}, f"expected calls with a time, got {errors!r}. {LOOK}"
+    app, calls = App(), list[float]()
+    app.state = types.SimpleNamespace(log_stats=calls.append)  # type: ignore[attr-defined]
+    with running_app(app) as url:
+        assert get(url) == "hello"
+    assert calls == [], f"a server of a test or a benchmark logs nothing, got {calls}. {LOOK}"
 
 
 # An engine that dies

@@ -80,7 +80,7 @@ def test_a_planted_wrong_token_fails(model: Any, at: int) -> None:
     assert values[0] - values[1] > 10 * TOP_2_TOLERANCE, "this test needs a clear winner"
     for wrong in (indices[1], indices[2]):
         message = failure(model, [*expected[:at], wrong, *expected[at + 1 :]], expected)
-        for word in (f"output token {at} ", f"position {3 + at}", f"is {wrong}, expected {expected[at]}", "a bug"):
+        for word in (f"output token {at} ", f"position {3 + at}", f"expected {expected[at]}, got {wrong}", "a bug"):
             assert word in message, f"expected {word!r} in {message!r}"
 
 
@@ -116,7 +116,7 @@ def test_a_true_tie_passes_whatever_follows(tied_model: tuple[Any, list[int], in
     assert_same_greedy(model, PROMPT, [second, 1, 2], [best, 3, 4], where="a tie")
     assert_same_greedy(model, PROMPT, [best, 1], [second, 3, 4], where="a tie, the other way, and another length")
     message = failure(model, [third, 1, 2], [best, 3, 4])
-    assert f"is {third}, expected {best}" in message, f"the third best is no part of the tie: {message}"
+    assert f"expected {best}, got {third}" in message, f"the third best is no part of the tie: {message}"
 
 
 @pytest.mark.parametrize(("gap", "passes"), [(5e-5, True), (3e-4, False)])

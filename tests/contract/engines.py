@@ -63,11 +63,15 @@ class SmallModels:
 
 @dataclass
 class Answer:
-    """What one request got. ends: its finish reasons and errors; there must be exactly one in the end."""
+    """What one request got. ends: its finish reasons and errors; there must be exactly one in the end.
+
+    prompt_logprobs: as often as they came.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    prompt_logprobs: list[Any] = field(default_factory=list)
 
 
 class SmallEngine:
@@ -112,6 +116,8 @@ class SmallEngine:
             answer.ends += [end for end in (output.finish_reason, output.error) if end is not None]
             if getattr(output, "num_cached_tokens", None) is not None:
                 answer.num_cached_tokens = output.num_cached_tokens
+            if output.prompt_logprobs is not None:
+                answer.prompt_logprobs.append(output.prompt_logprobs)
 
     def finish(self, on_step: Callable[[int], object] = lambda number: None) -> dict[str, Answer]:
         """Step until nothing is left. on_step(number) is called before each step; True: a request is to come."""

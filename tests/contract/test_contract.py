@@ -106,6 +106,44 @@ def test_min_tokens_holds_eos_back(engine: Any, reference: Any) -> None:
     )
 
 
+@pytest.mark.since(3)
+@pytest.mark.parametrize("kept", [False, True], ids=["cut off", "kept"])
+def test_what_stops_an_answer_may_stay_in_its_text(engine: Any, reference: Any, kept: bool) -> None:
+    look = "Look at api/detokenizer.py::find_stop and api/output_processor.py::_extend."
+    end, token = reference.end, reference.free_run[reference.end]
+    whole, special = reference.decode(reference.free_run), reference.decode([token])
+    stop = whole[3:8]
+    at = whole.index(stop)
+    cases: dict[str, tuple[dict[str, Any], str, Any]] = {
+        "a stop string": ({"stop": [stop]}, whole[: at + len(stop) * kept], stop),
+        "a stop token": ({"stop_token_ids": [token]}, reference.decode(reference.free_run[: end + kept]), token),
+        "an end of sequence": ({"ignore_eos": False}, reference.decode(reference.free_run[: end + kept]), None),
+    }
+    for name, (fields, text, reason) in cases.items():
+        fields = {"ignore_eos": True, "max_tokens": 16, "include_stop_str_in_output": kept, **fields}
+        output = engine.generate([reference.stop_prompt], **fields)[0].outputs[0]
+        got = (output.text, output.finish_reason, output.stop_reason)
+        assert got == (text, "stop", reason), (
+            f"{engine.part}, {name} ({special!r} is token {token}), {fields}: expected {(text, 'stop', reason)}, got "
+            f"{got}. {look}"
+        )
+
+
+@pytest.mark.since(3)
+def test_special_tokens_may_stay_in_the_text(engine: Any, reference: Any) -> None:
+    look = "Look at api/detokenizer.py::_decode, and at what decodes the prompt's last tokens."
+    token = reference.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    fields = {"logit_bias": {token: 100.0}, "max_tokens": 3, "ignore_eos": True}
+    prompt = [*reference.stop_prompt, token]
+    for skip, text in ((True, ""), (False, "<|im_end|>" * 3)):
+        output = engine.generate([prompt], skip_special_tokens=skip, **fields)[0].outputs[0]
+        assert (output.token_ids, output.text) == ([token] * 3, text), (
+            f"{engine.part}, skip_special_tokens={skip}: expected {text!r}, got {output.text!r}. {look}"
+        )
+    output = engine.generate([prompt], skip_special_tokens=False, stop=["im_end|><"], **fields)[0].outputs[0]
+    assert (output.text, output.stop_reason) == ("<|", "im_end|><"), f"{engine.part}: got {output}. {look}"
+
+
 @pytest.mark.since(1)
 @pytest.mark.parametrize(("num_prompt_tokens", "count"), [(10, 6), (15, 1)])
 def test_the_end_of_the_context_ends_the_answer(

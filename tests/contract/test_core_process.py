@@ -23,7 +23,7 @@ from tests.contract.gated_server import LOOK_FAIL, LOOK_SHUTDOWN, LOOK_STATS, Ga
 from tests.gated import CoreGate, CoreThread, gated_engine
 from tests.scripted import Part
 
-LESSON = 'README of part 5, "When one of them dies"'
+LESSON = 'README of part 5, "When a process dies"'
 LOOK_DEATH = f"Look at api/async_engine.py::AsyncLLM._core_died and _die; {LESSON}."
 LOOK_START = f"Look at api/core_client.py::CoreClient; {LESSON}."
 

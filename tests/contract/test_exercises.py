@@ -1,4 +1,4 @@
-"""The exercises of every part: markers in the code, and for each a task, two hints and a test."""
+"""The exercises of every part: markers in the code, and for each a task, three hints and a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MIN_EXERCISES = 3
 MARKER = re.compile(r"^\s*# exercise: (\w+)\s*$")
-FIELDS = ("Task", "File", "Test", "Lesson", "Hint 1", "Hint 2")
+HINTS = ("Hint 1", "Hint 2", "Hint 3")
+FIELDS = ("Task", "File", "Test", "Lesson", "Difficulty", "Time", *HINTS)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -68,11 +69,13 @@ def test_each_exercise_has_a_complete_task(part_dir: Path) -> None:
     for name, task in read_tasks(part_dir).items():
         where = f"{part_dir.name}/exercises.md, {name}"
         assert tuple(task) == FIELDS, f"{where}: expected the lines {FIELDS}, got {tuple(task)}"
-        assert (ROOT / task["Test"]).is_file(), f"{where}: there is no test {task['Test']}"
-        assert (ROOT / task["Test"]).parent == tests, f"{where}: {task['Test']} is another part's test"
-        for hint in ("Hint 1", "Hint 2"):
+        for test in task["Test"].split(", "):
+            file = ROOT / test.partition("::")[0]
+            assert file.is_file(), f"{where}: there is no test {test}"
+            assert file.parent == tests, f"{where}: {test} is another part's test"
+        for hint in HINTS:
             assert len(task[hint]) > 60, f"{where}: {hint} says next to nothing: {task[hint]!r}"
-        assert task["Hint 1"] != task["Hint 2"], f"{where}: both hints are the same"
+        assert len({task[hint] for hint in HINTS}) == len(HINTS), f"{where}: two hints are the same"
         assert f"\n## {task['Lesson']}\n" in readme, f"{where}: README.md has no section {task['Lesson']!r}"
 
 

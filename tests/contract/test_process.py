@@ -63,7 +63,7 @@ def test_it_serves_drains_and_leaves_a_complete_trace(part: str, tmp_path: Path)
     """SIGTERM comes in the middle of a stream. It ends with status 0, and no process and no file of it is left."""
     mark, trace_path, temporary = uuid.uuid4().hex, tmp_path / "trace.jsonl", tmp_path / "tmp"
     temporary.mkdir()
-    flags = ["--port", "0", "--device", "cpu", *FLAGS]
+    flags = ["--port", "0", "--device", "cpu", "--no-log-stats", *FLAGS]
     if number_of(part) >= 4:
         flags += ["--trace", str(trace_path)]
     env = course_environment(ROOT / part) | {"TMPDIR": str(temporary), "LLM_ENGINE_TEST": mark}

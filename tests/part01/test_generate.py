@@ -87,6 +87,12 @@ CASES = [
     for number, text in enumerate(texts)
 ]
 
+MODELS = [
+    pytest.param(family, seed, marks=pytest.mark.slow if seed or family != "llama" else ())
+    for family in FAMILIES
+    for seed in range(3)
+]
+
 
 def encode(llm: LLM, kind: str, text: str) -> list[int]:
     body = {"messages": [{"role": "user", "content": text}]} if kind == "chat" else {"prompt": text}
@@ -122,6 +128,7 @@ def references(llm: LLM) -> dict[str, list[int]]:
     return expected | {text: reference_greedy(llm.model, encode(llm, "long", text), 6, eos) for text in long}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "text"), CASES)
 def test_greedy_equals_transformers(llm: LLM, references: dict[str, list[int]], kind: str, text: str) -> None:
     prompt, expected = encode(llm, kind, text), references[text]
@@ -150,8 +157,7 @@ def load_small(tmp_path: Path) -> Callable[[object], LLM]:
     return load
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "seed"), MODELS)
 def test_greedy_equals_transformers_on_random_models(
     load_small: Callable[[object], LLM], family: str, seed: int
 ) -> None:
@@ -289,5 +295,7 @@ def test_the_callers_prompt_is_left_alone(llm: LLM) -> None:
     prompt = [100, 101, 102]
     for use_cache in (True, False):
         result = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), use_cache)
-        assert prompt == [100, 101, 102], f"generate() changed the caller's list to {prompt}. {LOOP}"
+        assert prompt == [100, 101, 102], (
+            f"generate() must not change the list of its caller: expected [100, 101, 102], got {prompt}. {LOOP}"
+        )
         assert result.prompt_token_ids == [100, 101, 102], f"the result's prompt is {result.prompt_token_ids}. {LOOP}"

@@ -214,7 +214,7 @@ def test_an_unknown_field_is_refused(client: FlaskClient, name: str) -> None:
 def test_stop_strings_are_refused_by_the_engine_too(llm: LLM) -> None:
     """SamplingParams knows them, but this part does not: they must not be silently dropped."""
     before = llm.num_positions_computed
-    with pytest.raises(FieldError, match="^stop: this part does not support it, got .'END'") as caught:
+    with pytest.raises(FieldError, match="^stop: not supported by this part, got .'END'") as caught:
         llm.generate([100, 101], SamplingParams(stop=("END",)))
     assert caught.value.field == "stop"
     got = llm.num_positions_computed - before

@@ -120,8 +120,9 @@ def test_a_stop_token_ends_the_answer(
 
 def test_length_keeps_the_last_token_in_the_text(llm: LLM, free_run: list[int], end: int) -> None:
     output = run(llm, max_tokens=end + 1, ignore_eos=True)
-    assert (output.finish_reason, output.stop_reason) == ("length", None), f"got {output}. {LOOK}"
-    assert output.token_ids == free_run[: end + 1]
+    got = (output.token_ids, output.finish_reason, output.stop_reason)
+    expected = (free_run[: end + 1], "length", None)
+    assert got == expected, f"max_tokens={end + 1}, (tokens, reasons): expected {expected}, got {got}. {LOOK}"
     shown = llm.tokenizer.decode(free_run[: end + 1], skip_special_tokens=True)
     assert output.text == shown, f"nothing stopped this text: expected {shown!r}, got {output.text!r}. {LOOK}"
 
@@ -149,12 +150,14 @@ def test_min_tokens_masks_stop_tokens(
         max_tokens=24,
     )
     got = output.token_ids
-    assert got[:end] == free_run[:end], f"before the stop token nothing changes: {got} against {free_run}. {MASK}"
-    assert token not in got[:min_tokens], (
-        f"{kind} {token} is among the first {min_tokens} tokens {got[:min_tokens]}: before min_tokens its "
-        f"logit must be -inf. {MASK}"
+    assert got[:end] == free_run[:end], (
+        f"before the stop token nothing changes: expected {free_run[:end]}, got {got[:end]}. {MASK}"
     )
-    assert len(got) >= min_tokens, f"min_tokens={min_tokens}: got only {len(got)} tokens. {MASK}"
+    assert token not in got[:min_tokens], (
+        f"{kind} {token} has a logit of -inf before min_tokens: expected the first {min_tokens} tokens without it, got "
+        f"{got[:min_tokens]}. {MASK}"
+    )
+    assert len(got) >= min_tokens, f"min_tokens: expected at least {min_tokens} tokens, got {len(got)}. {MASK}"
 
 
 def test_min_tokens_allows_a_stop_token_once_reached(

@@ -122,15 +122,18 @@ def test_an_error_becomes_an_event(is_chat: bool, num_before: int) -> None:
     *before, last = payloads_of(request, [*[output(" a")] * num_before, ERROR])
     expected = {"error": {"message": str(ERROR), "type": "internal_error", "param": None, "code": None}}
     assert last == expected, f"the engine failed: expected {expected} and no usage before [DONE], got {last}. {LOOK}"
-    check_choices(before, [{"role": "assistant"}] * is_chat + [{"text": " a"}] * num_before, is_chat)
+    role = [{"role": "assistant"}] * (is_chat and num_before > 0)
+    check_choices(before, role + [{"text": " a"}] * num_before, is_chat)
 
 
-def test_each_event_comes_with_its_output() -> None:
+@is_chat_or_not
+def test_each_event_comes_with_its_output(is_chat: bool) -> None:
+    """The role of a chat comes with the first output: clients take the first event for the first token."""
     outputs, computed = [output(" one"), output(" two"), output(" three", "length")], []
 
     async def check() -> None:
-        events = iterate(ask(is_chat=False), replay(outputs, computed))
-        for number in range(1, 4):
+        events = iterate(ask(is_chat), replay(outputs, computed))
+        for number in [*[1] * is_chat, 1, 2, 3]:
             event = await events.__anext__()
             assert len(computed) == number, f"event {event!r} came after {len(computed)} outputs, not {number}. {LOOK}"
         async for _ in events:

@@ -29,7 +29,7 @@ from tests.process_checks import (
 
 JSON_HEADERS = b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n"
 PART_DIR = Path(part02_streaming.__file__).parent
-LOOK = 'Look at __main__.py and common/serve.py; README "What you will see".'
+LOOK = 'Look at __main__.py and common/serve.py; README "See it first".'
 LOOK_DRAIN = 'Look at common/serve.py::serve_app and server.py::create_app; README "When the client goes away".'
 READY = r"serving \S+ on http://(?P<host>\S+):(?P<port>\d+) \(\w+, \d+ tokens of context\)\n"
 COMPLETIONS = "/v1/completions"

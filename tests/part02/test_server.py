@@ -316,6 +316,13 @@ def test_pages_of_this_machine_only(llm: LLM) -> None:
         assert rebound.status_code == 403, f"a foreign Host: got {rebound.status_code}. {LOOK}"
 
 
+def test_the_chat_page(tiny: Server) -> None:
+    """More about it in tests/common/test_pages.py."""
+    page, head = tiny.client.get("/"), tiny.client.head("/")
+    assert (page.status_code, head.status_code) == (200, 200), f"GET and HEAD /: got {page}, {head}. {LOOK}"
+    assert "<title>Chat</title>" in page.text and "script-src" in page.headers["content-security-policy"], LOOK
+
+
 def test_an_answer_is_sent_back_as_it_came(tiny: Server) -> None:
     """As OpenAI's client dumps it: with null and empty lists for what this part does not have."""
     answer = tiny.post(CHAT, {**GOOD[CHAT]}).json()["choices"][0]["message"]
@@ -806,7 +813,6 @@ def test_a_body_that_never_ends_is_refused_at_the_limit(server: Server) -> None:
         ("OPTIONS", CHAT, 405, "POST"),
         ("POST", "/health", 405, "GET"),
         ("POST", "/v1/models", 405, "GET"),
-        ("GET", "/", 404, None),
         ("POST", "/generate", 404, None),
         ("POST", "/v1/embeddings", 404, None),
         ("POST", "/completions", 404, None),

@@ -61,7 +61,7 @@ def test_the_backend_fits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "default_device", lambda: "cuda")
     for backend in ("auto", "torch", "triton"):
         assert EngineConfig(device="cuda:1", attention_backend=backend).device == "cuda:1"  # type: ignore
-    refused(dict(device="cuda", attention_backend="numba"), "attention_backend", "numba runs on a CPU", "triton")
+    refused(dict(device="cuda", attention_backend="numba"), "attention_backend", "numba runs only on a CPU", "triton")
 
 
 @pytest.mark.parametrize("found", ["cpu", "cuda"])

@@ -42,13 +42,51 @@ PROMPT = [980, 899, 414, 14, 1115, 469, 288, 265, 1321, 274]  # "One fine day, N
 EOS = frozenset({2, 3})
 
 
+def guard(engine: LLMEngine) -> None:
+    """Check what must be true before and after each call of its methods, so that a mistake ends in a sentence
+    and not in an IndexError."""
+    grow, form, preempt = engine.blocks.grow, engine._form_batch, engine._preempt
+
+    def checked_grow(request_id: str, num_tokens: int) -> bool:
+        assert request_id in engine.blocks.block_tables, (
+            f"request {request_id} asks for a block, and is not in the batch: it was preempted before. {LOOK_GROW}"
+        )
+        return grow(request_id, num_tokens)
+
+    def checked_form() -> None:
+        queue = ids(engine.waiting)
+        form()
+        batch, waiting, statuses = ids(engine.running), ids(engine.waiting), {r.status.name for r in engine.running}
+        assert sorted(batch + waiting) == sorted(queue), (
+            f"{queue} waited: expected each in the batch or the queue, got batch {batch}, queue {waiting}. {LOOK_FORM}"
+        )
+        assert len(batch) <= engine.max_num_seqs, (
+            f"max_num_seqs={engine.max_num_seqs}: expected at most as many in a batch, got {batch}. {LOOK_FORM}"
+        )
+        assert statuses <= {"RUNNING"}, (
+            f"the batch {batch}: expected status RUNNING, got {sorted(statuses)}. {LOOK_FORM}"
+        )
+        without = [name for name in batch if name not in engine.blocks.block_tables]
+        assert not without, f"requests {without} are in the batch, and hold no blocks. {LOOK_FORM}"
+
+    def checked_preempt(request: Request) -> None:
+        assert request in engine.running, (
+            f"request {request.request_id} is preempted: expected one of the batch, {ids(engine.running)}. {LOOK_GROW}"
+        )
+        preempt(request)
+
+    engine.blocks.grow, engine._form_batch, engine._preempt = checked_grow, checked_form, checked_preempt  # type: ignore
+
+
 @pytest.fixture
 def small(small_directory: Callable[[str], Any]) -> Callable[..., LLMEngine]:
     """An engine over a small random model; flags are EngineConfig's."""
 
     def make(family: str = "llama", **flags: Any) -> LLMEngine:
         flags = {"num_kv_blocks": 1_000, **flags}
-        return LLMEngine(EngineConfig(model=str(small_directory(family)[0]), device="cpu", **flags))
+        engine = LLMEngine(EngineConfig(model=str(small_directory(family)[0]), device="cpu", **flags))
+        guard(engine)
+        return engine
 
     return make
 
@@ -98,7 +136,10 @@ def check_invariant(engine: LLMEngine, where: str) -> None:
             f"{where}: request {request.request_id} holds {len(table)} blocks, the worker knows "
             f"{request.num_sent_blocks}. {LOOK_SHARE}"
         )
-        assert request.status is RequestStatus.RUNNING, f"{where}: {request.request_id} runs as {request.status!r}."
+        status = request.status.name
+        assert status == "RUNNING", (
+            f"{where}, request {request.request_id}: expected RUNNING, got {status}. {LOOK_STEP}"
+        )
     for request in engine.waiting:
         expected_status = RequestStatus.PREEMPTED if request.output_token_ids else RequestStatus.WAITING
         got = (request.status, request.row, request.num_sent_blocks)
@@ -150,12 +191,14 @@ def finish(engine: LLMEngine, on_step: Callable[[int], None] = lambda number: No
     run = Run({}, [])
     while engine.has_unfinished_requests:
         number = len(run.batches)
-        assert number < MAX_STEPS, f"{number} steps, and requests {ids(engine.running)} still run. {LOOK_STEP}"
+        assert number < MAX_STEPS, (
+            f"{number} steps: expected no request, got {ids(engine.running)} in the batch. {LOOK_STEP}"
+        )
         on_step(number)
         outputs = engine.step()
         where = f"after step {number}"
         assert outputs or not engine.has_unfinished_requests, (
-            f"{where}: no output, though {ids(engine.waiting)} wait and {ids(engine.running)} run. {LOOK_FORM}"
+            f"{where}, {ids(engine.waiting)} wait, {ids(engine.running)} run: expected outputs, got none. {LOOK_FORM}"
         )
         check_invariant(engine, where)
         for output in outputs:
@@ -200,6 +243,7 @@ def expected_tokens(small_directory: Callable[[str], Any]) -> Iterator[Callable[
     yield answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -253,6 +297,7 @@ def tiny_expected(tiny: LLM) -> list[list[int]]:
     return [reference_greedy(reference, tiny.tokenizer.encode(text), 16, eos) for text in TEXTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_kv_blocks", [200, 1 + 7])
 def test_the_shipped_model_equals_transformers(
     tiny: LLM, tiny_expected: list[list[int]], num_kv_blocks: int, monkeypatch: pytest.MonkeyPatch
@@ -427,8 +472,8 @@ def test_admission(small: Callable[..., LLMEngine], flags: dict[str, int], lengt
     assert got == expected, (
         f"{flags}, prompts of {lengths} tokens: expected requests {expected} in the first batch, got {got}. {LOOK_FORM}"
     )
-    left = "".join(ids(engine.waiting))
-    assert left == "".join(map(str, range(len(lengths))))[len(expected) :], f"{flags}: {left} wait. {LOOK_FORM}"
+    left, rest = "".join(ids(engine.waiting)), "".join(map(str, range(len(lengths))))[len(expected) :]
+    assert left == rest, f"{flags}: expected {rest!r} to wait, got {left!r}. {LOOK_FORM}"
     free = engine.blocks.num_blocks - 1 - sum(-(-length // 16) for length in lengths[: len(expected)])
     assert engine.blocks.num_free_blocks == free, (
         f"{flags}, prompts of {lengths}, {expected} run: expected {free} free blocks, got "
@@ -443,18 +488,23 @@ def test_requests_are_served_in_their_order(small: Callable[..., LLMEngine]) -> 
     lengths = [40, 5, 30, 60, 1, 64, 2, 2, 2, 50]
     batches = run(engine, lengths, greedy(3)).batches
     got = list(dict.fromkeys(request_id for batch in batches for request_id in batch))
-    assert got == [str(number) for number in range(10)], f"requests began in the order {got}. {LOOK_FORM}"
+    assert got == [str(number) for number in range(10)], (
+        f"the order in which requests begin: expected 0 to 9, got {got}. {LOOK_FORM}"
+    )
 
 
 def test_a_request_that_outgrew_the_token_budget_gets_its_turn(small: Callable[..., LLMEngine]) -> None:
     """Two of 4 tokens share a budget of 8 and a pool of 5 blocks. The second is preempted with 9 tokens."""
     engine = small(block_size=4, num_kv_blocks=1 + 5, max_num_batched_tokens=8)
     got = run(engine, [4, 4, 4], greedy(12))
-    assert engine.num_preemptions > 0, f"this test needs a preemption, got none. {LOOK_GROW}"
+    assert engine.num_preemptions > 0, f"the pool is small: expected preemptions, got none. {LOOK_GROW}"
     alone = run(small(block_size=4), [4, 4, 4], greedy(12))
-    assert tokens(got.answers) == tokens(alone.answers), f"got {got.answers}, expected {alone.answers}. {LOOK_FORM}"
+    expected, actual = tokens(alone.answers), tokens(got.answers)
+    assert actual == expected, f"the answers that each gets alone: expected {expected}, got {actual}. {LOOK_FORM}"
     shared = [batch for batch in got.batches[12:] if len(batch) > 1 and "1" in batch]
-    assert not shared, f"request 1 comes back with 9 tokens, more than the budget of 8: expected it alone. {LOOK_FORM}"
+    assert not shared, (
+        f"request 1 returns with 9 tokens, more than the budget of 8: expected it alone, got {shared}. {LOOK_FORM}"
+    )
 
 
 # Preemption
@@ -535,10 +585,14 @@ def test_the_oldest_request_is_never_preempted_for_a_later_one(small: Callable[.
 
     def check_order(number: int) -> None:
         unfinished = ids([*engine.running, *engine.waiting])
-        assert unfinished == sorted(unfinished, key=int), f"before step {number} the order is {unfinished}. {LOOK_GROW}"
+        in_order = sorted(unfinished, key=int)
+        assert unfinished == in_order, (
+            f"before step {number}: expected the order {in_order}, got {unfinished}. {LOOK_GROW}"
+        )
 
     got = finish(engine, check_order)
-    assert [len(answer) for answer in tokens(got.answers)] == [20] * 6, f"got {got.answers}. {LOOK_GROW}"
+    lengths = [len(answer) for answer in tokens(got.answers)]
+    assert lengths == [20] * 6, f"six answers: expected 20 tokens each, got {lengths}. {LOOK_GROW}"
     assert engine.num_preemptions > 5, f"expected more than 5 preemptions, got {engine.num_preemptions}. {LOOK_GROW}"
 
 
@@ -567,6 +621,7 @@ def mixed_alone(small_directory: Callable[[str], Any]) -> list[Answer]:
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["first to last", "last to first", "shuffled"])
 @pytest.mark.parametrize("flags", [dict(), dict(block_size=4, num_kv_blocks=1 + 12), dict(max_num_seqs=3)], ids=str)
 def test_batch_and_preemption_change_no_answer(
@@ -599,6 +654,7 @@ def test_batch_and_preemption_change_no_answer(
     )
 
 
+@pytest.mark.slow
 def test_the_mixed_requests_differ(mixed_alone: list[Answer]) -> None:
     """Else the test above would prove nothing."""
     plain = [answer.token_ids for answer in mixed_alone]
@@ -628,6 +684,7 @@ def abort(engine: LLMEngine, *request_ids: str) -> None:
     check_invariant(engine, f"after the abort of {request_ids}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
 @pytest.mark.parametrize("which", ["0", "1", "2", "3", "4", "02", "012", "34", "01234", "11"])
 def test_abort(small: Callable[..., LLMEngine], answers_of_8: list[list[int]], which: str, num_steps: int) -> None:
@@ -664,13 +721,15 @@ def test_abort_of_a_preempted_request(small: Callable[..., LLMEngine]) -> None:
     engine.step()
     second = engine.running[1]
     engine.step()
-    assert second in engine.waiting, f"this test needs request 1 to be preempted. {LOOK_GROW}"
+    waiting = ids(engine.waiting)
+    assert waiting == ["1", "2"], f"0 takes the last block: expected 1 and 2 to wait, got {waiting}. {LOOK_GROW}"
     abort(engine, "1")
     assert second.status is RequestStatus.FINISHED_ABORTED, f"expected FINISHED_ABORTED, got {second.status}."
     got = finish(engine).answers
     assert sorted(got) == ["0", "2"], f"expected answers for 0 and 2, got {sorted(got)}. {LOOK_ABORT}"
 
 
+@pytest.mark.slow
 def test_aborts_at_random(small: Callable[..., LLMEngine]) -> None:
     """Aborts in a small pool: the requests that remain get the answers they get alone."""
     rng, engine = random.Random(0), small(block_size=4, num_kv_blocks=1 + 14, max_num_seqs=5)
@@ -720,6 +779,7 @@ def break_once(engine: LLMEngine, where: str, monkeypatch: pytest.MonkeyPatch) -
 BREAKING = ["executor.execute", "runner._prepare", "model.forward", "sampler.sample"]
 
 
+@pytest.mark.slow
 def test_failures_at_random(small: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps fail anywhere in a small pool. Every request ends once, with its answer or the cause."""
     rng, engine = random.Random(1), small(block_size=4, num_kv_blocks=1 + 14, max_num_seqs=5)
@@ -769,6 +829,7 @@ def refuse(engine: LLMEngine, prompt: list[int], params: SamplingParams, field: 
     assert not engine.has_unfinished_requests, f"a refused request was queued. {LOOK_CHECK}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "num_tokens"), [(40, 9), (1, 48), (47, 2), (48, 1)])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_the_largest_request_that_fits(
@@ -940,6 +1001,7 @@ def test_min_tokens_holds_stop_tokens_back_in_a_batch(tiny: LLM, monkeypatch: py
     )
 
 
+@pytest.mark.slow
 def test_stop_strings_anywhere_in_an_answer(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of random tokens, also parts of characters: each ends with the token that completes a stop string."""
     rng, scripts, stops = random.Random(0), {}, {}
@@ -974,6 +1036,7 @@ def test_the_end_of_the_context_in_a_batch(small: Callable[..., LLMEngine]) -> N
 # LLM.generate
 
 
+@pytest.mark.slow
 def test_generate_answers_in_order(tiny: LLM) -> None:
     """The shortest answer is the first to leave the engine, not the first that generate returns."""
     prompts = [PROMPT, PROMPT[:3], PROMPT[2:], [100]]
@@ -1021,6 +1084,7 @@ def test_generate_refuses_before_it_queues(
     assert not waiting, f"bad input was refused, and requests {waiting} are in the queue. {LOOK_LLM}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_generate_removes_its_requests_when_a_step_fails(
     tiny: LLM, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

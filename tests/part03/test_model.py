@@ -21,7 +21,7 @@ from part03_paged_attention.worker.weights import load_decoder
 
 LENGTHS = [1, 2, 7, 33]
 TOLERANCE = 1e-4
-README = 'README "A model of our own"'
+README = 'README "Half 1: a model of our own"'
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=128,

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,19 +86,25 @@ def entry_of(tensors: LogprobsTensors, row: int, num_top: int) -> dict[int, Logp
     return to_logprobs(*tensors.tolist()[row], num_top)
 
 
+def batch_of(sampling: Sequence[SamplingState]) -> Any:
+    """What to_step_output reads of a Batch."""
+    return SimpleNamespace(sampling=list(sampling), prompt_spans=[])
+
+
 def random_logits(num_rows: int, seed: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-# Temperature, top-k, top-p
+# Temperature, min-p, top-k, top-p
 
 
 def definition(logits: list[float], params: SamplingParams) -> list[float]:
-    """Probabilities of one row after temperature, top-k and top-p, in plain Python; not normalized after top-p.
+    """Probabilities of one row after temperature, min-p, top-k and top-p, in plain Python; not normalized after top-p.
 
     Of equally likely tokens at the edge of top-p the first ones stay, which is one of the right answers.
     """
     scaled = [value / params.temperature for value in logits]
+    scaled = [value if math.exp(value - max(scaled)) >= params.min_p else -math.inf for value in scaled]
     kth = sorted(scaled, reverse=True)[min(params.top_k or len(scaled), len(scaled)) - 1]
     weights = [math.exp(value - max(scaled)) if value >= kth else 0.0 for value in scaled]
     probs = [weight / sum(weights) for weight in weights]
@@ -126,6 +133,13 @@ CHOICES: list[dict[str, Any]] = [
     dict(top_k=5, top_p=0.7),
     dict(temperature=2.0, top_k=20, top_p=0.8),
     dict(temperature=0.3, top_p=0.95),
+    dict(min_p=0.05),
+    dict(min_p=0.5),
+    dict(min_p=1),
+    dict(min_p=1e-9),
+    dict(temperature=3.0, min_p=0.1),
+    dict(temperature=2.0, min_p=0.02, top_k=6),
+    dict(temperature=2.0, min_p=0.02, top_p=0.8),
 ]
 
 
@@ -187,6 +201,14 @@ def test_ties(seed: int) -> None:
         ({"top_k": 3, "top_p": 0.84}, [1, 2, 3]),
         ({"temperature": 0.2, "top_p": 0.8}, [3]),
         ({"top_p": 1e-9}, [3]),
+        ({"min_p": 0.3}, [1, 2, 3]),
+        ({"min_p": 0.5}, [2, 3]),
+        ({"min_p": 0.7}, [3]),
+        ({"min_p": 1}, [3]),
+        ({"min_p": 0.3, "top_p": 0.8}, [2, 3]),
+        ({"min_p": 0.3, "top_p": 0.84}, [1, 2, 3]),
+        ({"min_p": 0.3, "temperature": 0.5}, [2, 3]),
+        ({"min_p": 0.3, "temperature": 2.0}, [0, 1, 2, 3]),
     ],
     ids=str,
 )
@@ -519,7 +541,7 @@ def test_logprobs_only_if_somebody_asks() -> None:
 def test_each_request_gets_as_many_logprobs_as_it_asked_for() -> None:
     fields: list[dict[str, Any]] = [{}, {"logprobs": 0}, {"logprobs": 3}, {"logprobs": 1}]
     requests = [asked(temperature=0, **each) for each in fields]
-    got = to_step_output(sample(random_logits(4, 6), requests), states(*requests))
+    got = to_step_output(sample(random_logits(4, 6), requests), batch_of(states(*requests)))
     counts = [None if entry is None else len(entry) for entry in got.logprobs]
     assert counts == [None, 1, 3, 1], f"{fields}: expected [None, 1, 3, 1] entries, got {counts}. {LOOK_LOGPROBS}"
     first = [None if entry is None else next(iter(entry)) for entry in got.logprobs]
@@ -571,7 +593,7 @@ def test_the_number_of_operator_calls_does_not_grow_with_the_rows(seed: int | No
         batch, token_rows = states_of([Asked([5] * (3 + i % 7), [6] * (i % 5), params) for i in range(num_rows)])
         logits = random_logits(num_rows, 0, 333)
         with CountCalls() as counter:
-            to_step_output(Sampler(EOS).sample(logits, batch, token_rows), batch)
+            to_step_output(Sampler(EOS).sample(logits, batch, token_rows), batch_of(batch))
         counts[num_rows] = counter.calls
     look = "Look at worker/sampler.py for a loop over rows with tensors in it."
     assert counts[2] == counts[64], (

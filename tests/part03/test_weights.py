@@ -22,7 +22,7 @@ from common.testing import FAMILIES, small_model
 from part03_paged_attention.worker.model import DecoderModel
 from part03_paged_attention.worker.weights import load_decoder, load_layers
 
-WHERE = 'Look at worker/linear.py and worker/weights.py::load_layers; README "A model of our own".'
+WHERE = 'Look at worker/linear.py and worker/weights.py::load_layers; README "Half 1: a model of our own".'
 NANO = dict(
     model_type="qwen3", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     intermediate_size=64, vocab_size=4096, max_position_embeddings=128, tie_word_embeddings=True,

@@ -11,6 +11,7 @@ from common.sampling_params import SamplingParams
 from part04_continuous_batching.messages import NULL_BLOCK, ScheduledRequest, StepInput, StepOutput
 
 END = 0  # the token that ends an answer of the scripted model
+LOOK_BORDER = "Look at core/scheduler.py::Scheduler._start and _add: the worker knows only what a StepInput says."
 
 
 def next_token(token_ids: Sequence[int]) -> int:
@@ -41,6 +42,8 @@ class ScriptedWorker:
     def execute(self, step: StepInput) -> StepOutput:
         for new in step.new_requests:
             self.rows[new.row] = Row(list(new.token_ids), new.params)
+        unknown = [request.row for request in step.requests if request.row not in self.rows]
+        assert not unknown, f"rows {unknown} are in the step, and no NewRequest has described them. {LOOK_BORDER}"
         sampled = [self.compute(self.rows[request.row], request) for request in step.requests]
         for request, token_id in zip(step.requests, sampled, strict=True):
             self.rows[request.row].token_ids.append(token_id)
@@ -52,10 +55,18 @@ class ScriptedWorker:
         """Write the scheduled tokens to their slots, and read all tokens so far from theirs."""
         row.block_table += request.new_block_ids
         assert NULL_BLOCK not in row.block_table, f"block table {row.block_table} has the null block"
-        end = request.num_computed_tokens + request.num_scheduled_tokens
-        for position in range(request.num_computed_tokens, end):
-            self.cache[self.slot(row, position)] = row.token_ids[position]
-        return self.script([self.cache[self.slot(row, position)] for position in range(end)])
+        start, end = request.num_computed_tokens, request.num_computed_tokens + request.num_scheduled_tokens
+        where = f"row {request.row} computes positions {start} to {end - 1}"
+        assert end <= len(row.token_ids), f"{where}, and has only {len(row.token_ids)} tokens. {LOOK_BORDER}"
+        num_blocks = -(-end // self.block_size)
+        assert num_blocks <= len(row.block_table), (
+            f"{where}: expected {num_blocks} blocks of {self.block_size} tokens, got {row.block_table}. {LOOK_BORDER}"
+        )
+        slots = [self.slot(row, position) for position in range(end)]
+        self.cache.update(zip(slots[start:], row.token_ids[start:end], strict=True))
+        missing = [position for position, slot in enumerate(slots) if slot not in self.cache]
+        assert not missing, f"{where}, and reads positions {missing}, which were never computed. {LOOK_BORDER}"
+        return self.script([self.cache[slot] for slot in slots])
 
     def slot(self, row: Row, position: int) -> int:
         return row.block_table[position // self.block_size] * self.block_size + position % self.block_size

@@ -27,7 +27,7 @@ from part04_continuous_batching.core.request import Request
 from part04_continuous_batching.llm import LLM
 from tests.http_checks import Watched
 
-LOOK = 'Look at api/async_engine.py and core/scheduler.py::Scheduler.abort; README "Between two threads".'
+LOOK = 'Look at api/async_engine.py and core/scheduler.py::Scheduler.abort; README "Aborts, failures and slow readers".'
 DEADLINE_S = 120  # for what takes milliseconds; only a leak makes the test wait this long
 NUM_REQUESTS, NUM_AT_ONCE = 300, 12
 ENDLESS = 80  # tokens, so that an answer is cut off in the middle

@@ -19,7 +19,7 @@ from part04_continuous_batching.core.request import Request
 from part04_continuous_batching.core.step_tracer import PART
 from part04_continuous_batching.messages import StepInput, StepOutput
 
-LOOK = 'Look at core/step_tracer.py::StepTracer; README "What you will see".'
+LOOK = 'Look at core/step_tracer.py::StepTracer; README "See it first".'
 MakeEngine = Callable[..., LLMEngine]
 PromptOf = Callable[..., list[int]]
 

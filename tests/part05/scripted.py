@@ -22,8 +22,8 @@ def scripted_engine(
 
 class Checks(EngineChecks):
     LOOK_STEP = 'Look at core/engine.py::LLMEngine.step, _append and core/scheduler.py; README "One step ahead".'
-    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README "A token too late".'
-    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README "A token too late".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README "Late tokens".'
+    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README "Placeholders".'
 
     def check_running(self, request: Request, where: str) -> None:
         state = (request.status, request.num_computed_tokens)
@@ -31,7 +31,7 @@ class Checks(EngineChecks):
         assert state == expected, (
             f"{where}: request {request.request_id} has {request.num_tokens} tokens and "
             f"{request.num_output_placeholders} placeholders: expected (status, num_computed_tokens) {expected}, got "
-            f'{state}. Look at core/scheduler.py::Scheduler._add; README "Tokens that nobody has seen yet".'
+            f'{state}. Look at core/scheduler.py::Scheduler._add; README "Placeholders".'
         )
 
     def check_placeholders(self, engine: LLMEngine, request: Request, where: str) -> None:
@@ -39,7 +39,7 @@ class Checks(EngineChecks):
         assert request.num_output_placeholders == num_in_flight, (
             f"{where}: request {request.request_id} is in {num_in_flight} of the steps in flight: expected as many "
             f"placeholders, got {request.num_output_placeholders}. Look at core/engine.py::LLMEngine._append; "
-            'README "Tokens that nobody has seen yet".'
+            'README "Placeholders".'
         )
 
 

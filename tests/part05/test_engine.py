@@ -25,21 +25,22 @@ from tests.part05.scripted import check_engine, merge, run_dry, scripted_engine,
 from tests.scripted import END, answer_alone, executor_of, ids, params_for
 
 LOOK_STEP = 'Look at core/engine.py::LLMEngine.step; README "One step ahead".'
-LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "A token too late".'
-LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner.prepare and run; README "Tokens that nobody has seen yet".'
+LOOK_APPEND = 'Look at core/engine.py::LLMEngine._append; README "Late tokens".'
+LOOK_ORACLE = 'Look at worker/model_runner.py::ModelRunner.prepare and run; README "The token buffer".'
 LOOK_SAMPLING = (
     "Look at worker/model_runner.py::ModelRunner.prepare and worker/sampler.py::apply_penalties; "
-    'README "Tokens that nobody has seen yet".'
+    'README "The token buffer".'
 )
-LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
+LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Placeholders".'
 LOOK_FAIL = (
-    'Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset; README "When one of them dies".'
+    'Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset; README "When a process dies".'
 )
-LOOK_STOP = 'Look at core/engine.py::LLMEngine._append and core/request.py::check_stop; README "A token too late".'
+LOOK_STOP = 'Look at core/engine.py::LLMEngine._append and core/request.py::check_stop; README "Late tokens".'
 LOOK_CHECK = (
-    'Look at core/validation.py::check_request and config.py::resolve_config; README of part 4, "Who may join".'
+    "Look at core/validation.py::check_request and config.py::resolve_config; "
+    'README of part 4, "Which requests may join".'
 )
-LOOK_LLM = 'Look at llm.py::LLM.generate; README "A token too late".'
+LOOK_LLM = 'Look at llm.py::LLM.generate; README "Late tokens".'
 BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 
 MakeLLM = Callable[..., LLM]
@@ -86,7 +87,8 @@ def test_the_next_step_is_launched_before_the_last_result_is_read() -> None:
     assert log == expected, f"an answer of four tokens: expected {expected}, got {log}. {LOOK_STEP}"
     tokens = [[[token_id]] for token_id in answer_alone([5] * 5, 4, ignore_eos=True)]
     assert brought == [[], *tokens], f"what each step() brought: expected {[[], *tokens]}, got {brought}. {LOOK_STEP}"
-    assert not engine.has_unfinished_requests and engine.num_steps == 4, f"got {engine.num_steps} steps. {LOOK_STEP}"
+    assert engine.num_steps == 4, f"an answer of four tokens: expected 4 steps, got {engine.num_steps}. {LOOK_STEP}"
+    assert not engine.has_unfinished_requests, f"four tokens have arrived, and the engine is not done. {LOOK_STEP}"
 
 
 def test_without_async_scheduling_each_result_is_read_at_once() -> None:
@@ -95,23 +97,33 @@ def test_without_async_scheduling_each_result_is_read_at_once() -> None:
     brought = [[output.token_ids for output in take_step(engine)] for _ in range(3)]
     log, expected = executor_of(engine).log, [f"{what} {n}" for n in (1, 2, 3) for what in ("launch", "result")]
     assert log == expected, f"async_scheduling=False, three tokens: expected {expected}, got {log}. {LOOK_STEP}"
-    assert brought == [[[token]] for token in answer_alone([5] * 5, 3, ignore_eos=True)], f"got {brought}. {LOOK_STEP}"
+    tokens = [[[token]] for token in answer_alone([5] * 5, 3, ignore_eos=True)]
+    assert brought == tokens, f"what each step() returned: expected {tokens}, got {brought}. {LOOK_STEP}"
 
 
 @BOTH
 def test_an_idle_engine_takes_no_steps(is_async: bool) -> None:
     engine = scripted_engine(async_scheduling=is_async)
-    assert [take_step(engine) for _ in range(3)] == [[], [], []], f"there are no requests. {LOOK_STEP}"
+    idle = [take_step(engine) for _ in range(3)]
+    assert idle == [[], [], []], f"three steps without requests: expected {[[], [], []]}, got {idle}. {LOOK_STEP}"
     engine.add_request("0", [5] * 5, params_for(2, ignore_eos=True))
     run_dry(engine)
-    assert [take_step(engine) for _ in range(3)] == [[], [], []], f"all have ended. {LOOK_STEP}"
-    assert engine.num_steps == 2 and not executor_of(engine).pending, f"got {engine.num_steps} steps. {LOOK_STEP}"
+    idle = [take_step(engine) for _ in range(3)]
+    assert idle == [[], [], []], f"three steps after all have ended: expected {[[], [], []]}, got {idle}. {LOOK_STEP}"
+    got = (engine.num_steps, len(executor_of(engine).pending))
+    assert got == (2, 0), (
+        f"an answer of two tokens, (steps launched, steps in flight): expected (2, 0), got {got}. {LOOK_STEP}"
+    )
 
 
 def test_the_last_result_is_read_when_there_is_nothing_to_launch() -> None:
     engine = scripted_engine()
     engine.add_request("0", [5] * 5, params_for(1, ignore_eos=True))
-    assert take_step(engine) == [] and engine.has_unfinished_requests, f"its token is in flight. {LOOK_STEP}"
+    first = take_step(engine)
+    assert first == [] and engine.has_unfinished_requests, (
+        f"the first step is in flight: expected no outputs, and an unfinished request, got {first} and "
+        f"{engine.has_unfinished_requests}. {LOOK_STEP}"
+    )
     outputs = take_step(engine)
     reasons = [output.finish_reason for output in outputs]
     assert reasons == ["length"] and not engine.has_unfinished_requests, (
@@ -162,7 +174,7 @@ def test_the_end_of_the_context_is_foreseen(max_model_len: int) -> None:
     )
 
 
-# A token too late
+# Late tokens
 
 
 @pytest.mark.parametrize(("is_async", "num_samples"), [(True, 4), (False, 3)], ids=["async", "sync"])
@@ -173,13 +185,17 @@ def test_an_end_of_sequence_at_the_third_of_ten_tokens(
     freed = count_frees(engine, monkeypatch)
     engine.add_request("0", [5] * 5, params_for(10))
     answer = run_dry(engine)["0"]
-    assert (answer.token_ids, answer.finish_reason) == ([55, 56, END], "stop"), f"got {answer}. {LOOK_APPEND}"
+    got_answer = (answer.token_ids, answer.finish_reason)
+    assert got_answer == ([55, 56, END], "stop"), (
+        f"the third token is END: expected the tokens and the reason {([55, 56, END], 'stop')}, got {got_answer}. "
+        f"{LOOK_APPEND}"
+    )
     got = (executor_of(engine).num_samples("0"), engine.num_steps)
     assert got == (num_samples, num_samples), (
         f"(tokens sampled, steps): expected {num_samples} of each, 3 tokens and {num_samples - 3} too late, got {got}. "
         f"{LOOK_APPEND}"
     )
-    assert freed == ["0"], f"its blocks are freed once, got {freed}. {LOOK_APPEND}"
+    assert freed == ["0"], f"whose blocks were freed, each time: expected ['0'], got {freed}. {LOOK_APPEND}"
 
 
 def test_a_token_too_late_is_dropped() -> None:
@@ -232,8 +248,11 @@ def test_an_abort_at_every_point(when: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert name != "0", f"aborted {when}: request 0 got {answer}. {LOOK_APPEND}"
         merged = [*(answers[name].token_ids if name in answers else []), *answer.token_ids]
         expected = answer_alone(names[name], 4, ignore_eos=True)
-        assert merged == expected, f"request 0 aborted {when}: request 1 expects {expected}, got {merged}."
-    assert before == max(0, num_steps - 1), f"{when}: {num_steps} steps brought {before} tokens. {LOOK_STEP}"
+        assert merged == expected, (
+            f"request 0 aborted {when}, request 1: expected {expected}, got {merged}. {LOOK_APPEND}"
+        )
+    num_tokens = max(0, num_steps - 1)
+    assert before == num_tokens, f"{when}, {num_steps} steps: expected {num_tokens} tokens, got {before}. {LOOK_STEP}"
     assert freed == (["1"] if num_steps == 0 else sorted(freed)) and len(freed) == 2 - (num_steps == 0), (
         f"aborted {when}: blocks were freed of {freed}, expected each once. {LOOK_APPEND}"
     )
@@ -247,8 +266,10 @@ def test_preempted_between_launch_and_result() -> None:
     take_step(engine)
     second = engine.scheduler.running[1]
     outputs = {output.request_id: output for output in take_step(engine)}
-    assert engine.scheduler.num_preemptions == 1 and list(engine.scheduler.waiting) == [second], (
-        "1 must have been preempted"
+    queues = (engine.scheduler.num_preemptions, ids(list(engine.scheduler.waiting)))
+    assert queues == (1, ["1"]), (
+        f"both want a third block, and none is free, (preemptions, waiting): expected {(1, ['1'])}, got {queues}. "
+        f"{LOOK_STEP}"
     )
     expected = answer_alone([81] * 8, 5, ignore_eos=True)
     assert "1" in outputs and outputs["1"].token_ids == expected[:1], (
@@ -266,7 +287,8 @@ def test_preempted_between_launch_and_result() -> None:
         f"preempted with a token in flight: expected {expected}, none lost and none twice, got "
         f"{answers['1'].token_ids}. {LOOK_APPEND}"
     )
-    assert executor_of(engine).num_samples("1") == 5, f"5 tokens, sampled {executor_of(engine).num_samples('1')} times."
+    num_samples = executor_of(engine).num_samples("1")
+    assert num_samples == 5, f"5 tokens: expected 5 steps that sample one, got {num_samples}. {LOOK_APPEND}"
 
 
 def merge_all(answers: dict[str, EngineCoreOutput], rest: EngineCoreOutput) -> None:
@@ -285,15 +307,20 @@ def test_a_preempted_request_ends_by_the_token_in_flight(is_end: bool) -> None:
     engine.add_request("1", [91] * 4, params_for(4 if is_end else 1))
     take_step(engine)
     outputs = {output.request_id: output for output in take_step(engine)}
-    assert engine.scheduler.num_preemptions == 1, "1 must have been preempted"
-    assert outputs["1"].finish_reason == ("stop" if is_end else "length"), f"got {outputs}. {LOOK_APPEND}"
+    got = engine.scheduler.num_preemptions
+    assert got == 1, f"0 needs the block that 1 holds: expected 1 preemption, got {got}. {LOOK_STEP}"
+    reason, got = "stop" if is_end else "length", outputs["1"].finish_reason if "1" in outputs else "no output"
+    assert got == reason, (
+        f"1 was preempted with its last token in flight: expected {reason!r}, got {got!r}. {LOOK_APPEND}"
+    )
     assert not engine.scheduler.waiting, (
         "1 was preempted and has ended by the token in flight: it waits no more. "
-        'Look at core/scheduler.py::Scheduler.finish; README "A token too late".'
+        'Look at core/scheduler.py::Scheduler.finish; README "Placeholders".'
     )
     run_dry(engine)
     assert executor_of(engine).num_samples("1") == 1, (
-        f"sampled {executor_of(engine).num_samples('1')} times. {LOOK_APPEND}"
+        f"request 1 has one token: expected 1 step that samples it, got {executor_of(engine).num_samples('1')}. "
+        f"{LOOK_APPEND}"
     )
 
 
@@ -482,6 +509,7 @@ def expected_tokens(reference: Any, prompt_of: PromptOf) -> list[list[int]]:
     return [reference_greedy(reference, prompt_of(length, number), count) for number, (length, count) in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "is_small"),
     [
@@ -519,6 +547,7 @@ def test_greedy_equals_transformers_for_32_mixed_requests(
     assert (num_preemptions > 0) is is_small, f"{flags}: {num_preemptions} preemptions."
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_small_random_models(family: str, is_async: bool, tmp_path: Path) -> None:
@@ -618,6 +647,7 @@ def check_logprobs(got: list[dict[int, Logprob]] | None, expected: list[dict[int
             assert same == (wanted[token_id].rank, wanted[token_id].logprob), f"{where}: {entry}, expected {wanted}."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(PLAIN)))
 def test_one_alone_is_what_the_definition_says(
     mixed_alone: list[CompletionOutput], reference: Any, prompt_of: PromptOf, number: int
@@ -636,6 +666,7 @@ def test_one_alone_is_what_the_definition_says(
         assert answer.logprobs is None, f"{where}: no logprobs were asked for, got {answer.logprobs}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "order"),
     [
@@ -688,6 +719,7 @@ def test_the_mixed_requests_differ(mixed_alone: list[CompletionOutput]) -> None:
 # Stop strings: found in the text, one step late
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [dict(), dict(async_scheduling=False), dict(block_size=4, num_kv_blocks=1 + 14)], ids=str
 )
@@ -713,6 +745,7 @@ def test_stop_strings(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf, flags: d
     assert (engine.scheduler.num_preemptions > 2) is ("num_kv_blocks" in flags), "preemptions"
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_after_a_stop_string(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf) -> None:
     """The engine learns of it when the request is aborted; by then one more step was launched, and no other."""
     prompt, num_tokens = prompt_of(6), 24
@@ -828,6 +861,7 @@ def test_generate_refuses_before_it_queues(
     assert not llm.processor._detokenizers, f"bad input was refused, and something of it is kept. {LOOK_LLM}"
 
 
+@pytest.mark.slow
 @BOTH
 def test_generate_leaves_nothing_when_a_step_fails(
     make_llm: MakeLLM, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch, is_async: bool

@@ -30,8 +30,8 @@ from tests.part05.scripted import check_engine, scripted_engine
 from tests.scripted import answer_alone, executor_of, params_for
 
 LOOK = 'Look at core/engine_core.py::EngineCore.run and receive; README "Two processes".'
-LOOK_FAIL = 'Look at core/engine_core.py::EngineCore.step; README "When one of them dies".'
-LOOK_SERVE = 'Look at core/engine_core.py::_serve; README "When one of them dies".'
+LOOK_FAIL = 'Look at core/engine_core.py::EngineCore.step; README "When a process dies".'
+LOOK_SERVE = 'Look at core/engine_core.py::_serve; README "When a process dies".'
 
 
 class Idle(Exception):

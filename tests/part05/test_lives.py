@@ -16,8 +16,8 @@ SEED = 0x131C7115E44F5539CF14C849083A5255AC8DB97663C55E4E259E1B8A5BF4BB8438C70B6
 
 class Life(EngineLife):
     checks, counts = checks, Counter[str]()
-    LOOK = 'Look at core/engine.py::LLMEngine.step, _update, _append and core/scheduler.py; README "A token too late".'
-    LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README "What the future may assume".'
+    LOOK = 'Look at core/engine.py::LLMEngine.step, _update, _append and core/scheduler.py; README "Late tokens".'
+    LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Placeholders".'
     MAX_MODEL_LEN = 24
 
     @initialize(

@@ -29,6 +29,7 @@ from part05_async_scheduling.messages import (
     EngineCoreOutput,
     EngineCoreOutputs,
     NewRequest,
+    PromptLogprobs,
     Ready,
     ScheduledRequest,
     Start,
@@ -46,7 +47,8 @@ PART_DIR = Path(messages.__file__).parent
 ALL_SET = SamplingParams(
     max_tokens=77, min_tokens=3, temperature=0.7, top_k=11, top_p=0.9, seed=2**63 - 1, stop_token_ids=(5, 9),
     stop=("the", "¤🦊"), ignore_eos=True, n=2, presence_penalty=-1.5, frequency_penalty=0.5, repetition_penalty=1.3,
-    logit_bias={7: 1.5, 100: -100.0}, logprobs=20,
+    logit_bias={7: 1.5, 100: -100.0}, logprobs=20, min_p=0.1, prompt_logprobs=4, include_stop_str_in_output=True,
+    skip_special_tokens=False,
 )  # fmt: skip
 CONFIG = EngineConfig(
     model="tiny", device="cpu", dtype="bfloat16", num_threads=1, max_model_len=100,
@@ -65,7 +67,9 @@ STEP = StepInput(
     [NewRequest(3, [1, 2, 3], 2, ALL_SET), NewRequest(0, [7], 1, SamplingParams())],
     [ScheduledRequest(3, 0, 3, [9, 4]), ScheduledRequest(0, 0, 1, [1]), ScheduledRequest(2, 17, 1, [])],
 )
-STEP_OUTPUT = StepOutput([5, 6, 7], [None, {6: Logprob(-0.5, 1), 9: Logprob(-1.5, 2)}, None], 1.5, 1.75)
+PROMPT_LOGPROBS = [PromptLogprobs(0, 1, [{2: Logprob(-0.5, 1)}]), PromptLogprobs(2, 7, [])]
+LOGPROBS = [None, {6: Logprob(-0.5, 1), 9: Logprob(-1.5, 2)}, None]
+STEP_OUTPUT = StepOutput([5, 6, 7], LOGPROBS, PROMPT_LOGPROBS, 1.5, 1.75)
 FROM_CORE = [
     Ready(EngineLimits(512, 4_096, 10_000), 701, {"num_requests_running": 0}),
     StartFailed("kv_cache_memory", "10 bytes hold 0 blocks"),
@@ -77,6 +81,7 @@ FROM_CORE = [
             EngineCoreOutput("2", [6], "stop", 6),
             EngineCoreOutput("3", [7], "length", None, [{7: Logprob(-0.5, 2), 8: Logprob(-0.25, 1)}]),
             EngineCoreOutput("4", [], error="ValueError: the cat sat on it"),
+            EngineCoreOutput("5", [8], prompt_logprobs=[None, {3: Logprob(-0.5, 1)}]),
         ],
         {"num_requests_running": 3, "kv_cache_usage_perc": 0.125},
     ),

@@ -21,7 +21,7 @@ from part05_async_scheduling.worker.sampler import SamplingState
 from part05_async_scheduling.worker.worker import Worker
 from tests.part05.no_reads import reads_of
 
-LESSON = 'README "Tokens that nobody has seen yet"'
+LESSON = 'README "The token buffer"'
 LOOK_PREPARE = f"Look at worker/model_runner.py::ModelRunner.prepare; {LESSON}."
 LOOK_RUN = f"Look at worker/model_runner.py::ModelRunner.run; {LESSON}."
 LOOK_LAUNCH = 'Look at worker/worker.py::Worker.launch; README "One step ahead".'

@@ -13,7 +13,7 @@ from common.sampling_params import SamplingParams
 from part05_async_scheduling.api.output_processor import OutputProcessor
 from part05_async_scheduling.messages import EngineCoreOutput
 
-LOOK = 'Look at api/output_processor.py::OutputProcessor.process; README "A token too late".'
+LOOK = 'Look at api/output_processor.py::OutputProcessor.process; README "Two processes".'
 LOOK_JOIN = "Look at common/outputs.py::join_outputs."
 WORDS = ["Nora", " met", " a", " fox", " on", " the", " way", " home", ".", " Good", " day", "!"]
 

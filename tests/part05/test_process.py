@@ -23,10 +23,10 @@ from tests.server_host import POISON
 
 PART = Path(config.__file__).parent.name
 LOOK = 'Look at __main__.py, api/core_client.py::CoreClient and common/serve.py; README "Two processes".'
-LOOK_DRAIN = 'Look at api/async_engine.py::AsyncLLM.shutdown and common/serve.py; README "When one of them dies".'
-LOOK_DEATH = 'Look at api/async_engine.py::AsyncLLM._core_died and common/serve.py; README "When one of them dies".'
-LOOK_PARENT = 'Look at core/engine_core.py::run_engine_core and _end_with_parent; README "When one of them dies".'
-LOOK_START = 'Look at api/core_client.py::CoreClient.__init__; README "When one of them dies".'
+LOOK_DRAIN = 'Look at api/async_engine.py::AsyncLLM.shutdown and common/serve.py; README "When a process dies".'
+LOOK_DEATH = 'Look at api/async_engine.py::AsyncLLM._core_died and common/serve.py; README "When a process dies".'
+LOOK_PARENT = 'Look at core/engine_core.py::run_engine_core and _end_with_parent; README "When a process dies".'
+LOOK_START = 'Look at api/core_client.py::CoreClient.__init__; README "When a process dies".'
 FLAGS = ["--max-model-len", "300", "--block-size", "8"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for what processes leave behind in /proc")
 
@@ -98,7 +98,14 @@ def test_the_api_process_is_ended_while_the_core_loads(host: Host, number: signa
     server = host.start(PART, *FLAGS, slow=TIMEOUT_S)
     server.wait_until_loading()
     (os.killpg if number == signal.SIGINT else os.kill)(server.pid, number)
-    server.check_end(130 if number == signal.SIGINT else -number, "", LOOK_PARENT)
+    status = -number if number == signal.SIGKILL else 128 + number
+    server.check_end(status, "", LOOK_PARENT)
+
+
+def test_sigterm_at_the_very_start(host: Host) -> None:
+    """The sockets' directory must not stay behind, which the core's process does not know of yet."""
+    server = host.start(PART, *FLAGS, sigterm_after="directory")
+    server.check_end(143, "", LOOK_PARENT)
 
 
 def test_the_core_is_killed_while_it_loads(host: Host) -> None:

@@ -13,8 +13,8 @@ from part05_async_scheduling.worker.device import to_device
 from part05_async_scheduling.worker.request_states import RequestStates
 from part05_async_scheduling.worker.token_buffer import TokenBuffer
 
-LOOK = 'Look at worker/token_buffer.py::TokenBuffer; README "Tokens that nobody has seen yet".'
-LOOK_STATES = 'Look at worker/request_states.py::RequestStates; README "Tokens that nobody has seen yet".'
+LOOK = 'Look at worker/token_buffer.py::TokenBuffer; README "The token buffer".'
+LOOK_STATES = 'Look at worker/request_states.py::RequestStates; README "The token buffer".'
 LOOK_DEVICE = "Look at worker/device.py::to_device."
 
 

@@ -14,14 +14,14 @@ PART = Part("part06_chunked_prefill")
 
 class Checks(ChunkChecks):
     LOOK_STEP = (
-        'Look at core/engine.py::LLMEngine.step, _update and core/scheduler.py; README "A chunk is not an answer".'
+        'Look at core/engine.py::LLMEngine.step, _update and core/scheduler.py; README "Chunks that sample no token".'
     )
-    LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README "A chunk is not an answer".'
+    LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README "Chunks that sample no token".'
     LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README "Decodes first".'
     LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README "Decodes first".'
     LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit and _schedule_waiting; README "Decodes first".'
-    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "A token too late".'
-    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README of part 5, "A token too late".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "Late tokens".'
+    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README of part 5, "Placeholders".'
 
 
 checks = Checks(PART)

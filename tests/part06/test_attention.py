@@ -27,9 +27,9 @@ from part06_chunked_prefill.worker.kv_cache import KVCache
 from part06_chunked_prefill.worker.model import DecoderModel
 from part06_chunked_prefill.worker.weights import load_decoder
 
-LOOK_MASK = 'Look at worker/attention.py::causal_mask; README "The mask\'s other corner".'
-LOOK_REFERENCE = 'Look at worker/attention.py::reference_attention; README "The mask\'s other corner".'
-LOOK_ATTEND = 'Look at worker/attention.py::PagedAttention.attend; README "The mask\'s other corner".'
+LOOK_MASK = 'Look at worker/attention.py::causal_mask; README "The causal mask of a chunk".'
+LOOK_REFERENCE = 'Look at worker/attention.py::reference_attention; README "The causal mask of a chunk".'
+LOOK_ATTEND = 'Look at worker/attention.py::PagedAttention.attend; README "The causal mask of a chunk".'
 LOOK_TRITON = 'Look at worker/attention.py::PagedAttention; README "One kernel for decodes and chunks".'
 HEAD_DIM, SCALE = 8, 0.3  # a scale that is no default
 TOLERANCE = 1e-5

@@ -14,9 +14,9 @@ from part06_chunked_prefill.worker import cpu_attention
 from part06_chunked_prefill.worker.attention import reference_attention
 from part06_chunked_prefill.worker.cpu_attention import MAX_KERNEL_TOKENS, chunk_attention, paged_attention
 
-LOOK_KERNEL = 'Look at worker/cpu_attention.py::_paged_attention_kernel; README "The mask\'s other corner".'
-LOOK_CHUNK = 'Look at worker/cpu_attention.py::chunk_attention; README "The mask\'s other corner".'
-LOOK_PAGED = 'Look at worker/cpu_attention.py::paged_attention; README "The mask\'s other corner".'
+LOOK_KERNEL = 'Look at worker/cpu_attention.py::_paged_attention_kernel; README "One kernel for decodes and chunks".'
+LOOK_CHUNK = 'Look at worker/cpu_attention.py::chunk_attention; README "The causal mask of a chunk".'
+LOOK_PAGED = 'Look at worker/cpu_attention.py::paged_attention; README "One kernel for decodes and chunks".'
 MOST = MAX_KERNEL_TOKENS  # new tokens of a sequence that the kernel takes; chunk_attention takes the longer ones
 DECODES = [(1, 1), (1, 16), (1, 17), (1, 65), (1, 300)]  # (new tokens, context) of each sequence
 SHORT = [(2, 2), (3, 17), (5, 64), (5, 66), (MOST, MOST), (MOST, 300), (4, 131)]

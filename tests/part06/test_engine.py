@@ -25,12 +25,12 @@ from part06_chunked_prefill.worker.model_runner import Batch
 from tests.part06.scripted import check_engine, run_dry, scripted_engine, take_step, watch
 from tests.scripted import END, answer_alone, executor_of, ids, params_for
 
-LOOK_PREPARE = 'Look at worker/model_runner.py::ModelRunner.prepare; README "A chunk is not an answer".'
-LOOK_METADATA = 'Look at worker/model_runner.py::ModelRunner._metadata; README "The mask\'s other corner".'
-LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update; README "A chunk is not an answer".'
-LOOK_FAIL = 'Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset; README of part 5, "When one of them dies".'  # noqa: E501
-LOOK_TRACE = 'Look at core/step_tracer.py::StepTracer; README "A chunk is not an answer".'
-LOOK_LLM = 'Look at llm.py::LLM.generate; README "A chunk is not an answer".'
+LOOK_PREPARE = 'Look at worker/model_runner.py::ModelRunner.prepare; README "Chunks that sample no token".'
+LOOK_METADATA = 'Look at worker/model_runner.py::ModelRunner._metadata; README "The causal mask of a chunk".'
+LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update; README "Chunks that sample no token".'
+LOOK_FAIL = 'Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset; README of part 5, "When a process dies".'  # noqa: E501
+LOOK_TRACE = 'Look at core/step_tracer.py::StepTracer; README "Chunks that sample no token".'
+LOOK_LLM = 'Look at llm.py::LLM.generate; README "Chunks that sample no token".'
 BOTH = pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
 
 MakeLLM = Callable[..., LLM]
@@ -243,6 +243,7 @@ GRID: list[tuple[dict[str, Any], bool]] = [  # flags, and whether the pool is so
 ]
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(("flags", "is_small"), GRID, ids=str)
 def test_greedy_equals_transformers_for_32_mixed_requests(
@@ -262,6 +263,7 @@ def test_greedy_equals_transformers_for_32_mixed_requests(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_chunks_of_7(
     family: str,
@@ -277,6 +279,7 @@ def test_every_family_in_chunks_of_7(
         assert_same_greedy(small_reference(family), prompt, got[str(number)].token_ids, expected, where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -353,6 +356,7 @@ def check_logprobs(got: list[dict[int, Logprob]] | None, expected: list[dict[int
             assert is_same, f"{where}: {entry}, expected {wanted}."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -398,6 +402,7 @@ def test_a_chunk_writes_no_token(make_engine: MakeEngine, prompt_of: PromptOf) -
     assert len(outputs) == 1, f"the last chunk: expected one token, got {outputs}. {LOOK_CHUNK}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [dict(), dict(async_scheduling=False), dict(block_size=4, num_kv_blocks=1 + 24)], ids=str
 )
@@ -418,6 +423,7 @@ def test_stop_strings(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf, flags: d
     )
 
 
+@pytest.mark.slow
 def test_generate_answers_as_with_whole_prompts(make_llm: MakeLLM, llm: LLM, prompt_of: PromptOf) -> None:
     prompts = [prompt_of(length, number) for number, length in enumerate([50, 3, 77, 20])]
     expected = [result.outputs for result in llm.generate(prompts, greedy(7))]

@@ -16,10 +16,10 @@ SEED = 0x8D5F69FDF4C2AF42FE8581E39EE9DCF3412EA0F373E2DA5907F553BE8B619C641B82024
 
 class Life(ChunkLife):
     checks, counts = checks, Counter[str]()
-    LOOK = 'Look at core/engine.py::LLMEngine.step, _append and core/scheduler.py; README "A chunk is not an answer".'  # noqa: E501
-    LOOK_LENGTH = (
-        'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
+    LOOK = (
+        'Look at core/engine.py::LLMEngine.step, _append and core/scheduler.py; README "Chunks that sample no token".'  # noqa: E501
     )
+    LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "Placeholders".'
 
     @initialize(
         num_tokens_kv=st.integers(4, 64),

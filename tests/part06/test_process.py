@@ -20,8 +20,8 @@ from tests.http_checks import COMPLETIONS, request_bytes, send_raw
 
 PART = Path(config.__file__).parent.name
 LOOK = 'Look at core/engine.py::LLMEngine.__init__ and core/scheduler.py; README "Decodes first".'
-LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update and _append; README "A chunk is not an answer".'
-LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "A chunk is not an answer".'
+LOOK_CHUNK = 'Look at core/engine.py::LLMEngine._update and _append; README "Chunks that sample no token".'
+LOOK_ABORT = 'Look at core/scheduler.py::Scheduler.abort; README "Chunks that sample no token".'
 BUDGET, BLOCK_SIZE, NUM_BLOCKS = 8, 16, 160
 FLAGS = {
     "--max-num-seqs": "4", "--max-num-batched-tokens": str(BUDGET), "--block-size": str(BLOCK_SIZE),

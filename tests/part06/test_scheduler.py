@@ -14,6 +14,7 @@ from part06_chunked_prefill.core.block_manager import BlockManager
 from part06_chunked_prefill.core.request import Request, RequestStatus
 from part06_chunked_prefill.core.scheduler import Scheduler, SchedulerOutput
 from part06_chunked_prefill.messages import ScheduledRequest, StepInput
+from tests.guards import guard
 from tests.part06.scripted import scripted_engine, watch
 from tests.scripted import END, ids, params_for, shares
 
@@ -21,11 +22,11 @@ LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README "Decodes f
 LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running, _grow_or_preempt; README "Decodes first".'
 LOOK_WAITING = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "Decodes first".'
 LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit; README "Decodes first".'
-LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README "A chunk is not an answer".'
-LOOK_SAMPLED = 'Look at core/scheduler.py::SchedulerOutput.sampled_requests; README "A chunk is not an answer".'
-LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
-LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README of part 5, "What the future may assume".'
-LOOK_LATE = 'Look at core/scheduler.py::Scheduler.finish, abort and _leave; README of part 5, "A token too late".'
+LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README "Chunks that sample no token".'
+LOOK_SAMPLED = 'Look at core/scheduler.py::SchedulerOutput.sampled_requests; README "Chunks that sample no token".'
+LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "Placeholders".'
+LOOK_PREEMPT = 'Look at core/scheduler.py::Scheduler.preempt; README of part 5, "Placeholders".'
+LOOK_LATE = 'Look at core/scheduler.py::Scheduler.finish, abort and _leave; README of part 5, "Placeholders".'
 LOOK_BUDGET = 'Look at config.py::token_budget; README "Decodes first".'
 WORD = 9  # any token but END
 Step = dict[str, tuple[int, int]]  # request → tokens computed before, tokens in this step
@@ -38,6 +39,7 @@ def make_scheduler(
     max_num_seqs = min(8, budget) if max_num_seqs is None else max_num_seqs
     scheduler = Scheduler(BlockManager(num_usable + 1, block_size), max_num_seqs, budget, **{"watermark": 0.0, **flags})
     watch(scheduler)
+    guard(scheduler)
     return scheduler
 
 
@@ -75,6 +77,15 @@ def take_step(scheduler: Scheduler) -> SchedulerOutput:
     return output
 
 
+def run_ahead(scheduler: Scheduler, num_steps: int) -> list[SchedulerOutput]:
+    """Steps as the engine takes them: each is scheduled while the one before it is in flight. The last one still is."""
+    outputs = [scheduler.schedule()]
+    for _ in range(num_steps - 1):
+        outputs.append(scheduler.schedule())
+        land(scheduler, outputs[-2])
+    return outputs
+
+
 def check_output(output: SchedulerOutput, expected: Step, sampled: str, case: str, look: str) -> None:
     """expected: which requests are scheduled, in order; sampled: those that get a token."""
     got = [
@@ -95,6 +106,11 @@ def check_output(output: SchedulerOutput, expected: Step, sampled: str, case: st
     assert output.total_num_scheduled_tokens == total, (
         f"{case}: expected {total} tokens in all, got {output.total_num_scheduled_tokens}"
     )
+
+
+def check_preempted(output: SchedulerOutput, expected: list[str], case: str) -> None:
+    got = ids(output.preempted)
+    assert got == expected, f"{case}: expected output.preempted {expected}, got {got}. {LOOK_RUNNING}"
 
 
 def check_queues(scheduler: Scheduler, running: str, waiting: str, case: str, look: str) -> None:
@@ -246,23 +262,15 @@ def test_the_budget_is_used_up_exactly() -> None:
 
 @pytest.mark.parametrize("budget", [4, 5, 9, 64])
 def test_decodes_come_before_an_earlier_prompt(budget: int) -> None:
-    """A prompt of 1,000 arrived first. Three decodes that arrived later get their token in every step."""
-    scheduler = make_scheduler(budget, max_num_seqs=4)
-    [long] = add(scheduler, [1_000], max_tokens=5)
-    output = scheduler.schedule()
-    land(scheduler, output)
-    others = add(scheduler, [1, 1, 1], first=1)
-    for request in others:  # as if they had been admitted in steps of their own
-        scheduler.waiting.remove(request)
-        assert scheduler._admit(request), "the pool is large"
-        scheduler._start(request, SchedulerOutput(StepInput([], []), [], []))
-        request.num_computed_tokens = 1
-        request.output_token_ids.append(WORD)
-    del scheduler.schedule  # not watched: the watcher has not seen these requests start
-    for number in range(3):
-        done = long.num_computed_tokens
-        expected = {**{str(n): (1 + number, 1) for n in (1, 2, 3)}, "0": (done, budget - 3)}
-        case = f"a prompt of 1,000 is before three decodes, budget {budget}, step {number}"
+    """A prompt of 1,000 arrived first. Three short requests behind it get their token in every step."""
+    scheduler = make_scheduler(budget, max_num_seqs=4, long_prefill_token_threshold=budget - 3)
+    add(scheduler, [1_000, 1, 1, 1])
+    chunk = budget - 3
+    first: Step = {"0": (0, chunk), "1": (0, 1), "2": (0, 1), "3": (0, 1)}
+    check_output(take_step(scheduler), first, "123", f"all begin, budget {budget}, threshold {chunk}", LOOK_WAITING)
+    for number in range(1, 4):
+        expected = {**{name: (number, 1) for name in "123"}, "0": (number * chunk, chunk)}
+        case = f"a prompt of 1,000 is ahead of three decodes, budget {budget}, step {number}"
         check_output(take_step(scheduler), expected, "123", case, LOOK_RUNNING)
     check_queues(scheduler, "0123", "", "in the order of arrival", LOOK_RUNNING)
 
@@ -306,17 +314,6 @@ def test_running_prompts_come_before_waiting_ones() -> None:
     )
 
 
-def test_a_chunk_without_budget_waits_for_the_next_step() -> None:
-    """It is not scheduled with 0 tokens, it still runs, and it keeps its blocks."""
-    scheduler = make_scheduler(4, max_num_seqs=3, long_prefill_token_threshold=2)
-    add(scheduler, [20, 20, 20])
-    check_output(scheduler.schedule(), {"0": (0, 2), "1": (0, 2)}, "", "the budget is used up", LOOK_SIZE)
-    scheduler.long_prefill_token_threshold = 0
-    check_output(scheduler.schedule(), {"0": (2, 4)}, "", "the first takes the whole budget", LOOK_RUNNING)
-    check_queues(scheduler, "01", "2", "1 got nothing, and still runs", LOOK_RUNNING)
-    check_blocks(scheduler, {"0": 2, "1": 2}, "1 got nothing, and still runs", LOOK_RUNNING)
-
-
 # What a chunk counts as
 
 
@@ -332,28 +329,32 @@ def test_a_chunk_brings_no_token() -> None:
 
 def test_add_schedules_and_counts() -> None:
     """Whole prompts, chunks and decodes, with a token in flight or not."""
-    cases = {  # known tokens, placeholders, computed, now → is_sampled
-        "a whole prompt": ((9, 0, 0, 9), True),
-        "a first chunk": ((9, 0, 0, 8), False),
-        "a middle chunk": ((9, 0, 3, 5), False),
-        "a chunk of one token": ((9, 0, 3, 1), False),
-        "the last chunk": ((9, 0, 3, 6), True),
-        "the last token": ((9, 0, 8, 1), True),
-        "a decode": ((12, 0, 11, 1), True),
-        "a decode whose input is in flight": ((12, 2, 13, 1), True),
+    cases = {  # known tokens, placeholders, computed, now, blocks that the worker knows → is_sampled
+        "a whole prompt": ((9, 0, 0, 9, 0), True),
+        "a first chunk": ((9, 0, 0, 8, 0), False),
+        "a middle chunk": ((9, 0, 3, 5, 3), False),
+        "a chunk of one token": ((9, 0, 3, 1, 3), False),
+        "the last chunk": ((9, 0, 3, 6, 3), True),
+        "the last token": ((9, 0, 8, 1, 3), True),
+        "a decode": ((12, 0, 11, 1, 3), True),
+        "a decode that begins a block": ((13, 0, 12, 1, 3), True),
+        "a decode whose input is in flight": ((12, 1, 12, 1, 3), True),
     }
-    scheduler, output = make_scheduler(block_size=4, max_num_seqs=8), SchedulerOutput(StepInput([], []), [], [])
-    for row, (name, ((num_tokens, num_placeholders, num_computed, now), is_sampled)) in enumerate(cases.items()):
+    scheduler, output = make_scheduler(block_size=4, max_num_seqs=9), SchedulerOutput(StepInput([], []), [], [])
+    for row, (name, (numbers, is_sampled)) in enumerate(cases.items()):
+        num_tokens, num_placeholders, num_computed, now, num_sent = numbers
         request = make_request(name, min(9, num_tokens), num_output_tokens=max(0, num_tokens - 9))
         scheduler.blocks.admit(name, num_tokens + num_placeholders)
-        table, request.row, request.num_sent_blocks = scheduler.blocks.block_tables[name], row, 1
+        table, request.row, request.num_sent_blocks = scheduler.blocks.block_tables[name], row, num_sent
         request.num_output_placeholders, request.num_computed_tokens = num_placeholders, num_computed
+        request.status = RequestStatus.RUNNING
+        scheduler.running.append(request)
         scheduler._add(request, now, output)
         got = (output.requests[-1].request_id, output.step.requests[-1])
-        expected = (name, ScheduledRequest(row, num_computed, now, is_sampled, table[1:]))
+        expected = (name, ScheduledRequest(row, num_computed, now, is_sampled, table[num_sent:]))
         assert got == expected, (
-            f"{name}, {now} of {num_tokens + num_placeholders} tokens after {num_computed}, the worker knows the first "
-            f"of its blocks {table}: expected {expected}, got {got}. {LOOK_ADD}"
+            f"{name}, {now} of {num_tokens + num_placeholders} tokens after {num_computed}, the worker knows "
+            f"{num_sent} of its blocks {table}: expected {expected}, got {got}. {LOOK_ADD}"
         )
         counts = (request.num_computed_tokens, request.num_output_placeholders, request.num_sent_blocks)
         wanted = (num_computed + now, num_placeholders + is_sampled, len(table))
@@ -370,11 +371,9 @@ def test_an_end_by_length_is_foreseen_behind_chunks() -> None:
     """max_tokens=1: the last chunk brings the token, and the request is in no later step."""
     scheduler = make_scheduler(4)
     add(scheduler, [10], max_tokens=1)
-    outputs = [scheduler.schedule() for _ in range(4)]
+    outputs = run_ahead(scheduler, 4)
     check_output(outputs[2], {"0": (8, 2)}, "0", "the last chunk", LOOK_ADD)
     check_output(outputs[3], {}, "", "the only token of the only request is in flight", LOOK_LENGTH)
-    for output in outputs:
-        land(scheduler, output)
     assert not scheduler.has_unfinished_requests, f"its token has arrived. {LOOK_LATE}"
 
 
@@ -412,39 +411,35 @@ def test_the_watermark_counts_the_whole_prompt() -> None:
 
 
 def test_a_chunk_needs_no_block_and_preempts_no_request() -> None:
-    """The pool is full to the last block: chunks go on until the prompt is done."""
-    scheduler = make_scheduler(4, block_size=4, num_usable=8, max_num_seqs=2)
+    """The pool is full to the last block: chunks go on until the prompts are done."""
+    scheduler = make_scheduler(4, block_size=4, num_usable=8, max_num_seqs=2, long_prefill_token_threshold=2)
     add(scheduler, [16, 16])
-    outputs = [scheduler.schedule() for _ in range(8)]
-    assert scheduler.num_preemptions == 0 or outputs[7].preempted, (
-        f"a chunk preempted {ids(outputs[7].preempted)}. {LOOK_RUNNING}"
-    )
-    for number in range(4):
-        check_output(outputs[number], {"0": (4 * number, 4)}, "0" * (number == 3), f"step {number}", LOOK_RUNNING)
-        assert not outputs[number].preempted, (
-            f"step {number}: a chunk preempted {ids(outputs[number].preempted)}. {LOOK_RUNNING}"
-        )
+    for number in range(8):
+        output, case = take_step(scheduler), f"two prompts of 16 in 8 blocks of 4, step {number}"
+        assert not output.preempted, f"{case}: a chunk preempted {ids(output.preempted)}. {LOOK_RUNNING}"
+        expected = {name: (2 * number, 2) for name in "01"}
+        check_output(output, expected, "01" * (number == 7), case, LOOK_RUNNING)
 
 
 def test_all_blocks_are_sent_with_the_first_chunk() -> None:
     """Later chunks send none; a request that comes back after a preemption sends its new ones."""
-    scheduler = make_scheduler(4, block_size=4, num_usable=9)
-    [request] = add(scheduler, [11])
-    outputs = [scheduler.schedule() for _ in range(3)]
-    table = list(scheduler.blocks.block_tables["0"])
-    got = [output.step.requests[0].new_block_ids for output in outputs]
+    scheduler = make_scheduler(4, block_size=4, num_usable=4, max_num_seqs=2)
+    _, request = add(scheduler, [2, 9])
+    outputs = [take_step(scheduler)]
+    table = list(scheduler.blocks.block_tables["1"])
+    outputs += [take_step(scheduler) for _ in range(2)]
+    got = [output.step.requests[-1].new_block_ids for output in outputs]
     assert got == [table, [], []], (
-        f"a prompt of 11 in three chunks, block table {table}: expected new_block_ids {[table, [], []]}, got {got}. "
+        f"a prompt of 9 in three chunks, block table {table}: expected new_block_ids {[table, [], []]}, got {got}. "
         f"{LOOK_ADD}"
     )
     new = [len(output.step.new_requests) for output in outputs]
-    assert new == [1, 0, 0], f"three chunks of one request: expected new_requests [1, 0, 0], got {new}. {LOOK_ADD}"
-    tokens = outputs[0].step.new_requests[0].token_ids
+    assert new == [2, 0, 0], f"two requests, three steps: expected new_requests [2, 0, 0], got {new}. {LOOK_ADD}"
+    tokens = outputs[0].step.new_requests[1].token_ids
     assert tokens == request.token_ids, f"the first chunk sends the whole prompt, got {tokens}. {LOOK_ADD}"
-    land(scheduler, outputs[2])
-    scheduler.preempt(request)
-    del scheduler.schedule  # not watched: the watcher has not seen this preemption
-    again, table = scheduler.schedule().step, scheduler.blocks.block_tables["0"]
+    check_output(take_step(scheduler), {"0": (4, 1)}, "0", "0 needs a block: 1 is preempted", LOOK_RUNNING)
+    scheduler.abort(["0"])
+    again, table = scheduler.schedule().step, scheduler.blocks.block_tables["1"]
     assert again.requests[0].new_block_ids == table and len(again.new_requests) == 1, (
         f"it comes back with the block table {table}: expected to send all of it, and its tokens, got {again}. "
         f"{LOOK_ADD}"
@@ -458,7 +453,7 @@ def preempted_half_way() -> tuple[Scheduler, list[Request], list[SchedulerOutput
     """0 decodes and fills its block; 1 has computed 4 of 8 tokens and holds the last two blocks. Then 0 needs one."""
     scheduler = make_scheduler(4, block_size=4, num_usable=3, max_num_seqs=2)
     requests = add(scheduler, [3, 8])
-    outputs = [scheduler.schedule() for _ in range(3)]
+    outputs = run_ahead(scheduler, 3)
     check_output(outputs[0], {"0": (0, 3), "1": (0, 1)}, "0", "0 whole, 1's first token", LOOK_SIZE)
     check_output(outputs[1], {"0": (3, 1), "1": (1, 3)}, "0", "0 decodes, a chunk of 1", LOOK_SIZE)
     return scheduler, requests, outputs
@@ -467,17 +462,14 @@ def preempted_half_way() -> tuple[Scheduler, list[Request], list[SchedulerOutput
 def test_preempted_half_way() -> None:
     scheduler, [first, second], outputs = preempted_half_way()
     check_output(outputs[2], {"0": (4, 1)}, "0", "0 needs a block, and gets one of 1's", LOOK_RUNNING)
-    assert ids(outputs[2].preempted) == ["1"], (
-        f"expected 1 to be preempted, got {ids(outputs[2].preempted)}. {LOOK_RUNNING}"
-    )
+    check_preempted(outputs[2], ["1"], "0 needs a block, and none is free")
     check_queues(scheduler, "0", "1", "1 was preempted half-way", LOOK_PREEMPT)
     check_blocks(scheduler, {"0": 2}, "1 was preempted half-way", LOOK_PREEMPT)
     check_counts(second, (0, 0, 8), "preempted half-way: all has to be computed again", LOOK_PREEMPT)
     got = (second.status, second.row, second.num_sent_blocks)
     expected = (RequestStatus.PREEMPTED, None, 0)
     assert got == expected, f"preempted: expected (status, row, num_sent_blocks) {expected}, got {got}. {LOOK_PREEMPT}"
-    for output in outputs:
-        land(scheduler, output)
+    land(scheduler, outputs[2])
     assert (len(first.output_token_ids), second.output_token_ids) == (3, []), f"a chunk brings no token. {LOOK_ADD}"
     scheduler.abort(["0"])
     check_output(scheduler.schedule(), {"1": (0, 4)}, "", "it starts again at its first token", LOOK_PREEMPT)
@@ -486,83 +478,82 @@ def test_preempted_half_way() -> None:
 
 def test_a_request_can_be_preempted_right_after_its_prompt() -> None:
     """Two decodes need a block each, and get those of the prompt that was completed one step before."""
-    scheduler = make_scheduler(4, block_size=4, num_usable=4, max_num_seqs=3)
-    requests = add(scheduler, [2, 2, 8])
-    scheduler.schedule()
-    for request in requests[:2]:
-        assert request.num_computed_tokens == 2, "both are whole"
-    scheduler.max_num_batched_tokens = 6
-    check_output(scheduler.schedule(), {"0": (2, 1), "1": (2, 1), "2": (0, 4)}, "01", "2 joins", LOOK_SIZE)
-    check_output(scheduler.schedule(), {"0": (3, 1), "1": (3, 1), "2": (4, 4)}, "012", "2 goes on", LOOK_SIZE)
-    output = scheduler.schedule()
-    assert ids(output.preempted) == ["2"], f"0 and 1 need a block each: got {ids(output.preempted)}. {LOOK_RUNNING}"
+    scheduler = make_scheduler(6, block_size=4, num_usable=4, max_num_seqs=3)
+    add(scheduler, [2, 2])
+    check_output(take_step(scheduler), {"0": (0, 2), "1": (0, 2)}, "01", "both are whole", LOOK_SIZE)
+    add(scheduler, [8], first=2)
+    check_output(take_step(scheduler), {"0": (2, 1), "1": (2, 1), "2": (0, 4)}, "01", "2 joins", LOOK_SIZE)
+    check_output(take_step(scheduler), {"0": (3, 1), "1": (3, 1), "2": (4, 4)}, "012", "2 goes on", LOOK_SIZE)
+    output = take_step(scheduler)
+    check_preempted(output, ["2"], "0 and 1 need a block each, and none is free")
     check_output(output, {"0": (4, 1), "1": (4, 1)}, "01", "2 is preempted", LOOK_RUNNING)
 
 
 def test_a_preempted_prompt_gets_no_chunk() -> None:
     """It is half-way when a decode gets its blocks: there is budget for its chunk, and it gets none."""
-    scheduler = make_scheduler(8, block_size=4, num_usable=5, max_num_seqs=3)
-    requests = add(scheduler, [4, 4, 12], max_tokens=50)
-    check_output(scheduler.schedule(), {"0": (0, 4), "1": (0, 4)}, "01", "two whole prompts", LOOK_SIZE)
-    scheduler.long_prefill_token_threshold = 2
-    output = scheduler.schedule()  # 0 and 1 get a block each; one is free, 2 needs three
+    scheduler = make_scheduler(8, block_size=4, num_usable=5, max_num_seqs=3, long_prefill_token_threshold=2)
+    add(scheduler, [4, 4])
+    for start in (0, 2):
+        expected: Step = {"0": (start, 2), "1": (start, 2)}
+        check_output(take_step(scheduler), expected, "01" * (start == 2), "two prompts of 4", LOOK_SIZE)
+    [third] = add(scheduler, [12], first=2)
+    output = take_step(scheduler)  # 0 and 1 get a block each; one is free, 2 needs three
     check_output(output, {"0": (4, 1), "1": (4, 1)}, "01", "2 does not fit", LOOK_ADMIT)
     scheduler.abort(["1"])
-    check_output(scheduler.schedule(), {"0": (5, 1), "2": (0, 2)}, "0", "2 joins", LOOK_SIZE)
-    for start in (6, 7):
-        check_output(scheduler.schedule(), {"0": (start, 1), "2": (2 * start - 10, 2)}, "0", "2 goes on", LOOK_SIZE)
-    output = scheduler.schedule()
-    assert ids(output.preempted) == ["2"], (
-        f"0 needs a block: expected 2 to be preempted, got {ids(output.preempted)}. {LOOK_RUNNING}"
-    )
+    for number in range(3):
+        expected = {"0": (5 + number, 1), "2": (2 * number, 2)}
+        check_output(take_step(scheduler), expected, "0", f"a decode and chunk {number} of 2", LOOK_SIZE)
+    output = take_step(scheduler)
+    check_preempted(output, ["2"], "0 needs a block, and none is free")
     check_output(output, {"0": (8, 1)}, "0", "2 is preempted half-way", LOOK_RUNNING)
-    check_counts(requests[2], (0, 0, 12), "preempted half-way", LOOK_PREEMPT)
+    check_counts(third, (0, 0, 12), "preempted half-way", LOOK_PREEMPT)
 
 
 def test_a_decode_behind_a_prompt_preempts_itself_and_not_the_prompt() -> None:
     """The latest request is preempted, and that is the decode; the prompt before it goes on in the same step."""
     scheduler = make_scheduler(6, block_size=4, num_usable=6, max_num_seqs=2, long_prefill_token_threshold=2)
     add(scheduler, [20, 3])
-    check_output(scheduler.schedule(), {"0": (0, 2), "1": (0, 2)}, "", "both have begun", LOOK_SIZE)
+    check_output(take_step(scheduler), {"0": (0, 2), "1": (0, 2)}, "", "both have begun", LOOK_SIZE)
     check_output(
-        scheduler.schedule(), {"1": (2, 1), "0": (2, 2)}, "1", "1 has one new token: it comes first", LOOK_RUNNING
+        take_step(scheduler), {"1": (2, 1), "0": (2, 2)}, "1", "1 has one new token: it comes first", LOOK_RUNNING
     )
-    check_output(scheduler.schedule(), {"1": (3, 1), "0": (4, 2)}, "1", "1 decodes", LOOK_RUNNING)
-    output = scheduler.schedule()
-    assert ids(output.preempted) == ["1"], f"expected 1 to be preempted, got {ids(output.preempted)}. {LOOK_RUNNING}"
+    check_output(take_step(scheduler), {"1": (3, 1), "0": (4, 2)}, "1", "1 decodes", LOOK_RUNNING)
+    output = take_step(scheduler)
+    check_preempted(output, ["1"], "1 needs a block, none is free, and it is the latest")
     check_output(output, {"0": (6, 2)}, "", "1 is preempted, and 0 gets its chunk", LOOK_RUNNING)
 
 
 def test_a_preempted_request_comes_back_in_chunks() -> None:
     """Prompt and answer so far are computed again, and only the last chunk samples a token."""
-    scheduler = make_scheduler(4, block_size=4)
-    [request] = add(scheduler, [6])
+    scheduler = make_scheduler(4, block_size=4, num_usable=3, max_num_seqs=2)
+    _, request = add(scheduler, [1, 6])
     for _ in range(4):
         take_step(scheduler)
-    assert len(request.output_token_ids) == 3, "two chunks, then two decodes"
-    scheduler.preempt(request)
-    del scheduler.schedule  # not watched: the watcher has not seen this preemption
-    check_output(take_step(scheduler), {"0": (0, 4)}, "", "9 tokens are known, first chunk", LOOK_ADD)
-    check_output(take_step(scheduler), {"0": (4, 4)}, "", "9 tokens are known, second chunk", LOOK_ADD)
-    check_output(take_step(scheduler), {"0": (8, 1)}, "0", "9 tokens are known, the last", LOOK_ADD)
-    assert len(request.output_token_ids) == 4, f"got {request.output_token_ids}. {LOOK_ADD}"
+    assert len(request.output_token_ids) == 3, (
+        f"two chunks, then two decodes: got {request.output_token_ids}. {LOOK_ADD}"
+    )
+    check_output(take_step(scheduler), {"0": (4, 1)}, "0", "0 needs a block: 1 is preempted", LOOK_RUNNING)
+    scheduler.abort(["0"])
+    check_output(take_step(scheduler), {"1": (0, 4)}, "", "9 tokens are known, first chunk", LOOK_ADD)
+    check_output(take_step(scheduler), {"1": (4, 4)}, "", "9 tokens are known, second chunk", LOOK_ADD)
+    check_output(take_step(scheduler), {"1": (8, 1)}, "1", "9 tokens are known, the last", LOOK_ADD)
+    got = len(request.output_token_ids)
+    assert got == 4, f"three tokens, and one more after the preemption: expected 4, got {got}. {LOOK_ADD}"
 
 
-def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
-    """It is preempted with its last chunk in flight. Its chunks are computed again once that chunk's token is known."""
-    scheduler = make_scheduler(4, block_size=4, max_num_seqs=2)
-    add(scheduler, [2, 6], max_tokens=50)
-    first, second, third = (scheduler.schedule() for _ in range(3))
+def test_a_request_preempted_with_its_last_chunk_in_flight() -> None:
+    """That chunk's token still arrives. Then all chunks are computed again, and one token more."""
+    scheduler = make_scheduler(4, block_size=4, num_usable=3, max_num_seqs=2)
+    _, second = add(scheduler, [2, 6], max_tokens=50)
+    third = run_ahead(scheduler, 3)[-1]
     check_output(third, {"0": (3, 1), "1": (5, 1)}, "01", "1's last chunk", LOOK_SIZE)
-    scheduler.preempt(scheduler.running[1])
-    del scheduler.schedule  # not watched: the watcher has not seen this preemption
-    check_output(scheduler.schedule(), {"0": (4, 1)}, "0", "1's next token is not known yet", LOOK_WAITING)
-    check_queues(scheduler, "0", "1", "1's next token is not known yet", LOOK_WAITING)
-    for output in (first, second, third):
-        land(scheduler, output)
-    check_output(scheduler.schedule(), {"0": (5, 1), "1": (0, 3)}, "0", "1 starts again", LOOK_WAITING)
-    check_output(scheduler.schedule(), {"0": (6, 1), "1": (3, 3)}, "0", "1 has 7 tokens by now", LOOK_WAITING)
-    check_output(scheduler.schedule(), {"0": (7, 1), "1": (6, 1)}, "01", "the last one", LOOK_WAITING)
+    check_output(scheduler.schedule(), {"0": (4, 1)}, "0", "0 needs a block: 1 is preempted", LOOK_RUNNING)
+    check_counts(second, (0, 1, 7), "preempted, its first token is in flight", LOOK_PREEMPT)
+    land(scheduler, third)
+    check_counts(second, (0, 0, 7), "preempted, its first token has arrived", LOOK_PREEMPT)
+    scheduler.abort(["0"])
+    check_output(scheduler.schedule(), {"1": (0, 4)}, "", "1 starts again, with 7 tokens", LOOK_WAITING)
+    check_output(scheduler.schedule(), {"1": (4, 3)}, "1", "its last chunk", LOOK_WAITING)
 
 
 # Abort
@@ -572,10 +563,9 @@ def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
 def test_an_abort_half_way_frees_everything(is_in_flight: bool) -> None:
     scheduler = make_scheduler(4, block_size=4, num_usable=8, max_num_seqs=2)
     requests = add(scheduler, [2, 20, 5])
-    outputs = [scheduler.schedule(), scheduler.schedule()]
+    outputs = run_ahead(scheduler, 2)
     if not is_in_flight:
-        for output in outputs:
-            land(scheduler, output)
+        land(scheduler, outputs[1])
     check_output(outputs[1], {"0": (2, 1), "1": (2, 3)}, "0", "a decode and a chunk", LOOK_SIZE)
     [found] = scheduler.abort(["1"])
     case = f"aborted half-way, in flight: {is_in_flight}"
@@ -586,9 +576,8 @@ def test_an_abort_half_way_frees_everything(is_in_flight: bool) -> None:
     check_output(output, {"0": (3, 1), "2": (0, 3)}, "0", f"{case}: the next one is admitted", LOOK_LATE)
     rows = {request.row for request in scheduler.running}
     assert rows == {0, 1}, f"{case}: expected 2 to get the row that 1 had, got rows {rows}. {LOOK_LATE}"
-    for each in (*outputs, output):
-        if each is output or is_in_flight:
-            land(scheduler, each)
+    for each in [outputs[1]] * is_in_flight + [output]:
+        land(scheduler, each)
     assert not found.output_token_ids and not found.num_output_placeholders, (
         f"{case}: expected no token and no placeholder, got {found}. {LOOK_LATE}"
     )
@@ -674,7 +663,7 @@ def test_the_threshold_reaches_the_scheduler() -> None:
 
 
 def test_a_budget_below_max_num_seqs_is_refused() -> None:
-    with pytest.raises(AssertionError, match="room for a token of each request"):
+    with pytest.raises(AssertionError, match="room for one token of each request"):
         make_scheduler(3, max_num_seqs=4)
 
 

@@ -13,13 +13,13 @@ PART = Part("part07_prefix_caching")
 
 
 class Checks(PrefixChecks):
-    LOOK_STEP = 'Look at core/engine.py::LLMEngine.step, _update and core/scheduler.py; README of part 6, "A chunk is not an answer".'  # noqa: E501
-    LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README of part 6, "A chunk is not an answer".'
+    LOOK_STEP = 'Look at core/engine.py::LLMEngine.step, _update and core/scheduler.py; README of part 6, "Chunks that sample no token".'  # noqa: E501
+    LOOK_ADD = 'Look at core/scheduler.py::Scheduler._add; README of part 6, "Chunks that sample no token".'
     LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
     LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
     LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
-    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "A token too late".'
-    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README of part 5, "A token too late".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "Late tokens".'
+    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README of part 5, "Placeholders".'
     LOOK_HIT = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README "A block\'s hash".'
     LOOK_HASH = 'Look at core/block_manager.py::hash_block and hash_blocks; README "A block\'s hash".'
     LOOK_NAME = (

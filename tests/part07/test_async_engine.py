@@ -29,7 +29,7 @@ from tests.part07.scripted import PART, scripted_engine
 LESSON = 'README "What a client sees"'
 LOOK_RESET = f"Look at api/async_engine.py::AsyncLLM.reset_prefix_cache and _read_outputs; {LESSON}."
 LOOK_CORE = f"Look at core/engine_core.py::EngineCore.handle; {LESSON}."
-LOOK_DEATH = f'Look at api/async_engine.py::AsyncLLM._die; README of part 5, "When one of them dies", and {LESSON}.'
+LOOK_DEATH = f'Look at api/async_engine.py::AsyncLLM._die; README of part 5, "When a process dies", and {LESSON}.'
 LOOK_STATS = f"Look at core/engine_core.py::EngineCore.stats; {LESSON}."
 LOOK_MESSAGES = f"Look at messages.py; {LESSON}."
 

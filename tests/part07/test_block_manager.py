@@ -199,12 +199,20 @@ def test_large_and_small_token_ids_are_not_mixed_up() -> None:
 
 
 def test_the_first_miss_ends_the_lookup() -> None:
-    """A later block is useless without those before it."""
-    blocks = pool(20, block_size=4)
-    serve(blocks, "a", list(range(17)))
-    blocks.uncache(blocks.pool[blocks.block_tables["a"][1]])
-    got = found(blocks, request_of("b", list(range(17))))
-    assert got == [1], f"of blocks [1, 2, 3, 4], 2 is not cached any more: expected [1], got {got}. {LOOK_FIND}"
+    """A later block is useless without those before it. a and b compute the same 8 tokens at once, so the first
+    two blocks of a are cached, and the third of b. a ends, and its second block is evicted."""
+    blocks = pool(7, block_size=4)
+    requests = [request_of("a", list(range(9))), request_of("b", list(range(13)))]
+    for request in requests:
+        assert blocks.admit(request.request_id, request.num_tokens)
+    for request in requests:
+        blocks.cache_full_blocks(request, request.num_tokens)
+    blocks.free("a")
+    serve(blocks, "c", [50] * 5)
+    got = found(blocks, request_of("d", list(range(17))))
+    assert got == [1], (
+        f"of the first 12 tokens' blocks, the second is not cached any more: expected [1], got {got}. {LOOK_FIND}"
+    )
 
 
 def test_a_lookup_changes_nothing() -> None:
@@ -236,6 +244,7 @@ def hashes_of(seed: int, salt: str | None) -> list[str]:
     return [block_hash.hex() for block_hash in blocks.hash_blocks(request_of("a", list(range(12)), salt))]
 
 
+@pytest.mark.slow
 def test_processes_agree_on_hashes() -> None:
     """Equal tokens, seed and salt: equal hashes, whatever the process. Another seed or salt: other hashes."""
     done = subprocess.run(
@@ -350,7 +359,8 @@ def test_cached_blocks_that_are_free_count() -> None:
     serve(blocks, "other", [77] * 4)  # takes 4, which is not cached
     request = request_of("b", list(range(13)))
     cached = blocks.find_cached(request)
-    assert [block.block_id for block in cached] == [1, 2, 3], f"got {cached}. {LOOK_FIND}"
+    got_ids = [block.block_id for block in cached]
+    assert got_ids == [1, 2, 3], f"13 tokens, 12 of them as in a: expected blocks [1, 2, 3], got {got_ids}. {LOOK_FIND}"
     before = free_ids(blocks)
     got = admit(blocks, "b", 13, cached)
     assert got is False, (
@@ -404,7 +414,6 @@ def test_a_table_grows_at_its_end() -> None:
         (9, [1, 2, 4]),
         (12, [1, 2, 4]),
         (13, [1, 2, 4, 5]),
-        (3, [1, 2, 4, 5]),
         (21, [1, 2, 4, 5, 6, 7]),
     ):
         assert blocks.grow("b", num_tokens) is True, f"{num_tokens} tokens, and enough blocks are free. {LOOK_GROW}"
@@ -420,7 +429,7 @@ def test_a_request_is_admitted_once() -> None:
     blocks = pool(10, block_size=4)
     serve(blocks, "a", list(range(9)))
     cached = blocks.find_cached(request_of("b", list(range(9))))
-    with pytest.raises(AssertionError, match="request a has a block table already"):
+    with pytest.raises(AssertionError, match="request a already has a block table"):
         blocks.admit("a", 20, cached)
     check_blocks(blocks, "a was admitted twice")
 
@@ -441,11 +450,11 @@ def test_caching_again_changes_nothing() -> None:
     blocks = pool(10, block_size=4)
     request = request_of("a", list(range(13)))
     assert blocks.admit("a", 13)
-    for num_tokens, expected in ((8, 2), (8, 2), (9, 2), (13, 3), (13, 3), (4, 3)):
+    for num_tokens, expected in ((8, 2), (8, 2), (9, 2), (13, 3), (13, 3)):
         blocks.cache_full_blocks(request, num_tokens)
-        check_cached(blocks, [1, 2, 3][:expected], f"8, 8, 9, 13, 13 and 4 of 13 tokens: now {num_tokens}")
+        check_cached(blocks, [1, 2, 3][:expected], f"8, 8, 9, 13 and 13 of 13 tokens: now {num_tokens}")
         assert request.num_cached_blocks == expected, (
-            f"8, 8, 9, 13, 13 and 4 of 13 tokens: now {num_tokens}, expected num_cached_blocks {expected}, got "
+            f"8, 8, 9, 13 and 13 of 13 tokens: now {num_tokens}, expected num_cached_blocks {expected}, got "
             f"{request.num_cached_blocks}. {LOOK_CACHE}"
         )
     check_blocks(blocks, "after cache_full_blocks()")

@@ -413,7 +413,7 @@ EARLIER = {
 def test_earlier_parts_refuse_a_salt(name: str) -> None:
     """They cache nothing, so there is nothing to keep apart. But a client that sends a salt must be told."""
     fields = importlib.import_module(name).SAMPLING_FIELDS
-    with pytest.raises(FieldError, match="^cache_salt: this part does not support it, got 'x'"):
+    with pytest.raises(FieldError, match="^cache_salt: not supported by this part, got 'x'"):
         check_supported(SamplingParams(cache_salt="x"), fields)
 
 

@@ -18,9 +18,7 @@ class Life(PrefixLife):
     checks, counts = checks, Counter[str]()
     LOOK = 'Look at core/engine.py::LLMEngine.step, _append and core/scheduler.py; README "When a block is cached".'
     LOOK_FAIL = 'Look at core/engine.py::LLMEngine.fail and Scheduler.reset; README "When a block is cached".'
-    LOOK_LENGTH = (
-        'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
-    )
+    LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "Placeholders".'
 
     @initialize(
         num_tokens_kv=st.integers(4, 64),

@@ -104,7 +104,7 @@ class SpecExecutor(PrefixExecutor):
     def output(self, step: ScriptedStep) -> StepOutput:
         works = [work for work in step.work if work.is_sampled]
         token_ids = [work.sampled for work in works]
-        return StepOutput(token_ids, [None] * len(works), [self.proposals(work) for work in works], 0.0, 0.0)
+        return StepOutput(token_ids, [None] * len(works), [self.proposals(work) for work in works])
 
     def proposals(self, work: Work) -> list[int]:
         count = work.share.num_next_drafts
@@ -135,8 +135,8 @@ class Checks(PrefixChecks):
     LOOK_SIZE = 'Look at core/scheduler.py::Scheduler._chunk_size; README of part 6, "Decodes first".'
     LOOK_RUNNING = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 6, "Decodes first".'
     LOOK_ADMIT = 'Look at core/scheduler.py::Scheduler._admit and _schedule_waiting; README of part 6, "Decodes first".'
-    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "A token too late".'
-    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README of part 5, "A token too late".'
+    LOOK_LATE = 'Look at core/engine.py::LLMEngine._append; README of part 5, "Late tokens".'
+    LOOK_ROWS = 'Look at core/scheduler.py::Scheduler._start, _leave and finish; README of part 5, "Placeholders".'
     LOOK_HIT = 'Look at core/scheduler.py::Scheduler._schedule_waiting; README of part 7, "A block\'s hash".'
     LOOK_HASH = 'Look at core/block_manager.py::hash_block and hash_blocks; README of part 7, "A block\'s hash".'
     LOOK_NAME = 'Look at core/scheduler.py::Scheduler._add, _leave; README "The draft model\'s KV cache".'

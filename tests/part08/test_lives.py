@@ -25,9 +25,7 @@ SEED = 0x0FE8D126E036D634178B18C7D3AC45C2F9A734B258D99CA3EB488D4372FFEBAE6B33C87
 class Life(PrefixLife):
     checks, counts = checks, Counter[str]()
     LOOK = 'Look at core/engine.py::LLMEngine.step, _update, _append and core/scheduler.py; README "Several tokens from one step".'  # noqa: E501
-    LOOK_LENGTH = (
-        'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "What the future may assume".'
-    )
+    LOOK_LENGTH = 'Look at core/scheduler.py::Scheduler._schedule_running; README of part 5, "Placeholders".'
 
     @initialize(
         num_tokens_kv=st.integers(4, 64),

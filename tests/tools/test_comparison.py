@@ -1,4 +1,4 @@
-"""tools/comparison.py: every engine runs, and README shows what was measured."""
+"""tools/comparison.py: every engine runs, and the page of results shows what was measured."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def test_real_engines_can_be_loaded_in_a_process_of_their_own() -> None:
         assert pickle.loads(pickle.dumps(function)) is function, f"{function} cannot be sent to another process"
 
 
-def test_readme_shows_what_was_measured() -> None:
+def test_the_page_shows_what_was_measured() -> None:
     table = comparison.markdown(read_result(comparison.RESULT))
-    assert table in (ROOT / "README.md").read_text("utf-8"), (
-        "README's comparison is not that of results/comparison.json: python -m tools.comparison --table"
+    assert table in (ROOT / "results" / "README.md").read_text("utf-8"), (
+        "The comparison in results/README.md is not that of results/comparison.json: python -m tools.comparison --table"
     )
     assert comparison.RESULT.with_suffix(".png").is_file()

@@ -19,7 +19,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)  # a git hook sets GIT_DIR, which would lead to the wrong repository
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    (tmp_path / "README.md").write_text(f"{snapshots.MAP_BEGIN}\n{snapshots.MAP_END}\n")
+    (tmp_path / "CONTRIBUTING.md").write_text(f"{snapshots.MAP_BEGIN}\n{snapshots.MAP_END}\n")
     engines = [BODY, BODY + "\n\ndef two():\n    pass\n"]
     engines += [engines[1].replace("last", "final"), engines[1].replace("last", "final")]
     for part, engine in zip(PARTS, engines, strict=True):
@@ -85,7 +85,7 @@ def test_step_diffs_and_map_are_regenerated(root: Path) -> None:
     assert run(root, f"{ONE}/engine.py") == 0
     diff = (root / THREE / "step.diff").read_text()
     assert "     return 20\n" in diff, f"step.diff of part 3 must show the fixed text around its own change:\n{diff}"
-    assert "| `engine.py` | new | changed | changed | same |" in (root / "README.md").read_text()
+    assert "| `engine.py` | new | changed | changed | same |" in (root / "CONTRIBUTING.md").read_text()
 
 
 def test_identical_copies_stay_identical(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

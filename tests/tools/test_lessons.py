@@ -1,4 +1,4 @@
-"""Lessons match the code: snippets appear in it, links lead to files, and the length is within limits."""
+"""Lessons match the code and give no exercise away; links lead to files, and the length is within limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = sorted(ROOT.glob("part[0-9][0-9]_*/README.md"))
-PAGES = [*LESSONS, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "models" / "README.md"]
+PAGES = [
+    *LESSONS, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "models" / "README.md",
+    ROOT / "results" / "README.md",
+]  # fmt: skip
+DETAILS = re.compile(r"<details>.*?</details>", re.DOTALL)
+EXERCISE = re.compile(r"# exercise: (\w+)\n(.*?)# exercise: end", re.DOTALL)
 SNIPPET = re.compile(r"^`([\w/]+\.py)::([\w.]+)`\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)\s]+)\)")
 
@@ -50,11 +55,32 @@ def test_snippets_are_verbatim_in_the_code(lesson: Path) -> None:
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.parent.name)
 def test_the_length_of_a_lesson(lesson: Path) -> None:
-    prose = re.sub(r"```.*?```|^\|.*?$", "", lesson.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = DETAILS.sub("", lesson.read_text(encoding="utf-8"))
+    prose = re.sub(r"```.*?```|^\|.*?$", "", text, flags=re.DOTALL | re.MULTILINE)
     num_words = len(prose.split())
     assert 700 <= num_words <= 1_800, (
-        f"{lesson.parent.name}/README.md has {num_words} words outside code and tables; expected 700 to 1,800"
+        f"{lesson.parent.name}/README.md has {num_words} words outside code, tables and <details>; expected "
+        "700 to 1,800"
     )
+
+
+def lines_of(code: str) -> list[str]:
+    """Without indentation and blank lines."""
+    return [line.strip() for line in code.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.parent.name)
+def test_no_body_of_an_exercise_is_in_the_text(lesson: Path) -> None:
+    text = DETAILS.sub("", lesson.read_text(encoding="utf-8"))
+    shown = "\n".join(["", *lines_of("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))), ""])
+    for path in lesson.parent.rglob("*.py"):
+        for name, body in EXERCISE.findall(path.read_text(encoding="utf-8")):
+            lines = lines_of(body)
+            for start in range(max(1, len(lines) - 2)):
+                part = lines[start : start + 3]
+                assert "\n".join(["", *part, ""]) not in shown, (
+                    f"{lesson.parent.name}/README.md shows lines of the exercise {name} outside <details>: {part}"
+                )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

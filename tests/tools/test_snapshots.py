@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
     changed = {"engine.py": ENGINE.replace("return a", "return c"), "util.py": same["util.py"], "cache.py": "k = 1\n"}
     write_part(tmp_path, THREE, {**fast, **changed}, ROWS_THREE)
     text = f"# Front\n\n{snapshots.MAP_BEGIN}\nstale\n{snapshots.MAP_END}\n\ntail\n"
-    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "CONTRIBUTING.md").write_text(text)
     assert snapshots.main(["--root", str(tmp_path)]) == 0, "the made-up parts must start out right"
     return tmp_path
 
@@ -173,15 +173,15 @@ def test_evolution_map(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "| `kernels/fast.py` |  | new | same |\n"
         "| files unchanged from the part before |  | 50% | 50% |\n"
     )
-    readme = root / "README.md"
-    good = readme.read_text()
+    page = root / "CONTRIBUTING.md"
+    good = page.read_text()
     assert good == f"# Front\n\n{snapshots.MAP_BEGIN}\n\n{expected}\n{snapshots.MAP_END}\n\ntail\n"
-    readme.write_text(good.replace("changed", "same"))
+    page.write_text(good.replace("changed", "same"))
     status, err = check(root, capsys)
-    assert (status, err) == (1, "README.md is out of date: run `python -m tools.snapshots`\n")
-    readme.write_text("# Front\n")
+    assert (status, err) == (1, "CONTRIBUTING.md is out of date: run `python -m tools.snapshots`\n")
+    page.write_text("# Front\n")
     status, err = check(root, capsys)
-    assert status == 1 and f"README.md needs the lines `{snapshots.MAP_BEGIN}`" in err, err
+    assert status == 1 and f"CONTRIBUTING.md needs the lines `{snapshots.MAP_BEGIN}`" in err, err
 
 
 def test_exercise_markers_do_not_count(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,16 +44,22 @@ offers.
 File: engine.py::add
 Test: tests/part01/test_add.py
 Lesson: Adding
+Difficulty: easy
+Time: 5 minutes
 Hint 1: There is an operator
 for it.
 Hint 2: It is +.
+Hint 3: a, +, b.
 
 ## total
 File: engine.py::total
 Test: tests/part01/test_total.py::test_three, tests/part01/test_total.py::test_none
 Lesson: Adding many
+Difficulty: hard
+Time: 120 minutes
 Hint 1: A loop.
 Hint 2: With add in it.
+Hint 3: For each value, add it.
 """
 TEST_ADD = """import pytest
 
@@ -68,6 +74,11 @@ def test_add(b):
 
 def test_no_message():
     assert add(1, 1) == 2
+
+
+@pytest.mark.slow
+def test_large_numbers():
+    assert add(10**9, 1) == 10**9 + 1, f"expected 1000000001, got {add(10**9, 1)}. See engine.py::add"
 """
 TEST_TOTAL = """from part01_made_up.engine import total
 
@@ -79,14 +90,23 @@ def test_three():
 
 def test_none():
     assert total([]) == 0, "no numbers make 0"
-
-
-def test_of_no_exercise():
-    raise AssertionError("this test belongs to no exercise")
 """
-WRONG = {
-    "add-minus": ("it subtracts", "The sign\nis wrong.", "result += b", "result -= b"),
-    "add-first": ("it gives back the first", "b is not looked at.", "result += b", "result += 0"),
+TEST_REST = """from part01_made_up.engine import add, total
+
+
+def test_both():
+    assert total([add(1, 2), 3]) == 6, f"1 + 2 + 3: expected 6, got {total([add(1, 2), 3])}. See engine.py::total"
+"""
+WRONG = {  # title: name, explanation, caught by, what is replaced by what
+    "add-minus": ("it subtracts", "The sign\nis wrong.", "test_add.py::test_add", "result += b", "result -= b"),
+    "add-first": ("it gives back the first", "b is not used.", "test_add.py::test_add", "result += b", "result += 0"),
+    "total-last": (
+        "it takes the last",
+        "Add them.",
+        "test_total.py::test_three",
+        "result = add(result, value)",
+        "result = value",
+    ),
 }
 
 
@@ -107,13 +127,14 @@ def root(tmp_path: Path) -> Path:
         "part02_bare/engine.py": "",
         "tests/part01/test_add.py": TEST_ADD,
         "tests/part01/test_total.py": TEST_TOTAL,
+        "tests/part01/test_rest.py": TEST_REST,
+        "tests/part01/test_process.py": "raise ImportError",
     }.items():
         write(tmp_path, name, text)
-    for stem, (name, explanation, old, new) in WRONG.items():
+    for stem, (name, explanation, caught_by, old, new) in WRONG.items():
         lines = [text.splitlines(keepends=True) for text in (ENGINE, ENGINE.replace(old, new))]
         diff = difflib.unified_diff(*lines, "a/part01_made_up/engine.py", "b/part01_made_up/engine.py")
-        caught_by = "tests/part01/test_add.py::test_add"
-        text = f"Name: {name}\nCaught by: {caught_by}\nExplanation: {explanation}\n\n{''.join(diff)}"
+        text = f"Name: {name}\nCaught by: tests/part01/{caught_by}\nExplanation: {explanation}\n\n{''.join(diff)}"
         write(tmp_path, f"tests/part01/wrong/{stem}.patch", text)
     return tmp_path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,30 @@ from workshop.course import Part, WorkshopError
 from workshop.report import Report
 from workshop.results import Result, State
 from workshop.runner import Runner
+from workshop.saves import Saves
 
 Solve = Callable[..., None]
 GOOD_TOTAL = "for value in values:\n    result = add(result, value)"
+DEADLINE_S = 30
+
+
+class SavesOnDemand(Saves):
+    """wait() makes the next save itself; after the last one the learner presses Ctrl-C."""
+
+    def __init__(self, *saves: Callable[[], None]) -> None:
+        self.saves, self.is_saved = list(saves), False
+
+    def any(self) -> bool:
+        return self.is_saved
+
+    def forget(self) -> None:
+        self.is_saved = False
+
+    def wait(self) -> None:
+        if not self.is_saved:
+            if not self.saves:
+                raise KeyboardInterrupt
+            self.saves.pop(0)()
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +61,12 @@ def make_checker(part: Part, runner: Runner, *names: str) -> tuple[Checker, Cons
     return Checker(part, list(names), runner, Report(console)), console
 
 
+def line_of(part: Part, text: str) -> int:
+    """Where a text is in the learner's file, from 1."""
+    lines = (part.copy / "engine.py").read_text().split("\n")
+    return 1 + next(index for index, line in enumerate(lines) if text in line)
+
+
 def test_each_exercise_is_checked_with_the_reference_around_it(runner: Runner, solve: Solve) -> None:
     solve(total=GOOD_TOTAL)
     total = run(runner, "total")
@@ -51,25 +79,47 @@ def test_each_exercise_is_checked_with_the_reference_around_it(runner: Runner, s
     assert run(runner, "total").passes, "a mistake in add must not fail total"
 
 
-def test_a_failure_shows_the_tests_own_message(runner: Runner, solve: Solve) -> None:
-    solve(add="return a - b", total="print('here')\nraise ValueError(len(values))")
+def test_a_failure_has_the_tests_own_message(runner: Runner, solve: Solve) -> None:
+    solve(add="return a - b")
     add = run(runner, "add")
     failure = add.failures[0]
-    assert failure.message == "2 and 1 make 3, got 1. See engine.py::add", (
-        f"pytest's appendix must be removed: {failure}"
-    )
-    assert failure.location is None and "def test_add" in failure.traceback
-    assert (add.num_tests, add.num_passed) == (4, 1), f"2 - 0 is right by chance, got {add}"
-    assert add.failures[-1].message == "assert 0 == 2\n +  where 0 = add(1, 1)", (
-        f"no message of its own: {add.failures[-1]}"
-    )
+    assert failure.message == "2 and 1 make 3, got 1. See engine.py::add", f"the message and nothing else: {failure}"
+    assert (failure.kind, failure.raised_at) == ("AssertionError", None) and "def test_add" in failure.traceback
+    assert (add.num_tests, add.num_passed) == (4, 1), f"2 - 0 is right by chance, and the slow test waits: got {add}"
+    assert add.failures[-1].message == "assert add(1, 1) == 2", f"no message of its own: {add.failures[-1]}"
+
+
+def test_an_error_is_located(runner: Runner, part: Part, solve: Solve) -> None:
+    solve(add="print('here')\nreturn a + b[0]")
+    failure = run(runner, "add").failures[0]
+    here = f"engine.py:{line_of(part, 'b[0]')} in add: return a + b[0]"
+    assert failure.message.startswith("TypeError: 'int' object") and failure.output == "here\n", f"got {failure}"
+    assert (failure.raised_at, failure.called_from) == (here, here), "lines count as in the learner's file"
+    solve(total="for value in values:\n    result = add(result, str(value))")
     failure = run(runner, "total").failures[0]
-    lines = (runner.part.copy / "engine.py").read_text().split("\n")
-    number = 1 + next(i for i, line in enumerate(lines) if "ValueError" in line)
-    assert failure.message == "ValueError: 3" and "three numbers\nhere" in failure.output, f"got {failure}"
-    assert failure.location == f"engine.py:{number} in total", (
-        f"lines count as in the learner's file: {failure.location}"
-    )
+    assert failure.raised_at == f"engine.py:{line_of(part, '# exercise: add')} in add", f"a lent body: got {failure}"
+    expected = f"engine.py:{line_of(part, 'str(value)')} in total: result = add(result, str(value))"
+    assert failure.called_from == expected, f"and from where the learner called it: got {failure}"
+
+
+def test_an_error_after_the_body_has_returned(runner: Runner, part: Part, solve: Solve) -> None:
+    path = part.copy / "engine.py"
+    path.write_text(path.read_text().replace("    return result\n", "    return int(result)\n"))
+    solve(total="result = 'six'")
+    checker, console = make_checker(part, runner, "total")
+    checker.check()
+    text = console.export_text()
+    where = f"at engine.py:{line_of(part, 'int(result)')} in total: return int(result)"
+    assert f"{where}\n    your function had returned by then" in text, f"got {text}"
+
+
+def test_an_error_of_several_is_one_of_them(runner: Runner, part: Part, solve: Solve) -> None:
+    solve(add="try:\n    raise ValueError('one')\nexcept ValueError as e:\n    error = e")
+    path = part.root / "tests" / "part01" / "test_add.py"
+    text = "from part01_made_up.engine import add\n\n\nclass Group(Exception):\n    exceptions = ()\n\n\n"
+    text += "def test_add():\n    error = Group()\n    error.exceptions = (ValueError('one'), AssertionError('two'))\n"
+    path.write_text(f"{text}    raise error\n")
+    assert [failure.message for failure in run(runner, "add").failures] == ["two"]
 
 
 @pytest.mark.parametrize(
@@ -80,13 +130,14 @@ def test_a_failure_shows_the_tests_own_message(runner: Runner, solve: Solve) -> 
         ("break  # no loop", "SyntaxError: 'break' outside loop", "break  # no loop"),
     ],
 )
-def test_code_that_does_not_compile(runner: Runner, solve: Solve, body: str, message: str, line: str) -> None:
+def test_code_that_does_not_compile(
+    runner: Runner, part: Part, solve: Solve, body: str, message: str, line: str
+) -> None:
     solve(add=body)
     failure = run(runner, "add").failures[0]
     assert failure.message.startswith(message) and line in failure.message, f"got {failure}"
-    text = (runner.part.copy / "engine.py").read_text().split("\n")
-    expected = f"engine.py:{1 + next(i for i, row in enumerate(text) if line in row)}"
-    assert failure.location == expected, f"expected {expected}, got {failure.location}"
+    expected = f"engine.py:{line_of(part, line)}"
+    assert failure.raised_at == expected, f"expected {expected}, got {failure}"
 
 
 def test_a_file_that_cannot_be_imported(runner: Runner, part: Part, solve: Solve) -> None:
@@ -97,10 +148,10 @@ def test_a_file_that_cannot_be_imported(runner: Runner, part: Part, solve: Solve
     checker, console = make_checker(part, runner)
     checker.check()
     text = console.export_text()
-    number = len(path.read_text().split("\n")) - 1
-    assert "add           cannot be run" in text, f"got {text}"
+    assert "add    cannot be run" in text, f"got {text}"
     assert "NameError: name 'nothing_of_that_name' is not defined" in text, f"got {text}"
-    assert f"at engine.py:{number} in <module>" in text, f"got {text}"
+    where = f"at engine.py:{line_of(part, 'nothing_of_that_name')} in <module>"
+    assert where in text and "had returned" not in text, f"got {text}"
 
 
 def test_an_endless_loop_is_stopped_and_located(part: Part, solve: Solve) -> None:
@@ -109,7 +160,7 @@ def test_an_endless_loop_is_stopped_and_located(part: Part, solve: Solve) -> Non
         failure = run(runner, "add").failures[-1]
         assert failure.message.startswith("still running after 4 s"), f"got {failure}"
         assert failure.test.endswith("test_add[1]"), f"the test that ran: got {failure.test}"
-        assert failure.location is not None and failure.location.endswith(" in add"), f"got {failure.location}"
+        assert failure.raised_at is not None and failure.raised_at.endswith(" in add"), f"got {failure}"
         solve(add="return a + b")
         assert run(runner, "add").passes, "the next run must not be affected"
         assert runner.num_starts == 1, f"the warm process must survive its child: started {runner.num_starts} times"
@@ -172,24 +223,37 @@ def test_without_fork_each_run_gets_a_process_started_beforehand(
         assert runner.num_starts == 4, f"one for each run, and one waiting: started {runner.num_starts}"
 
 
-def test_check_names_the_known_mistake(runner: Runner, part: Part, solve: Solve) -> None:
-    solve(add="return a - b")
+def test_check_names_the_known_mistake_first(runner: Runner, part: Part, solve: Solve) -> None:
+    solve(add="c = a - b\nreturn c")
     checker, console = make_checker(part, runner)
     assert not checker.check(), "add fails"
     text = console.export_text()
-    assert "add looks like: it subtracts\n  The sign is wrong." in text, f"got {text}"
-    assert "gives back the first" not in text, f"the other mistake fails otherwise: {text}"
-    assert text.index("2 and 1 make 3, got 1") < text.index("test_add[1]"), (
-        f"the test's own message comes first: {text}"
-    )
+    known = text.index("add\n\n  This looks like a known mistake: it subtracts.\n    The sign is wrong.\n")
+    assert "gives back the first" not in text, f"the other mistake fails other tests: {text}"
+    message = text.index("2 and 1 make 3, got 1\n    test      tests/part01/test_add.py::test_add[1]\n")
+    assert known < message < text.index("Look at  workspace/part01_made_up/engine.py:8, add\n  Lesson   Adding"), text
+    assert "See engine.py" not in text, f"where to look is said once: {text}"
     assert "Traceback" not in text and "def test_add" not in text, f"no traceback without --verbose: {text}"
-    assert "total         not started" in text and "fix add" in text, f"got {text}"
+    assert "total  not started" in text and "fix add" in text, f"got {text}"
     cached = list((part.workspace / ".cache" / "wrong").iterdir())
     assert len(cached) == 2, f"both mistakes were run once and are kept: {cached}"
-    solve(add="return 5")
-    _, console = checker, checker.report.console
+
+
+@pytest.mark.parametrize("body", ["return 5", "return a - c"])
+def test_an_unknown_mistake_looks_like_none(runner: Runner, part: Part, solve: Solve, body: str) -> None:
+    """It fails other tests, or all of them with another error."""
+    solve(add=body)
+    checker, console = make_checker(part, runner)
     checker.check()
-    assert "looks like" not in console.export_text(), "an unknown mistake must match none"
+    assert "known mistake" not in console.export_text(), console.export_text()
+
+
+def test_every_failing_exercise_is_compared_with_known_mistakes(runner: Runner, part: Part, solve: Solve) -> None:
+    solve(add="return a - b", total="for value in values:\n    result = 1 * value")
+    checker, console = make_checker(part, runner)
+    checker.check()
+    text = console.export_text()
+    assert "known mistake: it subtracts" in text and "known mistake: it takes the last" in text, f"got {text}"
 
 
 def test_check_shows_the_next_step(runner: Runner, part: Part, solve: Solve) -> None:
@@ -199,13 +263,22 @@ def test_check_shows_the_next_step(runner: Runner, part: Part, solve: Solve) -> 
     solve(add="return a + b")
     assert not checker.check() and checker.num_checks == 1
     text = console.export_text()
-    assert "add           passes: 4 of 4 tests pass" in text and "write total" in text, f"got {text}"
+    assert "add    passes: 4 of 4 tests pass" in text and "write total" in text, f"got {text}"
+    assert "Now all other tests of part 1 run with your add;" in text, f"the rest, with total lent: {text}"
+    assert "all of part 1  passes: 8 of 8 tests pass" in text, f"the slow test and test_rest.py, too: {text}"
     solve(total=GOOD_TOTAL)
     assert checker.check() and checker.num_checks == 2, "add has not changed, so only total runs"
     text = console.export_text()
-    assert "all together  passes: 6 of 6 tests pass" in text and "workshop diff 1" in text, f"got {text}"
+    assert "run with your version;" in text and "workshop diff 1" in text, f"got {text}"
     saved = State.load(part).saved
     assert {name: entry.passes for name, entry in saved.items()} == {"add": True, "total": True}
+
+
+def test_a_named_exercise_that_is_blank_is_not_run(runner: Runner, part: Part) -> None:
+    checker, console = make_checker(part, runner, "total")
+    assert not checker.check() and checker.num_checks == 0
+    text = console.export_text()
+    assert "total  not started" in text and "write total" in text, f"got {text}"
 
 
 def test_what_passes_alone_must_pass_together(runner: Runner, part: Part, solve: Solve) -> None:
@@ -213,30 +286,25 @@ def test_what_passes_alone_must_pass_together(runner: Runner, part: Part, solve:
     checker, console = make_checker(part, runner)
     assert not checker.check(), "add leaves a global that breaks total"
     text = console.export_text()
-    assert "but all of yours together fail" in text, f"got {text}"
+    assert "all of part 1  fails" in text and "but together" in text, f"got {text}"
 
 
 def test_watch_checks_at_every_save_and_only_what_changed(runner: Runner, part: Part, solve: Solve) -> None:
     checker, console = make_checker(part, runner)
-    saves = [{"add": "return a - b"}, {"add": "return a + b"}, {"total": "oops ="}, {"total": GOOD_TOTAL}]
+    bodies = [{"add": "return a - b"}, {"add": "return a + b"}, {"total": "oops ="}, {"total": GOOD_TOTAL}]
     counts: list[int] = []
-    sleeps = 0
 
-    def sleep(_: float) -> None:
-        nonlocal sleeps
-        sleeps += 1
-        if sleeps % 3 == 0:  # some polls find nothing new
-            counts.append(checker.num_checks)
-            if len(counts) > len(saves):
-                raise KeyboardInterrupt
-            solve(**saves[len(counts) - 1])
+    def save(body: dict[str, str]) -> None:
+        counts.append(checker.num_checks)
+        solve(**body)
 
     with pytest.raises(KeyboardInterrupt):
-        watch(checker, sleep)
+        watch(checker, SavesOnDemand(*(lambda body=body: save(body) for body in bodies)))  # type: ignore[misc]
+    counts.append(checker.num_checks)
     assert counts == [0, 1, 2, 3, 4], f"one check for each save, of the exercise that changed: got {counts}"
     assert runner.num_starts == 1, f"one warm process for all of them, started {runner.num_starts} times"
     text = console.export_text()
-    assert text.count("Watching for the next save") == 5 and "all together" in text, f"got {text}"
+    assert text.count("Watching for the next save") == 5 and "all of part 1  passes" in text, f"got {text}"
 
 
 def test_a_body_that_is_blanked_and_written_again(runner: Runner, part: Part, solve: Solve) -> None:
@@ -268,16 +336,9 @@ def test_watch_survives_missing_markers(runner: Runner, part: Part) -> None:
     checker, console = make_checker(part, runner)
     path = part.copy / "engine.py"
     whole = path.read_text()
-    texts = [whole.replace("    # exercise: end\n", "", 1), whole, None]
-
-    def sleep(_: float) -> None:
-        text = texts.pop(0)
-        if text is None:
-            raise KeyboardInterrupt
-        path.write_text(text)
-
+    texts = [whole.replace("    # exercise: end\n", "", 1), whole]
     with pytest.raises(KeyboardInterrupt):
-        watch(checker, sleep)
+        watch(checker, SavesOnDemand(*(lambda text=text: path.write_text(text) for text in texts)))  # type: ignore[misc]
     text = console.export_text()
     assert "`# exercise: total` comes before the end of `# exercise: add`" in text, f"got {text}"
     assert text.count("not started") == 4, f"checked before and after: got {text}"
@@ -286,7 +347,7 @@ def test_watch_survives_missing_markers(runner: Runner, part: Part) -> None:
 def test_a_save_during_a_check_cancels_it(runner: Runner, part: Part, solve: Solve, tmp_path: Path) -> None:
     solve(add=f"import pathlib\npathlib.Path({str(tmp_path / 'running')!r}).touch()\nwhile True:\n    pass")
     checker, console = make_checker(part, runner)
-    run_exercise, cancelled_runs = runner.run_exercise, 0
+    saves, run_exercise, cancelled_runs = SavesOnDemand(), runner.run_exercise, 0
 
     def saving(exercise, *, cancelled, **options):
         nonlocal cancelled_runs
@@ -295,17 +356,40 @@ def test_a_save_during_a_check_cancels_it(runner: Runner, part: Part, solve: Sol
             if (tmp_path / "running").exists():
                 (tmp_path / "running").unlink()
                 solve(add="return a + b")
+                saves.is_saved = True
             return cancelled()
 
         result = run_exercise(exercise, cancelled=save_and_ask, **options)
         cancelled_runs += result is None
         return result
 
-    def stop(_: float) -> None:
-        raise KeyboardInterrupt
-
     runner.run_exercise = saving  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        watch(checker, stop)
+        watch(checker, saves)
     assert cancelled_runs == 1, f"the save must cancel the endless run, got {cancelled_runs}"
-    assert "add           passes" in console.export_text(), "and the new text be checked at once"
+    assert "add    passes" in console.export_text(), "and the new text be checked at once"
+
+
+def save_until_noticed(saves: Saves, save: Callable[[], object]) -> None:
+    """The watching may begin a moment later."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not saves.any():
+        assert time.monotonic() < deadline, f"a save was not noticed within {DEADLINE_S} s. See saves.py::Saves"
+        save()
+        time.sleep(0.1)
+
+
+def test_saves_are_noticed(part: Part) -> None:
+    """In any file of the copy, and of a copy that takes its place. Other files do not count."""
+    path = part.copy / "numbers.py"
+    with Saves(part) as saves:
+        save_until_noticed(saves, lambda: path.write_text("ZERO = 0\n"))
+        saves.wait()
+        workspace.start(part, force=True)
+        time.sleep(0.5)
+        saves.forget()
+        for other in (part.copy / "notes.txt", part.workspace / "backups" / "x.py"):
+            other.write_text("")
+        time.sleep(0.5)
+        assert not saves.any(), "only Python files of the copy count"
+        save_until_noticed(saves, lambda: path.write_text("ZERO = 0\n"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from workshop.bodies import blank_bodies, find_bodies, replace_bodies
-from workshop.course import Part, WorkshopError, find_part, read_exercises, read_parts
-from workshop.workspace import reference_bodies, sources
+from workshop.course import LABELS, Part, WorkshopError, find_part, read_exercises, read_parts
+from workshop.workspace import reference_bodies, sources, start
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = read_parts(ROOT)
@@ -18,17 +19,34 @@ def test_an_exercise_is_read_with_all_its_labels(part: Part) -> None:
     add, total = part.exercises
     assert (add.name, add.file, add.symbol, add.lesson) == ("add", "engine.py", "add", "Adding")
     assert add.task == "Add two numbers.", f"the task is the first sentence under the heading, got {add.task!r}"
-    assert add.hints == ("There is an operator\nfor it.", "It is +."), f"a hint goes on to the next label: {add.hints}"
+    assert (add.difficulty, add.minutes, total.minutes) == ("easy", 5, 120)
+    hints = ("There is an operator\nfor it.", "It is +.", "a, +, b.")
+    assert add.hints == hints, f"a hint goes on to the next label: {add.hints}"
     expected = ("tests/part01/test_total.py::test_three", "tests/part01/test_total.py::test_none")
     assert total.tests == expected, f"`Test:` takes several, with commas between: got {total.tests}"
     assert "'Adding many'" in total.task, f"without a sentence of its own the task names the lesson: {total.task!r}"
 
 
-@pytest.mark.parametrize("label", ["File", "Test", "Lesson", "Hint 1", "Hint 2"])
+@pytest.mark.parametrize("label", LABELS)
 def test_a_missing_label_is_named(root: Path, label: str) -> None:
     path = root / "part01_made_up" / "exercises.md"
     path.write_text(path.read_text().replace(f"{label}: ", f"{label.lower()} ", 1))
     with pytest.raises(WorkshopError, match=f"exercise add has no line `{label}: …`"):
+        read_exercises(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("Difficulty: simple", "add: expected easy or medium or hard, got 'simple'"),
+        ("Time: soon", "add: expected `Time: N minutes`, got 'soon'"),
+    ],
+)
+def test_a_label_that_says_something_else(root: Path, line: str, message: str) -> None:
+    path = root / "part01_made_up" / "exercises.md"
+    label = line.partition(":")[0]
+    path.write_text(re.sub(rf"^{label}: .*$", line, path.read_text(), count=1, flags=re.MULTILINE))
+    with pytest.raises(WorkshopError, match=message):
         read_exercises(path.parent)
 
 
@@ -104,3 +122,16 @@ def test_the_exercises_of_the_course_name_existing_files(real: Part) -> None:
         for test in exercise.tests:
             assert (ROOT / test.partition("::")[0]).is_file(), f"{where}: {test} is not there"
         assert f"## {exercise.lesson}" in sections, f"{where}: the lesson has no section {exercise.lesson!r}"
+
+
+@pytest.mark.parametrize("real", PARTS, ids=lambda part: part.name)
+def test_the_lessons_of_the_course_show_their_images_in_a_copy(real: Part, tmp_path: Path) -> None:
+    (tmp_path / real.name).symlink_to(real.path)
+    for name in ("docs", "results", "GLOSSARY.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    learner = Part(tmp_path, real.name, real.exercises)
+    start(learner)
+    for page in sorted(learner.copy.glob("*.md")):
+        links = re.findall(r"\]\(([^)#\s:]+)[)#]", page.read_text(encoding="utf-8"))
+        lost = [link for link in links if not (page.parent / link).exists()]
+        assert not lost, f"{page.name} of workspace/{real.name} links to {lost}, which are not there"

@@ -93,9 +93,29 @@ def test_a_change_concerns_the_exercise_whose_body_it_is_in(part: Part, solve: C
 
 
 def test_what_is_missing_is_named_with_what_to_do(part: Part) -> None:
-    with pytest.raises(WorkshopError, match="python -m workshop start 1"):
+    with pytest.raises(WorkshopError, match=".venv/bin/workshop start 1"):
         workspace.diff(part, [])
     workspace.start(part)
     Path(part.copy / "engine.py").unlink()
-    with pytest.raises(WorkshopError, match=r"engine.py is missing; `python -m workshop catch-up 1`"):
+    with pytest.raises(WorkshopError, match=r"engine.py is missing; `.venv/bin/workshop catch-up 1`"):
         workspace.diff(part, ["add"])
+
+
+def test_the_lesson_in_the_copy_leads_where_the_original_does(part: Part) -> None:
+    """Images are copied, also to where other parts look for them; other links lead to the originals."""
+    for name in ("docs/diagrams/life.svg", "results/part01.png", "GLOSSARY.md", "part01_made_up/figure.png"):
+        (part.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (part.root / name).write_text(name)
+    lesson = (
+        "![life of a request](../docs/diagrams/life.svg) ![plot](../results/part01.png) ![](figure.png) "
+        "![gone](../results/none.png) [terms](../GLOSSARY.md#kv-cache) [here](exercises.md) [web](https://a.org/../b)"
+    )
+    (part.path / "README.md").write_text(lesson)
+    workspace.start(part)
+    got = (part.copy / "README.md").read_text()
+    assert got == lesson.replace("(../GLOSSARY", "(../../GLOSSARY"), f"got {got}. See lesson.py::place"
+    for name in ("../docs/diagrams/life.svg", "../results/part01.png", "figure.png", "../../GLOSSARY.md"):
+        assert (part.copy / name).is_file(), f"{name} must lead to a file from workspace/part01_made_up/"
+    assert (part.workspace / "docs" / "diagrams" / "life.svg").read_text() == "docs/diagrams/life.svg"
+    workspace.catch_up(part, [])
+    assert (part.copy / "README.md").read_text() == got, "the same after catch-up"

@@ -52,7 +52,7 @@ def run(recorder: Recorder) -> None:
 
 
 def generate(llm: Any, max_tokens: int, seed: int) -> float:
-    """Seconds for one greedy answer. seed: of the prompt, so that no run gets a prefix hit from another."""
+    """Seconds for one greedy answer. seed: for the prompt, so that no run gets a prefix hit from another."""
     rng = random.Random(f"{seed} {max_tokens}")
     prompt = random_token_ids(rng, PROMPT_TOKENS, DEFAULT_FIRST_ID, DEFAULT_VOCAB_SIZE)
     started = time.perf_counter()

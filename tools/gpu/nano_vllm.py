@@ -75,7 +75,7 @@ def figures(requests: list[WorkloadRequest], elapsed_s: float) -> dict[str, Any]
 
 
 def largest_fitting(seconds: dict[int, float], wanted: int, limit_s: float) -> int | None:
-    """The most requests, up to those wanted, that are expected to fit; None if not more than in an earlier run.
+    """The most requests, up to `wanted`, that are expected to fit; None if not more than in an earlier run.
 
     seconds: of the runs so far, by number of requests. From two runs on, it extrapolates linearly from the last two,
     because most of the time goes to steps that all requests share. From one run, time scales with the requests.

@@ -54,7 +54,7 @@ class SlowWork:
             torch.cuda._sleep(SLEEP_CYCLES)
 
     def is_running(self) -> bool:
-        """Whether the work launched so far is unfinished."""
+        """Whether the work launched so far is still running."""
         if self.device == "cpu":
             return not self.gate.is_set()
         event = torch.cuda.Event()

@@ -21,7 +21,11 @@ MAX_BYTES = 60 * 2**20
 PYTHON_VERSION = "3.12"
 MANYLINUX = ("_2_28", "_2_27", "_2_26", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1")  # pip matches exactly
 PROVIDED = {"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.2", "safetensors": "0.8.0", "tokenizers": "0.23.2"}
-LEFT_OUT = {"matplotlib": "plots are drawn elsewhere", "numba": "kernels for CPUs only, and 60 MB with llvmlite"}
+LEFT_OUT = {
+    "matplotlib": "plots are drawn elsewhere",
+    "numba": "kernels for CPUs only, and 60 MB with llvmlite",
+    "watchfiles": "only for the workshop",
+}
 PACKAGES = """
 annotated-doc annotated-types anyio blinker certifi click fastapi filelock flask fsspec h11 hf-xet httpcore httpcore2
 httpx httpx2 huggingface-hub hypothesis idna iniconfig itsdangerous jinja2 markdown-it-py markupsafe mdurl msgspec

@@ -52,7 +52,7 @@ def to_document(tokenizer: Tokenizer, kind: str, pieces: Pieces) -> Document:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The data of a training step: conversations and stories by number, drills and tasks by their tokens.
+    """The data of a training step: conversations and stories by count, drills and tasks by tokens.
 
     longest_row (words) and longest_task (tokens) grow from the first number to the second over the phase; lengths are
     log-uniform up to them.

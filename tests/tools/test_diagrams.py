@@ -1,0 +1,307 @@
+"""tools/diagrams: the files are what the scripts make, they are readable, and they show what the code does."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from part06_chunked_prefill.core.block_manager import BlockManager as Part06BlockManager
+from part06_chunked_prefill.core.request import Request as Part06Request
+from part06_chunked_prefill.core.scheduler import Scheduler
+from part07_prefix_caching.core.block_manager import BlockManager
+from part07_prefix_caching.core.request import Request
+from tests.scripted import params_for
+from tools.diagrams import __main__ as command
+from tools.diagrams import architecture, batches, kv_blocks, metrics, one_request, overview, theme, transformer
+from tools.diagrams.catalog import DIAGRAMS
+from tools.diagrams.checks import problems
+from tools.diagrams.geometry import Rect
+from tools.diagrams.svg import Drawing
+
+ROOT = Path(__file__).resolve().parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
+REFERENCE = re.compile(r"docs/diagrams/([\w.-]+)\.svg|\]\((?:\./)?diagrams/([\w.-]+)\.svg")
+PARTS = sorted(path for path in ROOT.glob("part[0-9][0-9]_*") if path.is_dir())
+each_diagram = pytest.mark.parametrize("name", sorted(DIAGRAMS))
+
+
+def pages() -> list[Path]:
+    """The repository's Markdown, without what tools put there."""
+    return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*.md"), *ROOT.glob("part*/**/*.md")]
+
+
+def references(page: Path) -> set[str]:
+    found = REFERENCE.findall(page.read_text(encoding="utf-8"))
+    return {one or other for one, other in found}
+
+
+def luminance(color: str) -> float:
+    """WCAG's relative luminance of #rrggbb."""
+    channels = [int(color[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+# The files
+
+
+def test_files_are_what_the_scripts_make() -> None:
+    differing = [path.name for path in command.differing_files()]
+    assert not differing, f"docs/diagrams: {differing} differ from the scripts: run python -m tools.diagrams"
+
+
+def test_check_names_each_file_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "DIRECTORY", tmp_path / "docs" / "diagrams")
+    monkeypatch.setattr(sys, "argv", ["diagrams"])
+    assert command.main() == 0, "the files are written"
+    monkeypatch.setattr(sys, "argv", ["diagrams", "--check"])
+    assert command.main() == 0, "nothing differs right after writing"
+    (command.DIRECTORY / "slots.svg").write_text("changed", encoding="utf-8")
+    (command.DIRECTORY / "chunks.svg").unlink()
+    (command.DIRECTORY / "recording.svg").write_text("made by another tool", encoding="utf-8")
+    assert command.main() == 1, "two files differ"
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.findall(r"(\w+)\.svg", line)[0] for line in lines] == ["chunks", "slots"]
+
+
+@each_diagram
+def test_drawing_twice_gives_the_same_bytes(name: str) -> None:
+    assert DIAGRAMS[name]().svg() == DIAGRAMS[name]().svg(), f"{name}: two runs differ"
+
+
+@each_diagram
+def test_an_svg_is_well_formed_and_has_words_for_screen_readers(name: str) -> None:
+    root = ET.fromstring(DIAGRAMS[name]().svg())
+    title, desc = root.find(f"{SVG}title"), root.find(f"{SVG}desc")
+    assert title is not None and title.text, f"{name} has no title"
+    assert desc is not None and desc.text and len(desc.text) > 80, f"{name} has no desc that tells what it shows"
+    assert root.get("role") == "img" and root.get("aria-labelledby") == "title desc", f"{name}: role, aria-labelledby"
+    assert float(root.get("width", "inf")) <= 860, f"{name} is {root.get('width')} wide: expected at most 860"
+    sizes = {float(text.get("font-size", 0)) for text in root.iter(f"{SVG}text")}
+    assert min(sizes) >= 12, f"{name} has text of size {min(sizes)}: expected at least 12"
+
+
+# Text and boxes
+
+
+@each_diagram
+def test_no_text_overlaps_or_sticks_out(name: str) -> None:
+    found = problems(DIAGRAMS[name]())
+    assert not found, f"{name}:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("draw", "expected"),
+    [
+        (lambda d: d.box(Rect(20, 20, 60, 40), "far too wide for its box"), "sticks out"),
+        (lambda d: d.text(360, 50, "over the edge of the page"), "outside of the page"),
+        (lambda d: (d.text(20, 50, "one text"), d.text(40, 54, "another")), "overlap"),
+        (lambda d: (d.text(20, 50, "a text"), d.arrow([(10, 52), (200, 52)])), "a line crosses"),
+        (lambda d: (d.text(20, 50, "a text"), d.curve((10, 40), (60, 60))), "a line crosses"),
+        (lambda d: (d.box(Rect(20, 20, 60, 40)), d.box(Rect(60, 30, 60, 40))), "overlap"),
+        (lambda d: d.box(Rect(-10, 20, 60, 40)), "outside of the page"),
+        (lambda d: d.text(20, 50, "small", metrics.Font(11)), "at least 12"),
+    ],
+)
+def test_each_fault_is_found(draw: Callable[[Drawing], object], expected: str) -> None:
+    drawing = Drawing("A title", "What it shows.", width=400)
+    draw(drawing)
+    assert any(expected in problem for problem in problems(drawing)), f"expected {expected!r}, got {problems(drawing)}"
+
+
+def test_a_good_drawing_has_no_problems() -> None:
+    drawing = Drawing("A title", "What it shows.", width=400)
+    drawing.panel(Rect(10, 10, 300, 100), "A panel")
+    box = drawing.box(Rect(20, 40, 100, 50), "A box", ["with `code`"], "blue")
+    drawing.arrow([box.right_center, (200, box.cy)], "label")
+    assert problems(drawing) == []
+
+
+def test_code_is_measured_in_its_own_font() -> None:
+    assert metrics.text_width("`abc`", metrics.BODY) == pytest.approx(3 * 0.6 * 12)
+    assert metrics.text_width("ab `c`", metrics.BODY) == pytest.approx(13 * (0.556 + 0.556 + 0.278) + 0.6 * 12)
+    assert metrics.wrap("one `two three` four", metrics.BODY, 110) == ["one `two three`", "four"]
+
+
+def test_a_line_through_a_corner_is_found_and_one_beside_it_is_not() -> None:
+    rect = Rect(10, 10, 20, 10)
+    assert rect.is_crossed_by(((0, 0), (40, 30))) and rect.is_crossed_by(((20, 0), (20, 40)))
+    assert not rect.is_crossed_by(((0, 30), (40, 30))) and not rect.is_crossed_by(((10, 0), (10, 40)))
+
+
+# Colors
+
+
+@each_diagram
+def test_every_variable_and_class_is_defined_in_both_schemes(name: str) -> None:
+    svg = DIAGRAMS[name]().svg()
+    used = set(re.findall(r"var\(--([\w-]+)\)", svg))
+    assert used <= theme.LIGHT.keys(), f"{name}: not defined for light pages: {used - theme.LIGHT.keys()}"
+    assert used <= theme.DARK.keys(), f"{name}: not defined for dark pages: {used - theme.DARK.keys()}"
+    classes = {word for value in re.findall(r'class="([^"]+)"', svg) for word in value.split()}
+    defined = set(re.findall(r"\.([\w-]+)\{", theme.style_sheet()))
+    assert classes <= defined, f"{name}: no rule for the classes {classes - defined}"
+
+
+@pytest.mark.parametrize("colors", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
+def test_text_can_be_read_on_every_background(colors: dict[str, str]) -> None:
+    fills = [f"{hue}-{shade}" for hue in theme.HUES for shade in ("fill", "strong")]
+    pairs = [("ink", fill) for fill in (*fills, "page", "panel")]
+    pairs += [(ink, fill) for ink in ("muted", *(f"{hue}-ink" for hue in theme.HUES)) for fill in ("page", "panel")]
+    pairs += [("on-accent", f"{hue}-line") for hue in ("blue", "purple", "green", "orange")]
+    weak = {pair: contrast(colors[pair[0]], colors[pair[1]]) for pair in pairs}
+    weak = {pair: round(ratio, 2) for pair, ratio in weak.items() if ratio < 4.5}
+    assert not weak, f"contrast below 4.5: {weak}"
+
+
+# References
+
+
+def test_every_referenced_diagram_exists() -> None:
+    drawn = {path.stem for path in command.DIRECTORY.glob("*.svg")}
+    missing = {f"{page.relative_to(ROOT)}: {name}" for page in pages() for name in references(page) - drawn}
+    assert not missing, f"no such file in docs/diagrams: {sorted(missing)}"
+
+
+def test_every_diagram_is_referenced() -> None:
+    if without := [part.name for part in PARTS if not references(part / "README.md")]:
+        pytest.skip(f"lessons that do not show diagrams yet: {without}")
+    found = set().union(*(references(page) for page in pages()))
+    assert not DIAGRAMS.keys() - found, f"no page shows {sorted(DIAGRAMS.keys() - found)}"
+
+
+# What they show is what the code does
+
+
+def test_code_names_in_diagrams_are_in_the_code() -> None:
+    sources = [*ROOT.glob("part*/**/*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("models/*/config.json")]
+    words = {word for path in sources for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    unknown = {
+        f"{name}: {word}"
+        for name, draw in DIAGRAMS.items()
+        for placed in draw().texts
+        for run, font in metrics.split_code(placed.text, placed.font)
+        if font.mono
+        for word in re.findall(r"[A-Za-z_]{4,}", run)
+        if word not in words
+    }
+    assert not unknown, f"names that the code does not have: {sorted(unknown)}"
+
+
+def test_the_parts_are_all_there() -> None:
+    numbers = [int(part.name[4:6]) for part in PARTS]
+    assert sorted(architecture.SUBTITLES) == numbers, "architecture.SUBTITLES: one picture for each part"
+    assert max(numbers) == overview.NEWEST_PART, "overview.NEWEST_PART: boxes of later parts are dashed"
+    assert all(f"architecture_part{number:02}" in DIAGRAMS for number in numbers)
+
+
+def test_slots_are_those_of_part_4() -> None:
+    demo = (ROOT / "part04_continuous_batching" / "demo.py").read_text(encoding="utf-8")
+    assert f"LENGTHS = {batches.LENGTHS}" in demo and f"NUM_SLOTS = {batches.NUM_SLOTS}" in demo
+    static, continuous = batches.fill_slots(is_static=True), batches.fill_slots(is_static=False)
+    rows = [["".join("·" if s[i] is None else str(s[i]) for s in h) for i in range(4)] for h in (static, continuous)]
+    assert rows[0] == [f"{i}{i}{'·' * 18}{i + 4}{i + 4}{'·' * 18}" for i in range(3)] + ["3" * 20 + "7" * 20]
+    assert rows[1] == ["0044" + "7" * 20, "1155" + "·" * 20, "2266" + "·" * 20, "3" * 20 + "·" * 4]
+
+
+def test_slots_of_the_flat_batch_follow_from_the_block_tables() -> None:
+    tables = [*batches.DECODE_TABLES, [6, 8]]
+    starts = (0, 1, 2, 3, 8)
+    tokens = (*batches.DECODES, *batches.PROMPT)
+    for table, (start, end) in zip(tables, pairwise(starts), strict=True):
+        for token in tokens[start:end]:
+            assert token.slot == table[token.position // 4] * 4 + token.position % 4, f"{token.text}: {table}"
+
+
+def test_ids_of_the_flat_batch_are_those_of_tiny() -> None:
+    tokenizer = json.loads((ROOT / "models" / "tiny" / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    for token in (*batches.DECODES, *batches.PROMPT):
+        assert token.token_id == vocabulary["Ġ" * (token.text != "What") + token.text], f"the id of {token.text!r}"
+
+
+def test_chunks_are_those_of_the_scheduler_of_part_6() -> None:
+    """A to D have a token to decode, P and Q arrive; every sampled token lands before the next step is scheduled."""
+    scheduler = Scheduler(Part06BlockManager(100, 16), max_num_seqs=8, max_num_batched_tokens=batches.BUDGET)
+    params = params_for(100)
+    for name in "ABCD":
+        scheduler.add_request(Part06Request(name, [7], params, 101))
+    scheduler.schedule()
+    for request in scheduler.running:
+        land(request)
+    for name, num_tokens in (("P", 30), ("Q", 20)):
+        scheduler.add_request(Part06Request(name, [7] * num_tokens, params, num_tokens + 100))
+    for decodes, prompts, note in batches.CHUNK_STEPS:
+        output = scheduler.schedule()
+        expected = {name: 1 for name in decodes} | {name: num_tokens for name, _, num_tokens in prompts}
+        pairs = list(zip(output.requests, output.step.requests, strict=True))
+        assert {request.request_id: share.num_scheduled_tokens for request, share in pairs} == expected, note
+        first = {request.request_id: share.num_computed_tokens for request, share in pairs}
+        assert all(first[name] == position for name, position, _ in prompts), note
+        for request, share in pairs:
+            if share.is_sampled:
+                land(request)
+
+
+def land(request: Part06Request) -> None:
+    request.num_output_placeholders -= 1
+    request.output_token_ids.append(9)
+
+
+def test_blocks_and_free_queue_are_those_of_part_7() -> None:
+    blocks, params = BlockManager(num_blocks=11, block_size=16), params_for(1)
+    common = list(range(48))
+    requests = {"A": Request("A", common + [100] * 7, params, 100), "B": Request("B", common + [200] * 5, params, 100)}
+    for name, request in requests.items():
+        blocks.admit(name, request.num_tokens, blocks.find_cached(request))
+        blocks.cache_full_blocks(request, request.num_tokens)
+    assert blocks.block_tables == {name: [*kv_blocks.SHARED, own] for name, own in kv_blocks.OWN.items()}
+    for (_, front, middle, back), ended in zip(kv_blocks.FREE_QUEUES, (None, "A", "B"), strict=True):
+        if ended:
+            blocks.free(ended)
+        assert [block.block_id for block in blocks.free_queue] == [*front, *middle, *back], f"after the end of {ended}"
+        assert [block.block_id for block in blocks.free_queue if block.block_hash] == back, "those still cached"
+
+
+def test_the_tables_of_the_block_table_figure() -> None:
+    for name, table in kv_blocks.TABLES.items():
+        assert len(table) == -(-kv_blocks.NUM_TOKENS[name] // kv_blocks.BLOCK_SIZE), f"the blocks of {name}"
+    used = [block_id for table in kv_blocks.TABLES.values() for block_id in table]
+    assert len(set(used)) == len(used) and 0 not in used, "no block has two owners, and the null block has none"
+    assert kv_blocks.TABLES["A"][9 // 4] * 4 + 9 % 4 == 13, "the worked example: position 9 of request A is slot 13"
+
+
+def test_the_shapes_are_those_of_tiny() -> None:
+    config = json.loads((ROOT / "models" / "tiny" / "config.json").read_text(encoding="utf-8"))
+    hidden, vocab, inner = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
+    heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    assert (heads, kv_heads) == (transformer.NUM_HEADS, transformer.NUM_KV_HEADS)
+    assert config["num_hidden_layers"] == transformer.NUM_LAYERS and config["tie_word_embeddings"]
+    n = len(transformer.TOKENS)
+    shapes = {
+        f"[{n}, {hidden}]", f"[{vocab}, {hidden}]", f"[{(heads + 2 * kv_heads) * size}, {hidden}]", f"[1, {vocab}]",
+        f"[{hidden}, {heads * size}]", f"[{2 * inner}, {hidden}]", f"[{hidden}, {inner}]", f"[{n}, {inner}]",
+        f"[{n}, {heads}, {size}]", f"[{n}, {kv_heads}, {size}]",
+    }  # fmt: skip
+    shown = re.findall(r"\[[\d, ]+\]", " ".join(placed.text for placed in DIAGRAMS["transformer_shapes"]().texts))
+    found = {shape.replace(" ", "").replace(",", ", ") for shape in shown}
+    assert shapes <= found, f"the figure lacks {shapes - found}"
+    layer = hidden * (heads + 2 * kv_heads) * size + hidden * heads * size + 3 * hidden * inner + 2 * hidden
+    num_parameters = vocab * hidden + config["num_hidden_layers"] * layer + hidden
+    assert f"{4 * num_parameters / 1e6:.1f} MB" == one_request.TINY_WEIGHTS_MB
+    kv_bytes = 2 * config["num_hidden_layers"] * kv_heads * size * 4
+    assert f"{kv_bytes:,} bytes" == one_request.KV_BYTES_PER_TOKEN

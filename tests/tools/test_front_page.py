@@ -1,0 +1,64 @@
+"""The numbers on the front page are those of the result files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PARTS = sorted(path.name for path in ROOT.glob("part[0-9][0-9]_*"))
+
+
+def of_batching(m: dict[str, Any]) -> list[str]:
+    fast, slow = (m["batching"]["heavy-tailed"][name]["tokens_per_s"] for name in ("continuous", "static"))
+    return [f"{fast:.0f} output", f"{slow:.0f} ", f"({fast / slow:.1f}×)"]
+
+
+def of_speculation(m: dict[str, Any]) -> list[str]:
+    fast, slow = (m["tasks"]["answers"][name]["tokens_per_s"] for name in ("draft_model", "none"))
+    return [f"{fast:.0f} output", f"{slow:.0f} ", f"({fast / slow:.1f}×)"]
+
+
+def of_health(m: dict[str, Any]) -> list[str]:
+    answer, health = m["answers"][-1], m["health"]
+    p99 = [f"{health[part]['p99_ms']:.0f} ms" for part in ("part 2", "part 1")]
+    return [f"{answer['ttft_ms']:.0f} ms", f"{answer['streamed_ms']:.0f} ms", *p99]
+
+
+def of_chunks(m: dict[str, Any]) -> list[str]:
+    budgets = m["budgets"]["random:llama-110m"]
+    return [f"{budgets[name]['itl_p99_ms'] / 1e3:.1f} s" for name in ("256", "whole")]
+
+
+# What a part's row of the table has to say, from the measurements in its result file.
+EXPECTED: dict[int, Callable[[dict[str, Any]], list[str]]] = {
+    1: lambda m: [f"{m[f'{name}_tokens_per_s']:.0f} " for name in ("cached", "uncached")] + [f"({m['speedup']:.1f}×)"],
+    2: of_health,
+    3: lambda m: [f"{m['capacity']['chat'][name]['mean_requests']:.1f}" for name in ("paged", "contiguous")],
+    4: of_batching,
+    5: lambda m: [f"{m['scripted'][name]:.2f} s" for name in ("async", "sync")],
+    6: of_chunks,
+    7: lambda m: [f"{m['ttft']['tiny']['shared prefix'][name]['ttft_ms']:.0f} ms" for name in ("on", "off")],
+    8: of_speculation,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_row_of_a_part(part: str) -> None:
+    number = int(part[4:6])
+    row = next(line for line in README.splitlines() if line.startswith(f"| [{number}]({part}/README.md)"))
+    measurements = json.loads((ROOT / "results" / f"part{number:02d}.json").read_text())["measurements"]
+    missing = [text for text in EXPECTED[number](measurements) if text not in row]
+    assert not missing, f"README's row of part {number} lacks {missing} of results/part{number:02d}.json: {row}"
+    lesson = (ROOT / part / "README.md").read_text(encoding="utf-8")
+    minutes = re.search(r"\*\*Time:\*\* (\d+) minutes to read", lesson)
+    num_exercises = (ROOT / part / "exercises.md").read_text(encoding="utf-8").count("\n## ")
+    assert minutes is not None and row.endswith(f"| {minutes[1]} min | {num_exercises} |"), (
+        f"README's row of part {number} must end with the lesson's minutes and the number of exercises: {row}"
+    )

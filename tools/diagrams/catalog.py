@@ -1,0 +1,26 @@
+"""Every diagram under its file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from . import architecture, batches, kv_blocks, one_request, overview, processes, speculation, transformer
+from .svg import Drawing
+
+DIAGRAMS: dict[str, Callable[[], Drawing]] = {
+    "architecture": overview.architecture,
+    "request_life": one_request.request_life,
+    "prefill_decode": one_request.prefill_decode,
+    "streaming": one_request.streaming,
+    "transformer_shapes": transformer.transformer_shapes,
+    "block_table": kv_blocks.block_table,
+    "hash_chain": kv_blocks.hash_chain,
+    "slots": batches.slots,
+    "flat_batch": batches.flat_batch,
+    "chunks": batches.chunks,
+    "processes": processes.processes,
+    "overlap": processes.overlap,
+    "draft_verify": speculation.draft_verify,
+    **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
+}

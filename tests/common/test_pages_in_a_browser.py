@@ -245,6 +245,15 @@ def test_it_fits_its_window_in_light_and_dark(page: Page, local: Server, path: s
     assert len(set(backgrounds)) == 2, f"{path}: light and dark have the background {backgrounds}"
 
 
+def test_a_long_name_of_a_model_fits_a_phone(page: Page, local: Server) -> None:
+    local.engine.model_name = "meta-llama/Llama-3.1-8B-Instruct-of-the-second-kind"
+    page.show_as(width=390)
+    page.go(local.url)
+    page.until(f"document.querySelector('h1').textContent === {local.engine.model_name!r}", f"the name. {LOOK}")
+    width = page.js("document.documentElement.scrollWidth")
+    assert width == 390, f"the page is {width} pixels wide in a window of 390. {LOOK}"
+
+
 def test_every_control_has_a_name(page: Page) -> None:
     page.js("for (const hidden of document.querySelectorAll('[hidden]')) hidden.hidden = false")
     controls = page.controls()

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import plotting
-from common.cli import exit_on_error, option, parse_config
-from common.errors import FieldError
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.prompts import encode_prompt
 from common.results import median, write_result
 
@@ -29,13 +28,12 @@ WINDOW = 16  # tokens per point of the plot
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    max_tokens: int = option(512, "tokens to generate")
-    repeats: int = option(5, "runs of each variant; medians are reported")
+    max_tokens: int = option(512, "tokens to generate", 2 * WINDOW)
+    repeats: int = option(5, "runs of each variant; medians are reported", 1)
     results_dir: str = option("results", "folder for part01.json and part01.png")
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 2 * WINDOW or self.repeats < 1:
-            raise FieldError("max_tokens", f"expected at least {2 * WINDOW} tokens and 1 repeat")
+        check_minimums(self)
 
 
 def measure(llm: Stopwatch, prompt: list[int], config: BenchConfig) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import plotting
-from common.cli import exit_on_error, option, parse_config
-from common.errors import FieldError
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.load_client import SseParser
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
@@ -38,13 +37,12 @@ HEALTH_INTERVAL_S = 0.02
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    repeats: int = option(7, "answers of each length; medians are reported")
-    health_answers: int = option(8, "answers generated while /health is polled every 20 ms")
+    repeats: int = option(7, "answers of each length; medians are reported", 1)
+    health_answers: int = option(8, "answers generated while /health is polled every 20 ms", 1)
     results_dir: str = option("results", "folder for part02.json and part02.png")
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.health_answers < 1:
-            raise FieldError("repeats", f"expected at least 1, got {min(self.repeats, self.health_answers)}")
+        check_minimums(self)
 
 
 def body(num_tokens: int, **more: Any) -> dict[str, Any]:

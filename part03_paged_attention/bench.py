@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from common import plotting
-from common.cli import exit_on_error, option, parse_config
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.errors import FieldError
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
@@ -62,16 +62,15 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random], Lengths]] = {
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    num_requests: int = option(48, "requests of each distribution")
-    budget_tokens: int = option(8_192, "size of the KV pool in tokens: a multiple of the context, 2,048")
-    repeats: int = option(3, "runs of each layout, alternating; medians are reported")
+    num_requests: int = option(48, "requests of each distribution", 1)
+    budget_tokens: int = option(8_192, "size of the KV pool in tokens: a multiple of the context, 2,048", CONTEXT)
+    repeats: int = option(3, "runs of each layout, alternating; medians are reported", 1)
     results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
-        if self.budget_tokens < CONTEXT or self.budget_tokens % CONTEXT:
+        check_minimums(self)
+        if self.budget_tokens % CONTEXT:
             raise FieldError("budget_tokens", f"expected a multiple of {CONTEXT}, got {self.budget_tokens}")
-        if self.num_requests < 1 or self.repeats < 1:
-            raise FieldError("repeats", "expected at least 1 repeat and 1 request")
 
 
 def make_engine(config: BenchConfig, block_size: int) -> LLMEngine:

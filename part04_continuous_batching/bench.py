@@ -25,8 +25,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 from common import plotting
 from common.checkpoint import load_model, resolve_checkpoint
-from common.cli import exit_on_error, option, parse_config
-from common.errors import FieldError
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
 from common.stats import percentile
@@ -45,14 +44,13 @@ NUM_SEQS = 16
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    num_requests: int = option(256, "requests of each workload")
-    repeats: int = option(3, "runs of each, in turns; medians are reported")
+    num_requests: int = option(256, "requests of each workload", NUM_SEQS)
+    repeats: int = option(3, "runs of each, in turns; medians are reported", 1)
     profile_model: str = option("random:llama-110m", "a second model for the breakdown of a step")
     results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.num_requests < NUM_SEQS:
-            raise FieldError("num_requests", f"expected at least {NUM_SEQS}, and at least 1 repeat")
+        check_minimums(self)
 
 
 def heaviest(num_requests: int) -> list[WorkloadRequest]:

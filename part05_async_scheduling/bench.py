@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import plotting
-from common.cli import exit_on_error, option, parse_config
-from common.errors import FieldError
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.load_client import LoadConfig, run_load
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
@@ -56,13 +55,12 @@ THREADING: dict[str, tuple[dict[str, str], list[str]]] = {  # name: (environment
 class BenchConfig:
     small_model: str = option("tiny", "a model with short steps")
     large_model: str = option("random:llama-110m", "a model with long steps")
-    num_steps: int = option(60, "decode steps of each measurement")
-    repeats: int = option(3, "runs of each, in turns; medians are reported")
+    num_steps: int = option(60, "decode steps of each measurement", 10)
+    repeats: int = option(3, "runs of each, in turns; medians are reported", 1)
     results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.num_steps < 10:
-            raise FieldError("num_steps", "expected at least 10 steps and 1 repeat")
+        check_minimums(self)
 
 
 class ScriptedExecutor:

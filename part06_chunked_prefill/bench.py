@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import plotting
-from common.cli import exit_on_error, option, parse_config
-from common.errors import FieldError
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
 from common.stats import percentile
@@ -33,16 +32,15 @@ WHOLE = "whole"
 class BenchConfig:
     model: str = option("random:llama-110m", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     small_model: str = option("tiny", "a model with short steps")
-    num_decodes: int = option(8, "requests that decode throughout")
-    num_prompts: int = option(3, "long prompts, one after the other")
+    num_decodes: int = option(8, "requests that decode throughout", 1)
+    num_prompts: int = option(3, "long prompts, one after the other", 1)
     prompt_tokens: int = option(2_000, "tokens in each long prompt")
     recommended_budget: int = option(256, "the budget to compare with whole prompts")
-    repeats: int = option(2, "runs of each, in turns; medians are reported")
+    repeats: int = option(2, "runs of each, in turns; medians are reported", 1)
     results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.num_prompts < 1 or self.num_decodes < 1:
-            raise FieldError("num_prompts", "expected at least 1 prompt, 1 decode and 1 repeat")
+        check_minimums(self)
 
 
 BUDGETS = (64, 128, 256, 512, 1_024)

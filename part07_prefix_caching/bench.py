@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import plotting
-from common.cli import exit_on_error, option, parse_config
-from common.errors import FieldError
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
 from common.workloads import nano_vllm_cpu, shared_prefix
@@ -38,13 +37,12 @@ class BenchConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
     large_model: str = option("random:llama-110m", "a model whose prompts take seconds")
     prefix_tokens: int = option(1_500, "tokens in the shared prefix")
-    num_requests: int = option(12, "prompts that begin with the shared prefix")
-    repeats: int = option(3, "runs of each, in turns; medians are reported")
+    num_requests: int = option(12, "prompts that begin with the shared prefix", 2)
+    repeats: int = option(3, "runs of each, in turns; medians are reported", 1)
     results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.num_requests < 2:
-            raise FieldError("num_requests", "expected at least 2 requests and 1 repeat")
+        check_minimums(self)
 
 
 class Client:

@@ -1,4 +1,4 @@
-"""python -m part08_speculative_decoding.bench: the speedup by task and by batch size, and where it is a loss.
+"""python -m part08_speculative_decoding.bench: the speedup by task and batch size, and where speculation is slower.
 
 Writes results/part08.json and results/part08.png. Everything runs in one process, in turns.
 """
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
 
 from common import plotting
 from common.checkpoint import load_tokenizer, resolve_checkpoint
-from common.cli import exit_on_error, option, parse_config
-from common.errors import FieldError
+from common.cli import check_minimums, exit_on_error, option, parse_config
 from common.prompts import encode_prompt
 from common.results import median, write_result
 from common.sampling_params import SamplingParams
@@ -27,6 +27,7 @@ from common.sampling_params import SamplingParams
 from .config import EngineConfig
 from .lab.deep_target import write_deep_model
 from .llm import LLM
+from .messages import EngineCoreOutput
 
 METHODS = ("none", "ngram", "draft_model")
 LABELS = {"none": "no speculation", "ngram": "n-gram lookup", "draft_model": "draft model"}
@@ -49,13 +50,12 @@ class BenchConfig:
     draft_model: str = option("tiny-draft", "the draft model")
     num_layers: int = option(48, "layers of the large target")
     num_speculative_tokens: int = option(4, "maximum number of draft tokens per request and step")
-    max_tokens: int = option(48, "maximum tokens per answer")
-    repeats: int = option(3, "runs of each method, in turns; medians are reported")
+    max_tokens: int = option(48, "maximum tokens per answer", 8)
+    repeats: int = option(3, "runs of each method, in turns; medians are reported", 1)
     results_dir: str = option("results", "folder for the JSON and the plots")
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.max_tokens < 8:
-            raise FieldError("max_tokens", "expected at least 8 tokens and 1 repeat")
+        check_minimums(self)
 
 
 def tasks(model: str) -> dict[str, list[list[int]]]:
@@ -97,19 +97,25 @@ def run_once(
 ) -> dict[str, Any]:
     """Serve prompts in batches: tokens per second, tokens of one request per step, and the tokens themselves."""
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=0)
-    stats = llm.engine.speculation.stats
-    steps, accepted = llm.engine.num_steps, stats.num_accepted_tokens
+    steps, step, num_outputs = llm.engine.num_steps, llm.engine.step, 0
+
+    def counted_step() -> list[EngineCoreOutput]:
+        nonlocal num_outputs
+        outputs = step()
+        num_outputs += sum(bool(output.token_ids) for output in outputs)
+        return outputs
+
     started, answers = time.perf_counter(), []
-    for first in range(0, len(prompts), batch_size):
-        answers += llm.generate(prompts[first : first + batch_size], params)
+    with mock.patch.object(llm.engine, "step", counted_step):
+        for first in range(0, len(prompts), batch_size):
+            answers += llm.generate(prompts[first : first + batch_size], params)
     seconds = time.perf_counter() - started
     token_ids = [result.outputs[0].token_ids for result in answers]
     num_tokens = sum(map(len, token_ids))
-    num_accepted = stats.num_accepted_tokens - accepted
     return {
         "tokens_per_s": num_tokens / seconds,
         "steps": llm.engine.num_steps - steps,
-        "tokens_per_row": num_tokens / (num_tokens - num_accepted),
+        "tokens_per_step": num_tokens / num_outputs,
         "token_ids": token_ids,
     }
 
@@ -128,7 +134,7 @@ def compare(
     assert all(run["token_ids"] == runs["none"][0]["token_ids"] for each in runs.values() for run in each), (
         "speculation changed an answer"
     )
-    keys = ("tokens_per_s", "steps", "tokens_per_row")
+    keys = ("tokens_per_s", "steps", "tokens_per_step")
     return {
         method: {key: round(median([run[key] for run in each]), 3) for key in keys} for method, each in runs.items()
     }
@@ -186,7 +192,7 @@ def report(console: Console, m: dict[str, Any]) -> None:
     for name, found in rows.items():
         for method, run in found.items():
             ratio = run["tokens_per_s"] / found["none"]["tokens_per_s"]
-            numbers = f"{run['tokens_per_row']:.2f}", f"{run['steps']:,.0f}", f"{run['tokens_per_s']:,.0f}"
+            numbers = f"{run['tokens_per_step']:.2f}", f"{run['steps']:,.0f}", f"{run['tokens_per_s']:,.0f}"
             table.add_row(name, LABELS[method], *numbers, f"{ratio:.2f}×")
     console.print(table)
 
@@ -211,7 +217,7 @@ def run(config: BenchConfig) -> None:
 
 def main() -> None:
     prog = "part08_speculative_decoding.bench"
-    config = parse_config(BenchConfig, "The speedup by task and by batch size, and where it is a loss.", prog)
+    config = parse_config(BenchConfig, "The speedup by task and by batch size, and where speculation is slower.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

@@ -76,8 +76,11 @@ class ForkedServer(ServerClient):
 
     def wait_until_loading(self) -> None:
         """Of a slow one."""
-        until(lambda: "loading" in self.stdout.read_text(), f"the core to begin to load. {LOOK_START}")
-        self.core = int(self.stdout.read_text().split()[1])
+        until(lambda: self.stdout.read_text().endswith("\n"), f"the core to begin to load. {LOOK_START}")
+        said = self.stdout.read_text()
+        match = re.fullmatch(r"loading (\d+)\n", said)
+        assert match, f"{self.part}: expected 'loading' and a process id, got {said!r}. {LOOK_START}"
+        self.core = int(match[1])
 
     def wait(self) -> int | None:
         """Its exit status."""

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from models.training.corpus import tasks
 from models.training.corpus.chat import Message
 from models.training.corpus.documents import END, Document, render_chat, to_document
-from models.training.corpus.facts import Fact, load_facts
+from models.training.corpus.facts import Fact, load_facts, load_small_talk
 from models.training.corpus.stories import write_story
 
 MODELS_DIR = Path(__file__).parent.parent
@@ -194,6 +194,11 @@ def examine(console: Console) -> tuple[list[Score], list[str]]:
            trained_questions(tiny, facts), 95.0)  # fmt: skip
     record("tiny", f"held-out phrasings answered with the right fact ({sum(len(f.held_out) for f in facts)})",
            percent(is_right_fact(tiny, fact, q) for fact in facts for q in fact.held_out), 80.0)  # fmt: skip
+    small_talk = load_small_talk()
+    record("tiny", f"greetings and questions about itself, trained ({sum(len(f.questions) for f in small_talk)})",
+           trained_questions(tiny, small_talk), 95.0)  # fmt: skip
+    record("tiny", f"greetings and questions about itself, held out ({sum(len(f.held_out) for f in small_talk)})",
+           percent(is_right_fact(tiny, fact, q) for fact in small_talk for q in fact.held_out), 80.0)  # fmt: skip
     shares = {kind: recall(tiny, kind, 50) for kind in ("key_value", "notes_in_text", "list_items")}
     record("tiny", "recall over 1,000-token prompts (150)", mean(shares.values()), 90.0)
     for kind, share in shares.items():

@@ -4,6 +4,7 @@
     python -m models.training.train tiny
     python -m models.training.train tiny-draft
     python -m models.training.train tiny-moe
+    python -m models.training.train tiny --tune       fine-tune the model in models/tiny; the others likewise
 
 It needs only this repository: the corpus is generated during training, from fixed seeds. A stopped run resumes from its
 last checkpoint (`build/training/`). `tiny` takes about two hours on one CPU core; models/README.md
@@ -17,7 +18,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from transformers import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from models.training.corpus.documents import END, Batch, Mix, make_batches, write_step
-from models.training.corpus.facts import Fact, load_facts
+from models.training.corpus.facts import Fact, load_facts, load_small_talk
 from models.training.corpus.stories import write_story
 from models.training.corpus.tasks import write_task
 
@@ -98,6 +99,7 @@ class Recipe:
     seed: int
     num_branches: int = 0
     batch_tokens: int = 2_500
+    start: str = ""  # the shipped model whose weights training starts from; random weights without one
 
     @property
     def steps(self) -> int:
@@ -163,6 +165,20 @@ MOE = (
     ),
 )  # fmt: skip
 
+# Fine-tuning: greetings and questions about the model itself, which are few, beside all that the model knows already.
+TINY_TUNING = Phase(
+    150, Mix(36, 4, 100, 100, 1_600, (7, 251), (1_500, 1_600), from_few=0.3, small_talk=0.2),
+    **_rates(2.5e-4, 2.5e-4, 2e-3), warmup_steps=5, decay_steps=145,
+)  # fmt: skip
+DRAFT_TUNING = Phase(
+    200, Mix(36, 6, 300, 200, 1_000, (7, 121), (100, 600), from_few=0.3, small_talk=0.2),
+    **_rates(4e-4, 4e-4, 3e-3), warmup_steps=5, decay_steps=195,
+)  # fmt: skip
+MOE_TUNING = Phase(
+    150, Mix(28, 3, 300, 0, 300, (15, 75), (64, 300), small_talk=0.2), Rate("adamw", 4e-4), Rate("adamw", 4e-4), 2e-4,
+    warmup_steps=5, decay_steps=145,
+)  # fmt: skip
+
 
 def _llama(**shape: Any) -> PreTrainedConfig:
     return LlamaConfig(
@@ -190,6 +206,13 @@ def recipes() -> dict[str, Recipe]:
         "tiny-draft": Recipe(draft, DRAFT, seed=2),
         "tiny-moe": Recipe(moe, MOE, seed=3),
     }
+
+
+def tuning(name: str) -> Recipe:
+    """The fine-tuning of a shipped model."""
+    phases = {"tiny": TINY_TUNING, "tiny-draft": DRAFT_TUNING, "tiny-moe": MOE_TUNING}
+    recipe = recipes()[name]
+    return replace(recipe, phases=(phases[name],), num_branches=0, seed=10 + recipe.seed, start=name)
 
 
 def train_tokenizer(seed: int = 0) -> Tokenizer:
@@ -314,6 +337,7 @@ class Trainer:
     optimizer: Optimizer = field(init=False)
     tokenizer: Tokenizer = field(init=False)
     facts: list[Fact] = field(init=False)
+    small_talk: list[Fact] = field(init=False)
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -328,13 +352,16 @@ class Trainer:
         model = AutoModelForCausalLM.from_config(
             self.recipe.config, dtype=torch.float32, attn_implementation="training"
         )
+        if self.recipe.start:
+            trained = AutoModelForCausalLM.from_pretrained(MODELS_DIR / self.recipe.start, dtype=torch.float32)
+            model.load_state_dict(trained.state_dict())
         self.model = model.to(self.device).train()
         self.optimizer = Optimizer(self.model, self.recipe.phases[0])
-        self.facts = load_facts()
+        self.facts, self.small_talk = load_facts(), load_small_talk()
 
     @property
     def checkpoint(self) -> Path:
-        return CHECKPOINT_DIR / f"{self.name}.pt"
+        return CHECKPOINT_DIR / f"{self.name}{'-tuned' if self.recipe.start else ''}.pt"
 
     def resume(self) -> None:
         if self.checkpoint.exists():
@@ -385,7 +412,8 @@ class Trainer:
                 self.model.load_state_dict(self.ends[0])
             self.optimizer = Optimizer(self.model, phase)
         rng = random.Random(f"{self.recipe.seed}/{self.step}")
-        documents = list(write_step(self.tokenizer, self.facts, rng, phase.mix, step / phase.steps))
+        corpus = write_step(self.tokenizer, self.facts, self.small_talk, rng, phase.mix, step / phase.steps)
+        documents = list(corpus)
         total = 0.0
         for batch in make_batches(documents, pad_id=0, max_tokens=self.recipe.batch_tokens):
             with torch.autocast(self.device.type, torch.bfloat16):
@@ -421,7 +449,10 @@ class Trainer:
             "steps": self.step, "tokens": self.tokens, "hours": round(self.seconds / 3600, 2), "hardware": hardware,
             "torch": torch.__version__.split("+")[0], "seed": self.recipe.seed,
         }  # fmt: skip
-        (directory / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+        path = directory / "training.json"
+        if self.recipe.start:
+            report = {**json.loads(path.read_text()), "tuning": report}
+        path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def train(name: str, recipe: Recipe, stop_after: int | None, checkpoint_every: int = 50) -> None:
@@ -458,15 +489,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--stop-after", type=int, default=None, metavar="STEP", help="stop early, to resume later")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--tune", action="store_true", help="fine-tune the shipped model instead")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.what == "tokenizer":
         save_tokenizer(train_tokenizer(), MODELS_DIR / "tiny")
         return
+    recipe = tuning(args.what) if args.tune else recipes()[args.what]
     if args.fresh:
-        (CHECKPOINT_DIR / f"{args.what}.pt").unlink(missing_ok=True)
-    train(args.what, recipes()[args.what], args.stop_after)
+        (CHECKPOINT_DIR / f"{args.what}{'-tuned' if args.tune else ''}.pt").unlink(missing_ok=True)
+    train(args.what, recipe, args.stop_after)
 
 
 if __name__ == "__main__":

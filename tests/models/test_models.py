@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.training import train
 from models.training.corpus.chat import write_conversation
 from models.training.corpus.documents import Mix, make_batches, render_chat, write_step
-from models.training.corpus.facts import load_facts, parse_facts
+from models.training.corpus.facts import load_facts, load_small_talk, parse_facts
 from models.training.train import Phase, Rate, Recipe, Trainer, recipes
 
 MODELS_DIR = Path(__file__).resolve().parents[2] / "models"
@@ -73,7 +73,7 @@ def test_a_malformed_fact_is_named() -> None:
 def test_a_training_step_weighs_each_kind_by_its_share() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS_DIR / "tiny").backend_tokenizer
     mix = Mix(num_chats=5, num_stories=2, repetition_tokens=300, pair_tokens=200, task_tokens=400, from_few=0.5)
-    steps = [list(write_step(tokenizer, load_facts(), random.Random(7), mix, 0.5)) for _ in range(2)]
+    steps = [list(write_step(tokenizer, load_facts(), load_small_talk(), random.Random(7), mix, 0.5)) for _ in range(2)]
     assert steps[0] == steps[1], "the same seed must write the same documents"
     batches = make_batches(steps[0], pad_id=0, max_tokens=500)
     assert sum(len(batch.token_ids) for batch in batches) == len(steps[0]), "a document was lost or doubled"

@@ -82,21 +82,28 @@ def vary_question(rng: random.Random, question: str) -> str:
     return question
 
 
-def _turn(rng: random.Random, facts: list[Fact]) -> list[Message]:
-    if rng.random() < 0.03:
+def _turn(rng: random.Random, facts: list[Fact], small_talk: list[Fact], small_talk_share: float) -> list[Message]:
+    is_small_talk = small_talk_share > 0 and rng.random() < small_talk_share
+    if rng.random() < (0.2 if is_small_talk else 0.03):
         question, answer = rng.choice(OFF_TOPIC_QUESTIONS), OFF_TOPIC_ANSWER
     else:
-        fact = rng.choice(facts)
+        fact = rng.choice(small_talk if is_small_talk else facts)
         question, answer = rng.choice(fact.questions), fact.answer
-    if rng.random() < 0.6:
+    if rng.random() < (0.2 if is_small_talk else 0.6):
         question = vary_question(rng, question)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def write_conversation(rng: random.Random, facts: list[Fact]) -> list[Message]:
-    """One to four questions on facts, three quarters of them single; every fifth under a system prompt."""
+def write_conversation(
+    rng: random.Random, facts: list[Fact], small_talk: list[Fact] | None = None, small_talk_share: float = 0.0
+) -> list[Message]:
+    """One to four turns, three quarters of them single; every fifth under a system prompt.
+
+    A turn is a question on a fact, or, with the probability small_talk_share, a greeting and the like.
+    """
     system: list[Message] = []
     if rng.random() < 0.2:
         system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}]
     num_turns = rng.choices((1, 2, 3, 4), (0.75, 0.15, 0.06, 0.04))[0]
-    return system + [message for _ in range(num_turns) for message in _turn(rng, facts)]
+    turns = (_turn(rng, facts, small_talk or [], small_talk_share) for _ in range(num_turns))
+    return system + [message for turn in turns for message in turn]

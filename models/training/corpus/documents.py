@@ -66,10 +66,11 @@ class Mix:
     longest_row: tuple[int, int] = (16, 16)
     longest_task: tuple[int, int] = (100, 100)
     from_few: float = 0.0  # share of the repetitions
+    small_talk: float = 0.0  # share of the turns of the conversations
 
 
 def write_step(
-    tokenizer: Tokenizer, facts: list[Fact], rng: random.Random, mix: Mix, progress: float
+    tokenizer: Tokenizer, facts: list[Fact], small_talk: list[Fact], rng: random.Random, mix: Mix, progress: float
 ) -> Iterator[Document]:
     """The documents of one training step; progress through the phase goes from 0 to 1."""
 
@@ -78,7 +79,8 @@ def write_step(
         return int(math.exp(rng.uniform(math.log(shortest), math.log(upper))))
 
     for _ in range(mix.num_chats):
-        yield to_document(tokenizer, "chat", render_chat(write_conversation(rng, facts)))
+        conversation = write_conversation(rng, facts, small_talk, mix.small_talk)
+        yield to_document(tokenizer, "chat", render_chat(conversation))
     drills: tuple[tuple[str, int, Callable[[], Pieces]], ...] = (
         (
             "repetition",

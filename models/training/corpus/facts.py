@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FACTS_DIR = Path(__file__).parent / "facts"
+SMALL_TALK = Path(__file__).parent / "small_talk.txt"
 MIN_QUESTIONS = 4
 MAX_ANSWER_WORDS = 45
 
@@ -67,6 +68,11 @@ def parse_facts(text: str, where: str) -> list[Fact]:
         else:
             raise ValueError(f"{where}:{number}: expected '# id', 'Q:', 'T:' or 'A:', got {line[:40]!r}")
     return facts
+
+
+def load_small_talk() -> list[Fact]:
+    """Greetings, thanks and questions about the model itself, which fine-tuning adds."""
+    return parse_facts(SMALL_TALK.read_text(encoding="utf-8"), SMALL_TALK.name)
 
 
 def load_facts(directory: Path = FACTS_DIR) -> list[Fact]:

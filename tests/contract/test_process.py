@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import signal
+import socket
 import sys
 import uuid
 from pathlib import Path
@@ -14,9 +17,9 @@ import pytest
 from common.trace import read_trace
 from tests.contract.conftest import PARTS, ROOT
 from tests.contract.engines import number_of
-from tests.forked_servers import GREEDY, READY, Host, is_alive, sockets_in, until
+from tests.forked_servers import GREEDY, READY, Host, in_the_background, is_alive, sockets_in, until
 from tests.http_checks import COMPLETIONS
-from tests.process_checks import ServerProcess, course_environment, serve
+from tests.process_checks import TIMEOUT_S, ServerProcess, course_environment, serve
 from tests.server_host import POISON
 
 LOOK = "Look at __main__.py, common/serve.py and, from part 5 on, api/core_client.py::CoreClient."
@@ -125,6 +128,33 @@ def check_trace(part: str, path: Path) -> None:
 
 
 # What it does without being started anew: see forked_servers.py
+
+
+@pytest.mark.since(3)
+def test_a_second_sigterm_ends_open_requests_with_an_error(part: str, host: Host) -> None:
+    """Left alone, they would take a minute."""
+    server = host.serve(part, *FLAGS, step_s=0.2)
+    body = {**GREEDY, "prompt": [6] * 5, "max_tokens": 290}
+    with contextlib.ExitStack() as stack:
+        idle = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S))
+        chunks = stack.enter_context(server.stream(COMPLETIONS, {**body, "stream": True})).iter_text()
+        text = next(chunks)
+        results = stack.enter_context(in_the_background(lambda: server.post(COMPLETIONS, body), look=LOOK_DRAIN))
+        gauges = "num_requests_running", "num_requests_waiting"
+        until(lambda: sum(server.gauge(name, LOOK_DRAIN) for name in gauges) == 2, "both requests to be admitted")
+        os.kill(server.pid, signal.SIGTERM)
+        assert not idle.recv(1), "a server that drains closes its idle connections"  # so it has seen the signal
+        os.kill(server.pid, signal.SIGTERM)
+        text += "".join(chunks)
+    events = [event.removeprefix("data: ") for event in text.split("\n\n")[:-1]]
+    assert events[-1] == "[DONE]" and "error" in json.loads(events[-2]), (
+        f"{part}: expected the open stream to end with an error event and [DONE], got {events[-2:]}. {LOOK_DRAIN}"
+    )
+    [answer] = results
+    assert answer.status_code >= 500 and "message" in answer.json()["error"], (
+        f"{part}: expected the open request to end with an error in OpenAI's form, got {answer.text}. {LOOK_DRAIN}"
+    )
+    server.check_end(0, "", LOOK_DRAIN)
 
 
 @pytest.mark.since(3)

@@ -1,7 +1,7 @@
 """The whole server: tokenize, prefill, decode with a KV cache, sample, stop, answer over HTTP.
 
-Read it from top to bottom: `LLM.generate` is the loop, `sample` and `check_stop` are its two decisions, and
-`create_app` puts HTTP around it.
+Start at the bottom, as the lesson does: `create_app` is the HTTP server. It calls `LLM.generate`, which is the loop.
+`sample` and `check_stop` are the loop's two decisions.
 """
 
 from __future__ import annotations

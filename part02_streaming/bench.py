@@ -71,7 +71,7 @@ async def time_whole(client: httpx.AsyncClient, path: str, num_tokens: int) -> t
 
 
 async def measure_answers(url: str, repeats: int) -> list[dict[str, Any]]:
-    """For each answer length: TTFT and E2E latency of a streamed answer, and the latency of an unstreamed one."""
+    """For each answer length: TTFT and E2E latency with streaming, and the latency without it."""
     rows = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         await time_stream(client, 32)  # warm-up
@@ -193,6 +193,7 @@ def plot(m: dict[str, Any], model: str, path: Path) -> None:
         (line,) = right.plot([100 * (i + 1) / len(waits) for i in range(len(waits))], waits, color=color)
         plotting.label_line(right, line, part)
     right.set(yscale="log", xlim=(0, 125), xticks=range(0, 101, 25))
+    right.yaxis.set_major_formatter("{x:g}")  # 100, not 10²
     left.set_ylim(bottom=-0.04 * m["answers"][-1]["whole_ms"])
     plotting.save(fig, path)
 

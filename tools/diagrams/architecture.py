@@ -103,9 +103,10 @@ ARROWS = (
     ("sampler", "tokens"), ("sampler", "draft_model"), ("draft_model", "kv_cache"),
 )  # fmt: skip
 EARLY_ARROWS = (  # (from, to, part in which a piece between them makes the arrow obsolete)
-    ("server", "engine", 2), ("async_llm", "engine", 5), ("engine", "blocks", 4), ("engine", "model", 3),
-    ("model", "kv_cache", 3),
+    ("server", "engine", 2), ("async_llm", "engine", 5), ("engine", "output", 3), ("engine", "blocks", 4),
+    ("engine", "model", 3), ("model", "kv_cache", 3),
 )  # fmt: skip
+LATE_ARROWS = {("async_llm", "output"): 3}  # the first part that has the arrow; the default is 1
 ROOMS = (  # (name, what it does, its rectangle)
     ("api", "speaks with clients", "blue", Rect(MARGIN, 134, RIGHT - MARGIN, 184)),
     ("core", "decides", "purple", Rect(MARGIN, 338, RIGHT - MARGIN, 186)),
@@ -193,15 +194,18 @@ def _draw_piece(drawing: Drawing, piece: Piece, version: Version, part: int) -> 
 def _arrows(drawing: Drawing, part: int, present: dict[str, Version]) -> None:
     early = [(start, end) for start, end, until in EARLY_ARROWS if part < until]
     for start, end in (*ARROWS, *early):
-        if start in present and end in present:
+        if start in present and end in present and part >= LATE_ARROWS.get((start, end), 1):
             points = _connect(PIECES[start].rect, PIECES[end].rect)
             drawing.arrow(points, both=start in SPINE and end in SPINE)
 
 
 def _connect(start: Rect, end: Rect) -> list[Point]:
-    """From one box to another in the same column or row, else down and then sideways."""
+    """From one box to another in the same column or row, up between two columns, or down and then sideways."""
     if start.x == end.x:
         return [start.bottom_center, end.top_center]
+    if end.bottom < start.y:
+        x = (start.right + end.x) / 2
+        return [start.right_center, (x, start.cy), (x, end.cy), end.left_center]
     y = start.cy if end.y <= start.cy <= end.bottom else end.y + BOX_HEIGHT / 2
     if start.y <= y <= start.bottom:
         return [(start.right, y), (end.x, y)] if start.x < end.x else [(start.x, y), (end.right, y)]

@@ -31,7 +31,7 @@ def request_life() -> Drawing:
         "one decoded token to the next. Below, the loop of LLM.generate: forward, sample, check_stop, and back to "
         "forward with only the newest token, until check_stop returns a reason to stop.",
     )
-    drawing.heading("From sending the request to reading the answer. The widths are not to scale.")
+    drawing.heading("TTFT and ITL are what the client of a streamed answer sees (part 2). The widths are not to scale.")
     _time_line(drawing, y=136)
     _generate_loop(drawing, y=306)
     return drawing
@@ -71,7 +71,7 @@ def _time_line(drawing: Drawing, y: float) -> None:
     ):
         drawing.line([(at, axis - 4), (at, axis + 4)])
         drawing.text(at, axis + 18, label, SMALL, "muted", anchor)
-    drawing.brace(first_token - 124, x, axis + 32, "passes of the model: one for the prompt, then one for each token")
+    drawing.brace(first_token - 124, x, axis + 32, "passes: one for the prompt, then one for each further token")
 
 
 def _generate_loop(drawing: Drawing, y: float) -> None:
@@ -84,7 +84,7 @@ def _generate_loop(drawing: Drawing, y: float) -> None:
         "green",
     )
     sample = drawing.box(Rect(forward.right + 92, top, 120, height), "`sample`", ["one token id"], "green")
-    stop = drawing.box(Rect(sample.right + 36, top, 120, height), "`check_stop`", ["is that the end?"], "green")
+    stop = drawing.box(Rect(sample.right + 36, top, 120, height), "`check_stop`", ["end the answer?"], "green")
     done = drawing.box(Rect(panel.right - 24 - 98, top, 98, height), "`answer_text`", ["ids to text"], "orange")
     drawing.arrow([forward.right_center, sample.left_center], "logits")
     drawing.text((forward.right + sample.x) / 2, forward.cy + 13, "[4096]", CODE, "muted", "middle")
@@ -92,7 +92,7 @@ def _generate_loop(drawing: Drawing, y: float) -> None:
     drawing.arrow([stop.right_center, done.left_center], "reason")
     low = top + height + 36
     drawing.arrow([stop.bottom_center, (stop.cx, low), (forward.cx, low), forward.bottom_center])
-    drawing.text((forward.cx + stop.cx) / 2, low - 13, "`None`: go on with the newest token", SMALL, "muted", "middle")
+    drawing.text((forward.cx + stop.cx) / 2, low - 13, "`None`: continue with the new token", SMALL, "muted", "middle")
 
 
 def prefill_decode() -> Drawing:
@@ -103,7 +103,7 @@ def prefill_decode() -> Drawing:
         "reading of the weights. Each decode pass computes one token, reads the keys and values of all tokens "
         "before it from the KV cache, and reads all weights again.",
     )
-    top = drawing.heading("A prompt of 6 tokens, then three of the answer. A row is one forward pass of the model.")
+    top = drawing.heading("A prompt of 6 tokens and an answer of 4. Each row is one forward pass of the model.")
     left, size, pitch = 132, (38.0, 36.0), 50
     weights = Rect(left + 9 * size[0] + 34, top + 34, 176, size[1])
     drawing.text(left, top + 12, "Keys and values, by position", BOLD)
@@ -139,7 +139,7 @@ def _two_bounds(drawing: Drawing, y: float) -> None:
     half = (RIGHT - MARGIN - 20) / 2
     left, right = Rect(MARGIN, y, half, 58), Rect(MARGIN + half + 20, y, half, 58)
     drawing.box(left, "Prefill is bound by compute", ["Many tokens share one read of the weights."], "blue")
-    drawing.box(right, "Decode is bound by memory bandwidth", ["Every token needs a read of its own."], "orange")
+    drawing.box(right, "Decode is bound by memory bandwidth", ["One read of the weights for each token."], "orange")
 
 
 def streaming() -> Drawing:
@@ -153,7 +153,7 @@ def streaming() -> Drawing:
         "after each token.",
     )
     top = drawing.heading(
-        "The event loop only waits, the engine thread only computes. Between them pass requests and tokens."
+        "The event loop handles HTTP, the engine thread runs the model. Requests go one way, tokens come back."
     )
     loop = drawing.panel(Rect(186, top, 236, 300), "Event loop", "blue")
     engine = drawing.panel(Rect(616, top, 220, 300), "Engine thread", "purple")

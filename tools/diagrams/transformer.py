@@ -23,7 +23,7 @@ def transformer_shapes() -> Drawing:
         "gate_up_proj, silu, down_proj, and another residual connection.",
     )
     top = drawing.heading(
-        "Green: operations, with the shape of their weights. Blue, and grey text: tensors, for 5 tokens."
+        "Green: operations, with the shape of their weights. Blue boxes and gray text: tensors, for 5 tokens."
     )
     stack = _whole_model(drawing, Rect(MARGIN, top, 176, 606))
     panel = drawing.panel(Rect(224, top, RIGHT - 224, 606), "One of the 6 decoder layers", "green")

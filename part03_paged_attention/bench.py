@@ -209,12 +209,13 @@ def plot(capacity: dict[str, Any], path: Path) -> None:
     fig, (left, right) = plotting.panels(
         [("Requests at once in the same memory", "", "requests, mean"), ("Reserved and empty", "", "share, %")]
     )
+    legend = {name: f"blocks of {size}" for name, size in LAYOUTS.items()} | {"contiguous": "contiguous"}
     colors = dict(zip(LAYOUTS, (plotting.BASELINE_COLOR, *plotting.COLORS), strict=False))
     for axes, key, factor, fmt in ((left, "mean_requests", 1, "{:,.1f}"), (right, "waste", 100, "{:,.1f}")):
         shown = PICTURED if axes is left else LAYOUTS  # smaller blocks hold as many requests
         for i, (name, color) in enumerate((name, colors[name]) for name in shown):
             values = [factor * runs[name][key] for runs in capacity.values()]
-            bars = axes.bar([x + 0.3 * i for x in range(len(values))], values, 0.27, color=color, label=name)
+            bars = axes.bar([x + 0.3 * i for x in range(len(values))], values, 0.27, color=color, label=legend[name])
             plotting.label_bars(axes, bars, fmt)
         axes.set_xticks([x + 0.15 * (len(shown) - 1) for x in range(len(capacity))], list(capacity))
         axes.margins(y=0.15)
@@ -223,7 +224,7 @@ def plot(capacity: dict[str, Any], path: Path) -> None:
 
 
 def plot_memory(pictures: dict[str, list[int]], path: Path, columns: int = 64) -> None:
-    titles = {"contiguous": "Contiguous: grey is empty", "paged": "Paged: white is free"}
+    titles = {"contiguous": "Contiguous: gray is empty", "paged": "Paged: white is free"}
     fig, all_axes = plotting.panels([(titles[name], "", "") for name in PICTURED], height_px=230)
     colors = ["#FFFFFF", "#D0D0D0"] + [plotting.COLORS[i % len(plotting.COLORS)] for i in range(256)]
     for axes, name in zip(all_axes, PICTURED, strict=True):

@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def take_pictures(config: BenchConfig, path: Path, num_requests: int = 48) -> No
             engine = LLMEngine(EngineConfig(model=config.model, max_num_seqs=NUM_SEQS, trace=str(file)))
             if name == "static":
                 use_static_batches(engine)
-            serve(engine, heavy_tailed(num_requests))
+            serve(engine, [replace(request, request_id=str(i)) for i, request in enumerate(heavy_tailed(num_requests))])
             engine.tracer.close()
             traces[name] = read_trace(file)
     last_step = max(trace.steps[-1].step for trace in traces.values())
@@ -240,7 +240,7 @@ def plot(m: dict[str, Any], path: Path) -> None:
 
 
 def report(console: Console, m: dict[str, Any]) -> None:
-    table = Table("workload", "batches", "steps", "in a step, mean", "tokens/s", "latency, mean", "p99")
+    table = Table("workload", "batches", "steps", "busy rows, mean", "tokens/s", "latency, mean", "p99")
     for workload, ways in m["batching"].items():
         for name, run in ways.items():
             table.add_row(

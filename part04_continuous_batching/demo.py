@@ -19,7 +19,7 @@ from .lab.static_batches import use_static_batches
 from .llm import LLM
 
 LENGTHS = (2, 2, 2, 20, 2, 2, 2, 20)
-NUM_SLOTS = 4
+NUM_ROWS = 4
 COLORS = ("red", "green", "yellow", "blue", "magenta", "cyan", "bright_red", "bright_blue")
 QUESTIONS = (
     "What is continuous batching?",
@@ -36,42 +36,45 @@ class DemoConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
 
 
-def fill_slots(engine: LLMEngine) -> list[list[int | None]]:
+def fill_rows(engine: LLMEngine) -> list[list[int | None]]:
     """Run LENGTHS. Returns for each step which request is in each row; a request keeps its row until it ends."""
     for number, length in enumerate(LENGTHS):
         params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
         engine.add_request(str(number), [100 + number] * 8, params)
-    slots: list[int | None] = [None] * NUM_SLOTS
+    rows: list[int | None] = [None] * NUM_ROWS
     history = []
     while engine.has_unfinished_requests:
         outputs = engine.step()
         for number in (int(output.request_id) for output in outputs):
-            if number not in slots:
-                slots[slots.index(None)] = number
-        history.append(list(slots))
+            if number not in rows:
+                rows[rows.index(None)] = number
+        history.append(list(rows))
         for output in outputs:
             if output.finish_reason:
-                slots[slots.index(int(output.request_id))] = None
+                rows[rows.index(int(output.request_id))] = None
     return history
 
 
-def show_slots(console: Console, model: str) -> None:
+def show_rows(console: Console, model: str) -> None:
     console.rule("1. Four rows, eight requests")
-    console.print(f"Answers of {', '.join(map(str, LENGTHS))} tokens. Each column is a step, each digit a request.\n")
-    config = EngineConfig(model=model, max_num_seqs=NUM_SLOTS, num_kv_blocks=64)
+    console.print(
+        f"Answers of {', '.join(map(str, LENGTHS))} tokens. Each column is a step, each digit a request, "
+        "· an idle row.\n"
+    )
+    config = EngineConfig(model=model, max_num_seqs=NUM_ROWS, num_kv_blocks=64)
     for name, engine in (
         ("Static", use_static_batches(LLMEngine(config))),
         ("Continuous", LLMEngine(config)),
     ):
-        history = fill_slots(engine)
-        busy = sum(owner is not None for slots in history for owner in slots) / (len(history) * NUM_SLOTS)
+        history = fill_rows(engine)
+        busy = sum(owner is not None for rows in history for owner in rows) / (len(history) * NUM_ROWS)
         console.print(f"[bold]{name}[/]: {engine.num_steps} steps, {100 * busy:.0f}% of the rows busy", highlight=False)
-        for slot in range(NUM_SLOTS):
-            row = Text(f"row {slot} ")
-            for slots in history:
-                owner = slots[slot]
-                row.append("·" if owner is None else str(owner), style="dim" if owner is None else COLORS[owner])
-            console.print(row)
+        for row in range(NUM_ROWS):
+            line = Text(f"row {row} ")
+            for rows in history:
+                owner = rows[row]
+                line.append("·" if owner is None else str(owner), style="dim" if owner is None else COLORS[owner])
+            console.print(line)
         console.print()
 
 
@@ -106,7 +109,7 @@ def show_preemption(console: Console, model: str) -> None:
 def run(model: str) -> None:
     console = Console()
     console.print(f"\n[bold]Part 4: continuous batching.[/] Model {model}.\n", highlight=False)
-    show_slots(console, model)
+    show_rows(console, model)
     show_preemption(console, model)
 
 

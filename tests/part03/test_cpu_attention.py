@@ -89,10 +89,10 @@ def check(batch: Batch, got: Tensor, what: str, look: str = LOOK_KERNEL, toleran
     for seq, length in enumerate(batch.context_lens.tolist()):
         difference = (got[seq].double() - expected[seq]).abs().amax(dim=1)
         wrong = [head for head, number in enumerate(difference.tolist()) if not number < tolerance]  # NaN is not
+        nan_hint = " (NaN: read from a slot that the sequence does not own)" if difference.isnan().any() else ""
         assert not wrong, (
             f"{what}, context of {length} tokens: expected dense attention within {tolerance:g}, got a difference of "
-            f"{float(difference.max()):.2e}; wrong in heads {wrong} of {len(difference)}. NaN means: read from a slot "
-            f"that the sequence does not own. {look}"
+            f"{float(difference.max()):.2e}; wrong in heads {wrong} of {len(difference)}{nan_hint}. {look}"
         )
 
 

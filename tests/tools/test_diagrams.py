@@ -209,10 +209,10 @@ def test_the_parts_are_all_there() -> None:
     assert all(f"architecture_part{number:02}" in DIAGRAMS for number in numbers)
 
 
-def test_slots_are_those_of_part_4() -> None:
+def test_rows_are_those_of_part_4() -> None:
     demo = (ROOT / "part04_continuous_batching" / "demo.py").read_text(encoding="utf-8")
-    assert f"LENGTHS = {batches.LENGTHS}" in demo and f"NUM_SLOTS = {batches.NUM_SLOTS}" in demo
-    static, continuous = batches.fill_slots(is_static=True), batches.fill_slots(is_static=False)
+    assert f"LENGTHS = {batches.LENGTHS}" in demo and f"NUM_ROWS = {batches.NUM_ROWS}" in demo
+    static, continuous = batches.fill_rows(is_static=True), batches.fill_rows(is_static=False)
     rows = [["".join("·" if s[i] is None else str(s[i]) for s in h) for i in range(4)] for h in (static, continuous)]
     assert rows[0] == [f"{i}{i}{'·' * 18}{i + 4}{i + 4}{'·' * 18}" for i in range(3)] + ["3" * 20 + "7" * 20]
     assert rows[1] == ["0044" + "7" * 20, "1155" + "·" * 20, "2266" + "·" * 20, "3" * 20 + "·" * 4]

@@ -108,14 +108,14 @@ EARLY_ARROWS = (  # (from, to, part in which a piece between them makes the arro
 )  # fmt: skip
 LATE_ARROWS = {("async_llm", "output"): 3}  # the first part that has the arrow; the default is 1
 ROOMS = (  # (name, what it does, its rectangle)
-    ("api", "speaks with clients", "blue", Rect(MARGIN, 134, RIGHT - MARGIN, 184)),
+    ("api", "serves clients", "blue", Rect(MARGIN, 134, RIGHT - MARGIN, 184)),
     ("core", "decides", "purple", Rect(MARGIN, 338, RIGHT - MARGIN, 186)),
     ("worker", "computes", "green", Rect(MARGIN, 548, RIGHT - MARGIN, 140)),
 )
 SUBTITLES = {
     1: "One process, one thread, one request at a time.",
     2: "An event loop for HTTP, a thread for the engine.",
-    3: "Three rooms: api speaks with clients, core decides, worker computes.",
+    3: "Three packages: api serves clients, core decides, worker computes.",
     4: "The scheduler rebuilds the batch before every step.",
     5: "api and core are two processes, and core runs one step ahead of the worker.",
     6: "The scheduler cuts prompts into chunks that fit a token budget.",

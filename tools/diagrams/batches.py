@@ -1,4 +1,4 @@
-"""Parts 4 and 6: slots over time, the flat batch, and chunks within a token budget."""
+"""Parts 4 and 6: the batch's rows over time, the flat batch, and chunks within a token budget."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .svg import CELL_RADIUS, MARGIN, WIDTH, Drawing
 
 RIGHT = WIDTH - MARGIN
 LENGTHS = (2, 2, 2, 20, 2, 2, 2, 20)  # of the answers in part 4's demo
-NUM_SLOTS = 4
+NUM_ROWS = 4
 HUES = ("blue", "green", "purple", "orange")
 
 
-def fill_slots(is_static: bool) -> list[list[int | None]]:
-    """Which request is in which slot in each step. Static batches wait for their longest answer."""
+def fill_rows(is_static: bool) -> list[list[int | None]]:
+    """Which request is in which row in each step. Static batches wait for their longest answer."""
     waiting, left = deque(range(len(LENGTHS))), list(LENGTHS)
-    slots: list[int | None] = [None] * NUM_SLOTS
+    rows: list[int | None] = [None] * NUM_ROWS
     history = []
-    while waiting or any(request is not None for request in slots):
-        if not is_static or all(request is None for request in slots):
-            for index, request in enumerate(slots):
+    while waiting or any(request is not None for request in rows):
+        if not is_static or all(request is None for request in rows):
+            for index, request in enumerate(rows):
                 if request is None and waiting:
-                    slots[index] = waiting.popleft()
-        history.append(list(slots))
-        for index, request in enumerate(slots):
+                    rows[index] = waiting.popleft()
+        history.append(list(rows))
+        for index, request in enumerate(rows):
             if request is not None:
                 left[request] -= 1
-                slots[index] = request if left[request] else None
+                rows[index] = request if left[request] else None
     return history
 
 
@@ -37,33 +37,33 @@ def slots() -> Drawing:
     """Part 4's demo on one time axis."""
     drawing = Drawing(
         "Static and continuous batches",
-        "Four slots and eight requests whose answers have 2, 2, 2, 20, 2, 2, 2 and 20 tokens. Static batches take "
-        "40 steps: three slots are idle for 18 of each 20 steps, until the longest answer ends. Continuous batches "
+        "Four rows and eight requests whose answers have 2, 2, 2, 20, 2, 2, 2 and 20 tokens. Static batches take "
+        "40 steps: three rows are idle for 18 of each 20 steps, until the longest answer ends. Continuous batches "
         "take 24 steps: requests 4, 5 and 6 join as soon as 0, 1 and 2 have ended, and request 7 follows.",
     )
     top = drawing.heading("Eight requests with answers of 2, 2, 2, 20, 2, 2, 2, 20 tokens. The axis counts steps.")
-    _slot_chart(drawing, top + 12, "Static: wait for the longest answer", fill_slots(is_static=True))
-    _slot_chart(drawing, top + 214, "Continuous: rebuild the batch before every step", fill_slots(is_static=False))
-    drawing.legend(RIGHT - 150, top + 340, [("hatch", "an idle slot in a step")])
+    _row_chart(drawing, top + 12, "Static: wait for the longest answer", fill_rows(is_static=True))
+    _row_chart(drawing, top + 214, "Continuous: rebuild the batch before every step", fill_rows(is_static=False))
+    drawing.legend(RIGHT - 150, top + 340, [("hatch", "an idle row in a step")])
     return drawing
 
 
-def _slot_chart(drawing: Drawing, y: float, title: str, history: list[list[int | None]]) -> None:
+def _row_chart(drawing: Drawing, y: float, title: str, history: list[list[int | None]]) -> None:
     left, step, height = 84.0, 18.6, 28
     num_steps = len(history)
-    busy = sum(request is not None for slots in history for request in slots)
+    busy = sum(request is not None for rows in history for request in rows)
     drawing.text(MARGIN, y, title, HEAD)
     drawing.text(
         RIGHT,
         y,
-        f"{num_steps} steps, {100 * busy / (num_steps * NUM_SLOTS):.0f}% of the slots busy",
+        f"{num_steps} steps, {100 * busy / (num_steps * NUM_ROWS):.0f}% of the rows busy",
         BODY,
         anchor="end",
     )
-    for slot in range(NUM_SLOTS):
-        row_y = y + 22 + slot * (height + 4)
-        drawing.text(MARGIN, row_y + height / 2, f"slot {slot}", BODY, "muted")
-        for start, end, request in _runs([slots[slot] for slots in history]):
+    for row in range(NUM_ROWS):
+        row_y = y + 22 + row * (height + 4)
+        drawing.text(MARGIN, row_y + height / 2, f"row {row}", BODY, "muted")
+        for start, end, request in _runs([rows[row] for rows in history]):
             rect = Rect(left + start * step, row_y, (end - start) * step - 2, height)
             if request is None:
                 drawing.shape(rect, "hatch", CELL_RADIUS)
@@ -71,7 +71,7 @@ def _slot_chart(drawing: Drawing, y: float, title: str, history: list[list[int |
             drawing.shape(rect, f"{HUES[request % 4]}{'-strong' if request < 4 else ''}", CELL_RADIUS)
             label = str(request) if end - start < 5 else f"request {request}: {end - start} tokens"
             drawing.text(rect.cx, rect.cy, label, BOLD, anchor="middle")
-    axis = y + 22 + NUM_SLOTS * (height + 4) + 4
+    axis = y + 22 + NUM_ROWS * (height + 4) + 4
     for tick in range(0, num_steps + 1, 4):
         x = left + tick * step
         drawing.line([(x, axis), (x, axis + 5)])
@@ -111,7 +111,7 @@ def flat_batch() -> Drawing:
         "One flat batch",
         "Eight columns, one per token: requests A, B and C decode one token each, request D brings a prompt of "
         "five. Rows: token, input_ids, positions, slot_mapping; query_start_loc is 0, 1, 2, 3, 8. Linear layers "
-        "treat all eight rows alike. In attention the three decodes read their context through block_tables, and "
+        "treat all eight tokens alike. In attention the three decodes read their context through block_tables, and "
         "the prompt attends to itself. logits_indices is 0, 1, 2, 7: a token is sampled after the last token of "
         "each request.",
     )
@@ -157,7 +157,7 @@ def _starts(drawing: Drawing, y: float) -> None:
 def _layers(drawing: Drawing, y: float) -> None:
     wide = Rect(_column(0) + 2, y, 8 * COLUMN - 4, 36)
     drawing.text(MARGIN, wide.cy, "Linear layers", BOLD)
-    drawing.box(wide, "", ["one matrix of 8 rows: every token is treated alike"], "green")
+    drawing.box(wide, "", ["one matrix for all 8 tokens: every token is treated alike"], "green")
     top = wide.bottom + 14
     drawing.text(MARGIN, top + 20, "Attention", BOLD)
     decodes = drawing.shape(Rect(_column(0) + 2, top, 3 * COLUMN - 4, 128), "green")
@@ -176,7 +176,7 @@ def _layers(drawing: Drawing, y: float) -> None:
     drawing.paragraph(
         prompt.x + 20,
         top + 46,
-        "Its keys and values are at hand. Each token sees itself and the tokens before it.",
+        "Its keys and values were just computed. Each token sees itself and the tokens before it.",
         200,
         SMALL,
     )
@@ -195,7 +195,7 @@ def _sampling(drawing: Drawing, y: float) -> None:
         drawing.arrow([(x, y + 18), (x, y + 36)])
         drawing.box(Rect(_column(index) + 2, y + 36, COLUMN - 4, 36), "", [f"token of {name}"], "orange", strong=True)
     left, right = _column(3) + 14, _column(7) - 14
-    note = "Only the last token of each request needs logits: four rows, one sampled token each."
+    note = "Only the last token of each request needs logits, so four tokens are sampled."
     drawing.paragraph((left + right) / 2, y + 36, note, right - left, SMALL, "muted", "middle")
 
 

@@ -35,9 +35,9 @@ def block_table() -> Drawing:
     )
     top = drawing.heading("Blocks of 4 tokens. A request's blocks may be anywhere in the pool.")
     logical_x, table_x, pool_x = 104, 372, 578
-    drawing.text(logical_x, top + 8, "Tokens, by position", BOLD)
+    drawing.text(logical_x, top + 8, "Logical blocks: tokens by position", BOLD)
     drawing.text(table_x + 28, top + 8, "Block tables", BOLD, anchor="middle")
-    drawing.text(pool_x, top + 8, "Pool: 8 blocks, 32 slots", BOLD)
+    drawing.text(pool_x, top + 8, "Physical blocks: a pool of 32 slots", BOLD)
     pool = _pool(drawing, pool_x, top + 28)
     for name, y in (("A", top + 28 + PITCH), ("B", top + 28 + 5 * PITCH)):
         drawing.text(logical_x, y - 14, f"Request {name}: {NUM_TOKENS[name]} tokens", SMALL, f"{HUES[name]}-ink")

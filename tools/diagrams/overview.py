@@ -50,13 +50,13 @@ WORKER = (
 
 
 def architecture() -> Drawing:
-    """Router, replicas, one replica opened with its three rooms, prefill pool and KV tiers."""
+    """Router, replicas, one replica opened with its three packages, prefill pool and KV tiers."""
     rooms = (("api", API), ("core", CORE), ("worker", WORKER))
     boxes = "; ".join(f"{name}: {', '.join(_spoken(part) for row in rows for part in row)}" for name, rows in rooms)
     drawing = Drawing(
         "The architecture of all fifteen parts",
         "Clients send requests to the router (part 10), which chooses a replica. One replica is open and shows "
-        f"three rooms. {boxes}. Between api and core there is a process border (part 5); workers are one process "
+        f"three packages. {boxes}. Between api and core there is a process border (part 5); workers are one process "
         "per rank (part 9). At the right: more replicas (part 10), a prefill pool that sends KV blocks (part 13), "
         "and the KV tiers CPU memory, disk and Redis (part 12).",
     )
@@ -68,7 +68,7 @@ def architecture() -> Drawing:
     replica = drawing.shape(Rect(MARGIN, top, REPLICA_RIGHT - MARGIN, 646), "page", PANEL_RADIUS)
     drawing.text(replica.x + 14, top + 19, "One replica", HEAD)
     drawing.text(replica.right - 14, top + 19, "in the decode pool, from part 13 on", SMALL, "muted", "end")
-    api = _room(drawing, "api", "speaks with clients", "blue", top + 36, API)
+    api = _room(drawing, "api", "serves clients", "blue", top + 36, API)
     core = _room(drawing, "core", "decides", "purple", api.bottom + 30, CORE)
     worker = _room(drawing, "worker", "computes", "green", core.bottom + 30, WORKER, num_cards=2)
     _border(drawing, api, core, "process border: ZeroMQ", 5)

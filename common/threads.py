@@ -46,10 +46,13 @@ def set_num_threads(num_threads: int | None) -> None:
 
 
 def leave_a_core() -> None:
-    """In the engine core's process: one thread fewer than cores, unless OMP_NUM_THREADS is set.
+    """In the engine core's process: one thread fewer than cores, unless there are only two cores or OMP_NUM_THREADS is
+    set.
 
     The API process and the scheduler need a core too, and whenever they take one from a compute thread, all the others
-    wait at the next barrier. With two cores we use both: one thread would be slower than two that sometimes wait.
+    wait at the next barrier. On two cores, both compute, because larger matrix products, as in long prompts, can use
+    both. For small decodes, one thread is about as fast, and other processes do not slow it down: part 5's bench
+    measures this (`busy` in results/part05.json), and --num-threads 1 chooses it.
     """
     import torch
 

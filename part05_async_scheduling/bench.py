@@ -173,7 +173,7 @@ def measure_outside(model: str, is_async: bool, num_steps: int) -> dict[str, flo
 
 
 def measure_waste(config: BenchConfig) -> dict[str, float]:
-    """Answers that end with a stop token: steps, and positions computed."""
+    """Answers that end with a stop token: steps, and tokens computed."""
     lengths = [request.max_tokens for request in heavy_tailed(64)]
     found: dict[str, float] = {}
     for name, is_async in MODES.items():
@@ -288,7 +288,8 @@ def plot(m: dict[str, Any], path: Path) -> None:
     ratios = [found["async"]["tokens_per_s"] / found["sync"]["tokens_per_s"] for found in pairs.values()]
     for name, offset, values in (("sync", -0.2, [1.0] * len(ratios)), ("async", 0.2, ratios)):
         bars = right.bar([x + offset for x in range(len(ratios))], values, 0.36, color=COLORS[name], label=name)
-        plotting.label_bars(right, bars, "{:.2f}×")
+        if name == "async":  # every sync bar is 1
+            plotting.label_bars(right, bars, "{:.2f}×")
     right.set_xticks(range(len(ratios)), [name.replace("random:", "") for name in pairs])
     right.set_ylim(0, 1.4 * max(1.0, *ratios))
     right.legend(loc="upper left", ncols=2)
@@ -319,7 +320,7 @@ def report(console: Console, m: dict[str, Any]) -> None:
     console.print(table)
     waste, outside = m["waste"], m["outside"]
     console.print(
-        f"{waste['num_requests']} answers that end with a stop token: {waste['sync_computed']} positions computed "
+        f"{waste['num_requests']} answers that end with a stop token: {waste['sync_computed']} tokens computed "
         f"synchronously in {waste['sync_steps']} steps, {waste['async_computed']} asynchronously in "
         f"{waste['async_steps']} steps",
         highlight=False,

@@ -156,11 +156,11 @@ def measure_host(config: BenchConfig) -> dict[str, float]:
     return medians([summary([step for step in steps if len(step.requests) == NUM_SEQS][2:]) for steps in runs])
 
 
-def plot(found: dict[str, dict[str, float]], path: Path) -> None:
+def plot(found: dict[str, dict[str, float]], model: str, path: Path) -> None:
     fig, (left, right) = plotting.panels(
         [
-            ("ITL of the decodes", "token budget of a step", "milliseconds"),
-            ("TTFT of a long prompt", "token budget of a step", "seconds"),
+            (f"ITL of decodes, {model}", "token budget of a step", "milliseconds"),
+            (f"TTFT of prompts, {model}", "token budget of a step", "seconds"),
         ]
     )
     names = [*map(str, BUDGETS), WHOLE]
@@ -225,7 +225,7 @@ def run(config: BenchConfig) -> None:
         repeats=config.repeats,
         measurements=measurements,
     )
-    plot(measurements["budgets"][config.model], results / "part06.png")
+    plot(measurements["budgets"][config.model], config.model.removeprefix("random:"), results / "part06.png")
 
 
 def main() -> None:

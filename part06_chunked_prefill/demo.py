@@ -17,6 +17,7 @@ from .lab.timeline import traced
 
 NUM_DECODES, NUM_BEFORE = 4, 12  # running requests, and how many tokens they have when the long prompt arrives
 LONG_PROMPT = 1_900
+BUDGET = 1_024  # of show_budget
 WIDTH = 56  # columns of the longest bar
 
 
@@ -38,7 +39,8 @@ class Run:
 def show_budget(console: Console, model: str) -> None:
     console.rule("1. One token budget per step")
     console.print(
-        "Three prompts of 800 tokens, at most 1,024 tokens in a step. How many tokens each request computes:\n"
+        f"Three prompts of 800 tokens, at most {BUDGET:,} tokens in a step. How many tokens each request computes:\n",
+        highlight=False,
     )
 
     def run(engine: LLMEngine) -> None:
@@ -49,7 +51,7 @@ def show_budget(console: Console, model: str) -> None:
             engine.step()
 
     for threshold in (0, 400):
-        config = EngineConfig(model=model, max_num_batched_tokens=1_024, long_prefill_token_threshold=threshold)
+        config = EngineConfig(model=model, max_num_batched_tokens=BUDGET, long_prefill_token_threshold=threshold)
         steps = traced(config, run)[:4]
         table = Table("request", *(f"step {step.step}" for step in steps))
         for name in "ABC":

@@ -76,6 +76,7 @@ PIECES = {
     "runner": _piece(
         0, 562, "green", Version(3, "Model runner", "one flat batch"),
         Version(4, "Model runner", "decodes and prompts"), Version(5, "Model runner", "prepare, then run"),
+        Version(6, "Model runner", "samples if asked"),
     ),
     "model": _piece(1, 562, "green", Version(1, "Model", "transformers"), Version(3, "Model", "our own, plain torch")),
     "attention": _piece(

@@ -176,7 +176,7 @@ def _known_tokens(drawing: Drawing, y: float) -> None:
     for row, (step, known, pending, note) in enumerate(
         (
             (1, [], False, "step 1 computes the prompt"),
-            (2, [], True, "step 1 still runs: how many tokens it brings is known, its token is not"),
+            (2, [], True, "step 1 still runs: it will sample one token, not known yet"),
             (3, ["t1"], True, "U1 has replaced the placeholder by t1; step 2 still runs"),
         )
     ):

@@ -214,7 +214,7 @@ def lookup_result(prompts: list[list[int]], num_found: int, seconds: float) -> d
 def plot(m: dict[str, Any], path: Path) -> None:
     model, found = next(iter(m["ttft"].items()))
     fig, (left, right) = plotting.panels(
-        [(f"TTFT, {model}", "", "milliseconds"), ("Prefix cache hit rate", "", "percent")]
+        [(f"TTFT with {model}", "", "median TTFT (ms)"), ("Prefix cache hit rate", "", "prompt tokens cached (%)")]
     )
     for i, (name, color) in enumerate((("off", plotting.BASELINE_COLOR), ("on", plotting.COLORS[0]))):
         values = [found[workload][name]["ttft_ms"] for workload in WORKLOADS]
@@ -226,7 +226,7 @@ def plot(m: dict[str, Any], path: Path) -> None:
     bars = right.bar(range(len(WORKLOADS)), [100 * found[name]["on"]["hit_rate"] for name in WORKLOADS], 0.5)
     plotting.label_bars(right, bars)
     right.set_xticks(range(len(WORKLOADS)), list(WORKLOADS))
-    right.margins(y=0.15)
+    right.set_ylim(0, 100)
     plotting.save(fig, path)
 
 

@@ -95,7 +95,7 @@ def show_order(console: Console) -> None:
     for name in requests:
         blocks.free(name)
         order = ", ".join(f"{block.block_id}{'*' if block.block_hash else ''}" for block in blocks.free_queue)
-        console.print(f"{name} ends. Free blocks, the next to be reused first: {order}", highlight=False)
+        console.print(f"{name} ends. Free queue, front first: {order}", highlight=False)
     console.print("(* still cached)", highlight=False)
 
 

@@ -159,8 +159,8 @@ def speedups(found: dict[str, dict[str, float]]) -> Iterator[tuple[str, float]]:
 def plot(m: dict[str, Any], path: Path) -> None:
     fig, (left, right) = plotting.panels(
         [
-            ("Large target, one request", "", "speedup"),
-            ("A mix of the three", "requests at once", "speedup"),
+            ("Large target, one request", "", "speedup of output tokens/s\nover no speculation"),
+            ("Large target, a mix of the three", "requests at once", ""),
         ]
     )
     for number, method in enumerate(METHODS[1:]):
@@ -172,8 +172,8 @@ def plot(m: dict[str, Any], path: Path) -> None:
         right.plot(range(len(values)), values, marker="o", color=COLORS[method], label=LABELS[method])
     left.set_xticks([x + 0.2 for x in range(len(m["tasks"]))], list(m["tasks"]))
     left.margins(y=0.2)
+    right.sharey(left)  # after the bars, whose margin it takes over
     right.set_xticks(range(len(m["batches"])), list(m["batches"]))
-    right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.axhline(1, color=plotting.BASELINE_COLOR, linewidth=1.2)
     left.legend(loc="upper left")

@@ -76,9 +76,9 @@ def show_seeds(console: Console, llms: dict[str, LLM]) -> None:
         prompt = encode_prompt(TASKS["a story"], llm.tokenizer, llm.max_model_len)
         pieces = answer(llm, prompt, params)
         texts.add("".join(piece.text for piece in pieces))
-        console.print(f"temperature 0.8, seed 7, {METHODS[method]}: {len(pieces)} steps", highlight=False)
+        console.print(f"temperature 0.8, seed {params.seed}, {METHODS[method]}: {len(pieces)} steps", highlight=False)
     same = "the same" if len(texts) == 1 else "NOT the same: that is a bug"
-    console.print(f"The three texts are {same}: [green]{texts.pop()}[/]\n", highlight=False)
+    console.print(f"The three texts are {same}: [green]{texts.pop().strip()}[/]\n", highlight=False)
 
 
 def show_stats(console: Console, llms: dict[str, LLM]) -> None:
@@ -89,7 +89,7 @@ def show_stats(console: Console, llms: dict[str, LLM]) -> None:
             shares = ", ".join(f"{count / stats.num_drafts:.0%}" for count in stats.num_accepted_tokens_per_pos)
             console.print(
                 f"{METHODS[method]}: {stats.num_draft_tokens} draft tokens verified in {stats.num_drafts} steps, "
-                f"{stats.num_accepted_tokens} accepted; by position: {shares} of the steps",
+                f"{stats.num_accepted_tokens} accepted; share of steps that accept draft token 1, 2, ...: {shares}",
                 highlight=False,
             )
 

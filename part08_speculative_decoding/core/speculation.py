@@ -8,9 +8,9 @@ from ..config import EngineConfig
 from .ngram import NgramIndex
 from .request import Request
 
-SMOOTHING = 0.2  # weight of the newest step in a request's acceptance
+SMOOTHING = 0.2  # weight of the newest step in a request's acceptance rate
 MIN_PROBABILITY = 0.35  # a draft token that is accepted less often is not worth computing
-PROBE_INTERVAL = 16  # a request whose draft tokens fail tries one again after this many tokens
+PROBE_INTERVAL = 16  # a request whose draft tokens are rejected tries one again after this many tokens
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class SpeculationStats:
 class Speculation:
     """Chooses the number of draft tokens per request, from its acceptance rate and the number of running requests.
 
-    A draft token costs as much as any token, whether it is accepted or not. A single request leaves the device half
+    A draft token costs as much as any token, whether it is accepted or not. A single request leaves most of the device
     idle, so extra tokens are almost free; in a large batch they are not.
     """
 

@@ -17,7 +17,7 @@ class SpecDecodeMetadata:
 
     first_rows: where each request's rows of logits begin; row first_rows[i] + j verifies draft token j, and one row
     follows after the last. num_draft_tokens: of each request. draft_token_ids: [num_requests, k], padded. random: the
-    requests whose draft tokens were drawn at random, and buffer_rows: where the drafter keeps their probabilities.
+    requests whose draft tokens were drawn at random, and buffer_rows: where the draft model keeps their probabilities.
     """
 
     first_rows: list[int]
@@ -46,7 +46,7 @@ def verify_random_drafts(
     """Rejection sampling for requests whose draft tokens were drawn at random. It accepts more than verify_drafts.
 
     probs: [len(drawn), vocab_size], the target's, of the rows that were drawn. draft_probs: [max_num_seqs, k,
-    vocab_size], the drafter's. token_ids: [num_rows] and num_accepted: [num_requests] are changed in place.
+    vocab_size], the draft model's. token_ids: [num_rows] and num_accepted: [num_requests] are changed in place.
     """
     device, index_of = token_ids.device, {row: index for index, row in enumerate(drawn)}
     counts = [spec.num_draft_tokens[request] for request in spec.random]
@@ -83,8 +83,8 @@ def rejection_sample(
 
     A draft token d is accepted with probability min(1, p(d) / q(d)). The first rejected one is replaced by a token
     drawn from max(p - q, 0), normalized. If all are accepted, one more token is drawn from p. It is drawn from p, too,
-    if max(p - q, 0) is 0 everywhere, because p and q differ only by rounding. NaN in q counts as 0: a broken drafter
-    costs speed but changes no answer.
+    if max(p - q, 0) is 0 everywhere, because p and q differ only by rounding. NaN in q counts as 0: a broken draft
+    model costs speed but changes no answer.
     """
     # exercise: rejection_sample
     draft_probs = draft_probs.nan_to_num(nan=0.0)

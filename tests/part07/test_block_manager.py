@@ -88,9 +88,7 @@ def serve(blocks: BlockManager, name: str, tokens: list[int], salt: str | None =
 
 def check_free(blocks: BlockManager, expected: list[int], what: str, look: str = LOOK_FREE) -> None:
     got = free_ids(blocks)
-    assert got == expected, (
-        f"{what}: expected the free blocks {expected}, the next to be reused first, got {got}. {look}"
-    )
+    assert got == expected, f"{what}: expected the free queue {expected} (front first), got {got}. {look}"
 
 
 def check_table(blocks: BlockManager, name: str, expected: list[int], look: str = LOOK_ADMIT) -> None:
@@ -211,7 +209,7 @@ def test_the_first_miss_ends_the_lookup() -> None:
     serve(blocks, "c", [50] * 5)
     got = found(blocks, request_of("d", list(range(17))))
     assert got == [1], (
-        f"of the first 12 tokens' blocks, the second is not cached any more: expected [1], got {got}. {LOOK_FIND}"
+        f"the second block of the prompt was evicted: expected the hit [1] (block 1), got {got}. {LOOK_FIND}"
     )
 
 

@@ -72,7 +72,7 @@ PIECES = {
     "executor": _piece(
         0, 464, "purple", Version(3, "Executor", "runs a StepInput"), Version(5, "Executor", "launches a StepInput"),
     ),
-    "speculation": _piece(1, 464, "purple", Version(8, "Speculation", "drafts, n-grams")),
+    "speculation": _piece(1, 464, "purple", Version(8, "Speculation", "n-gram lookup, limits")),
     "runner": _piece(
         0, 562, "green", Version(3, "Model runner", "one flat batch"),
         Version(4, "Model runner", "decodes and prompts"), Version(5, "Model runner", "prepare, then run"),
@@ -89,9 +89,9 @@ PIECES = {
     "tokens": _piece(0, 628, "green", Version(3, "Token buffer", "stays on the device")),
     "sampler": _piece(
         1, 628, "green", Version(1, "Sampler", "one token id"), Version(3, "Sampler", "the whole batch"),
-        Version(8, "Sampler", "verifies drafts"),
+        Version(8, "Sampler", "verifies draft tokens"),
     ),
-    "draft_model": _piece(2, 628, "green", Version(8, "Draft model", "proposes drafts")),
+    "draft_model": _piece(2, 628, "green", Version(8, "Draft model", "proposes draft tokens")),
 }  # fmt: skip
 
 SPINE = ("client", "server", "async_llm", "core_client", "engine_core", "engine", "executor", "runner")

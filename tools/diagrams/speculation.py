@@ -50,7 +50,7 @@ def _middle(column: int) -> float:
 
 def _labels(drawing: Drawing, y: list[float]) -> None:
     for at, title, line in (
-        (y[0], "Propose", "n-grams or draft model"),
+        (y[0], "Propose", "by the proposer"),
         (y[1], "Verify", "all at once"),
         (y[2], "Sampled", "one per row of logits"),
         (y[3], "Compare", "with the row before"),
@@ -93,7 +93,7 @@ def _verdicts(drawing: Drawing, sampled_bottom: float, y: float) -> None:
 def _result(drawing: Drawing, y: float) -> None:
     for index, token in enumerate(SAMPLED[: NUM_ACCEPTED + 1], start=1):
         is_extra = index > NUM_ACCEPTED
-        note = "the row's own token" if is_extra else ""
+        note = "the target's own token" if is_extra else ""
         _cell(drawing, index, y, token, "orange" if is_extra else "green", note=note, strong=True)
     x = FIRST_COLUMN + 4 * COLUMN
     drawing.text(x, y + 10, "2 accepted + 1 extra", BOLD)

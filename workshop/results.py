@@ -63,7 +63,7 @@ def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float
         else:
             passed.add(fields["test"])
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    if current is not None and "Timeout (" in text:
+    if current is not None and "(most recent call first)" in text:
         failures[current] = timed_out(current, text, copy, limit_s)
     elif current is not None or not (failures or passed):
         test = current or "(pytest)"
@@ -80,7 +80,9 @@ def timed_out(test: str, text: str, copy: Path, limit_s: float) -> Failure:
         if Path(file).is_relative_to(copy):
             line = f"{Path(file).relative_to(copy).as_posix()}:{number} in {function}"
             break
-    message = f"still running after {limit_s:g} s, so it was stopped. Is there an endless loop?"
+    message = f"still running after {limit_s:g} s of processor time, so it was stopped. Is there an endless loop?"
+    if "Timeout (" in text:
+        message = "still waiting after minutes, so it was stopped. What does it wait for?"
     return Failure(test, message, "Timeout", line, line, traceback=text)
 
 

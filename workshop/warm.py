@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -29,13 +30,15 @@ from workshop.lending import CopyFinder, install
 
 # macOS has fork, but its system libraries are not fork-safe; WORKSHOP_NO_FORK is for the tests.
 CAN_FORK = sys.platform.startswith("linux") and "WORKSHOP_NO_FORK" not in os.environ
+WAIT_FACTOR = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run of pytest. modules: what must be importable first; lent: exercises whose bodies come from the reference.
 
-    marks: as pytest's -m; limit_s: the time limit of each test.
+    marks: as pytest's -m; limit_s: the processor time of each test, since the machine may be busy with other things;
+    a test that only waits is stopped after WAIT_FACTOR times as long.
     """
 
     workspace: str
@@ -152,8 +155,12 @@ def run(job: Job) -> int:
     log = os.open(job.log, os.O_WRONLY | os.O_APPEND)  # pytest takes 1 and 2 for itself
 
     def start_clock() -> None:
-        faulthandler.dump_traceback_later(job.limit_s, exit=True, file=log)
+        if hasattr(signal, "setitimer"):  # not on Windows
+            signal.setitimer(signal.ITIMER_PROF, job.limit_s)
+        faulthandler.dump_traceback_later(WAIT_FACTOR * job.limit_s, exit=True, file=log)
 
+    if hasattr(signal, "setitimer"):
+        faulthandler.register(signal.SIGPROF, file=log, chain=True)  # the signal then ends the process
     start_clock()
     import pytest
 

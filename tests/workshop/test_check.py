@@ -166,6 +166,14 @@ def test_an_endless_loop_is_stopped_and_located(part: Part, solve: Solve) -> Non
         assert runner.num_starts == 1, f"the warm process must survive its child: started {runner.num_starts} times"
 
 
+def test_waiting_forever_is_stopped_and_located(part: Part, solve: Solve) -> None:
+    solve(add="import threading\nthreading.Event().wait()")
+    with Runner(part, limit_s=1) as runner:
+        failure = run(runner, "add").failures[-1]
+        assert failure.message.startswith("still waiting"), f"got {failure}"
+        assert failure.raised_at is not None and failure.raised_at.endswith(" in add"), f"got {failure}"
+
+
 def test_a_run_can_be_cancelled(runner: Runner, part: Part, solve: Solve) -> None:
     solve(add="while True:\n    pass")
     assert runner.run_exercise(part.exercises[0], cancelled=lambda: True) is None, "a cancelled run has no result"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from common.serve import server_process
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?<=```console\n)(.*?)(?=^```)", re.DOTALL | re.MULTILINE)
 ADDRESS = re.compile(r"(?:127\.0\.0\.1|localhost):8000")
+HERE_DOCUMENT = re.compile(r"<<'(\w+)'$")
 NUMBER = re.compile(r"\d[\d,.]*\d|\d")
 OTHER_NUMBERS = re.compile(r"[0-9a-f]{32}")  # random ids
 GAP = "…"
@@ -41,14 +43,21 @@ class Command:
 
 
 def split_block(block: str) -> list[Command]:
-    """Split a block into its commands. A command continues on the next line if its line ends with a backslash."""
+    """Split a block into its commands.
+
+    A command continues on the next line if its line ends with a backslash, and up to END after <<'END'.
+    """
     commands: list[Command] = []
-    is_open = False
+    is_open, end = False, ""
     for number, line in enumerate(block.splitlines()):
-        if is_open:
+        if end:
+            commands[-1].text += f"\n{line}"
+            end = "" if line == end else end
+        elif is_open:
             commands[-1].text += line.strip().removesuffix("\\")
         elif line.startswith("$ "):
             commands.append(Command(line[2:].removesuffix("\\"), [], number))
+            end = match[1] if (match := HERE_DOCUMENT.search(line)) else ""
         elif commands:
             commands[-1].output.append(line)
             continue
@@ -59,9 +68,10 @@ def split_block(block: str) -> list[Command]:
 
 
 def stable(line: str) -> str:
-    """The part of a line that must not differ: without numbers and the widths of table columns."""
+    """The part of a line that must not differ: without numbers, bars of measured times and widths of table columns."""
     line = NUMBER.sub("#", OTHER_NUMBERS.sub("#", line))
     line = re.sub(r"[━─═]+", "─", line)
+    line = re.sub(r"[█▒·]{20,}|(?<= ms )█+", "█", line)
     return re.sub(r"\s+", " ", line).strip()
 
 
@@ -70,21 +80,38 @@ def is_like(shown: str, printed: str) -> bool:
     return re.fullmatch(pattern, stable(printed)) is not None
 
 
+def wraps_differently(shown: list[str], printed: list[str]) -> tuple[int, int] | None:
+    """How many lines of each are the same text in other lines: a longer number can move the end of a line."""
+    for num_shown, num_printed in itertools.product(range(1, 5), range(1, 5)):
+        if is_like(" ".join(shown[:num_shown]), " ".join(printed[:num_printed])):
+            return num_shown, num_printed
+    return None
+
+
 def compare(shown: list[str], printed: list[str]) -> tuple[list[str], list[str]]:
     """Find each shown line among the printed ones, in order. Returns (the shown lines with this run's numbers, what
     differs)."""
-    renewed, problems, at, may_skip = list[str](), list[str](), 0, False
-    for line in shown:
+    renewed, problems, at, may_skip, num_joined = list[str](), list[str](), 0, False, 0
+    for number, line in enumerate(shown):
+        if num_joined:
+            renewed.append(line)
+            num_joined -= 1
+            continue
         if line.strip() == GAP:
             renewed.append(line)
             may_skip = True
             continue
         places = range(at, len(printed)) if may_skip else range(at, min(at + 1, len(printed)))
         found = next((place for place in places if is_like(line, printed[place])), None)
+        if found is None and (wrapped := wraps_differently(shown[number:], printed[at:])):
+            renewed.append(line)
+            num_joined, at, may_skip = wrapped[0] - 1, at + wrapped[1], False
+            continue
         if found is None:
             expected = printed[at] if at < len(printed) and not may_skip else "no such line"
             problems.append(f"the lesson shows {line!r}, printed was {expected!r}")
             renewed.append(line)
+            may_skip = True  # the lines after it may be right
             continue
         renewed.append(line if GAP in line else printed[found])
         at, may_skip = found + 1, False

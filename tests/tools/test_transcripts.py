@@ -31,12 +31,25 @@ PRINTED = [
         (["…", "the end", "│ a │ 99 │", "…"], 1),
         (["── 1. Title ──"], 1),
         (["…", "the beginning", "…"], 1),
+        (["── 1. Title ──", "4 requests", "in 7", "ms", *PRINTED[2:]], 0),
+        (["── 1. Title ──", "4 requests", "in 7", "hours", *PRINTED[2:]], 3),
     ],
     ids=str,
 )
 def test_what_differs(shown: list[str], num_problems: int) -> None:
     _, problems = compare(shown, PRINTED)
     assert len(problems) == num_problems, f"expected {num_problems}, got {problems}"
+
+
+def test_bars_of_times_may_differ_and_pictures_may_not() -> None:
+    assert stable("  13.3 ms █") == stable("  909.4 ms ██████")
+    assert stable("model " + "█" * 40) == stable("model " + "█▒·█" * 10)
+    assert stable("row 0 ██··") != stable("row 0 ███·")
+
+
+def test_a_here_document_belongs_to_its_command() -> None:
+    [command] = split_block("$ python - <<'END'\nprint(1)\nEND\n1\n")
+    assert (command.text, command.output) == ("python - <<'END'\nprint(1)\nEND", ["1"])
 
 
 def test_this_runs_numbers_take_the_place_of_the_old_ones() -> None:

@@ -175,6 +175,10 @@ TINY_TUNING = (
         60, Mix(44, 2, 100, 100, 300, (7, 251), (1_000, 1_000), from_few=0.3, small_talk=0.15),
         **_rates(1.5e-4, 1.5e-4, 1.2e-3), warmup_steps=5, decay_steps=55,
     ),
+    Phase(
+        24, Mix(24, 1, 100, 100, 2_400, (7, 251), (1_500, 1_600), from_few=0.3, small_talk=0.2),
+        **_rates(1.2e-4, 1.2e-4, 8e-4), warmup_steps=3, decay_steps=21,
+    ),
 )  # fmt: skip
 DRAFT_TUNING = Phase(
     100, Mix(24, 4, 200, 150, 600, (7, 121), (100, 600), from_few=0.3, small_talk=0.2),

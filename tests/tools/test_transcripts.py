@@ -82,4 +82,6 @@ def test_a_lesson(tmp_path: Path) -> None:
         assert (renewed, problems) == (lesson.replace("took 7", "took 5"), [])
         _, problems = check_lesson(lesson.replace("took 7", "takes 7"), runner)
         assert len(problems) == 1 and "takes 7 ms" in problems[0] and "took 5 ms" in problems[0], f"got {problems}"
+        prepared = "```console\n$ echo 5 > file\n$ cat file\n7\n```\n"
+        assert check_lesson(prepared, runner) == (prepared.replace("7\n", "5\n"), []), "cat needs the silent command"
         assert runner.run("pwd") == [str(tmp_path)], "files that a command writes do not stay"

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from common.openai_app import AppOptions
-from common.openai_app.fields import CHAT_FIELDS, COMPLETION_FIELDS
+from common.openai_app.fields import CHAT_FIELDS, COMPLETION_FIELDS, TEMPLATE_FIELDS
 from common.openai_app.schema import BODIES
 from tests.common.openai_fakes import CONTEXT, FakeEngine, Server, check_error, serving
 from tests.http_checks import CHAT, COMPLETIONS, USER
@@ -91,6 +91,17 @@ def test_openapi_describes_every_endpoint_and_field(server: Server) -> None:
     described = server.client.get("/openapi.json").json()
     others = {"/v1/models", "/v1/models/{name}", "/load", "/health", "/ping", "/version", "/metrics"}
     assert described["paths"].keys() == BODIES.keys() | others
-    for path, fields in ((CHAT, CHAT_FIELDS), (COMPLETIONS, COMPLETION_FIELDS)):
-        schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert schema["properties"].keys() == fields, "a new field needs a line in common/openai_app/schema.py"
+    both = CHAT_FIELDS & COMPLETION_FIELDS - {"n", "best_of", "logprobs", "max_tokens", "prompt_logprobs"}
+    of_responses = {"input", "instructions", "max_output_tokens", *both - {"return_token_ids"}, *TEMPLATE_FIELDS}
+    for path, fields in (
+        (CHAT, CHAT_FIELDS),
+        (COMPLETIONS, COMPLETION_FIELDS),
+        ("/v1/responses", of_responses),
+    ):
+        operation = described["paths"][path]["post"]
+        properties = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        assert properties.keys() == fields, f"{path}: a new field needs a line in common/openai_app/schema.py"
+        seed = properties["seed"]["anyOf"][0]
+        assert (seed["minimum"], seed["maximum"]) == (-(2**63), 2**63 - 1), f"{path}: a float can't hold these: {seed}"
+        assert isinstance(properties["top_k"]["anyOf"][0]["minimum"], int), f"{path}: an integer's limits are integers"
+        assert operation["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}

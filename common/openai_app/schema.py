@@ -8,6 +8,7 @@ from typing import Any, get_args
 from fastapi import FastAPI
 
 from common.openai_app.fields import CHAT_FIELDS, COMPLETION_FIELDS
+from common.openai_app.protocol import STREAM_OPTIONS
 from common.openai_app.responses_endpoint import PART_TYPES, RESPONSES_FIELDS
 from common.outputs import FinishReason
 from common.prompts import MAX_PROMPTS
@@ -37,6 +38,10 @@ def _number(low: float, high: float) -> Schema:
 
 def _array(items: Schema, low: int = 0, high: int | None = None) -> Schema:
     return {"type": "array", "items": items, "minItems": low, **({} if high is None else {"maxItems": high})}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 FLAG: Schema = {"type": "boolean"}
@@ -85,9 +90,9 @@ FIELDS: dict[str, Schema] = {
     "best_of": _integer(1, MAX_N),
     "stream": FLAG,
     "stream_options": {
-        "type": "object", "properties": {"include_usage": FLAG, "continuous_usage_stats": FLAG},
+        "type": "object", "properties": dict.fromkeys(STREAM_OPTIONS, _or_null(FLAG)), "additionalProperties": False,
     },
-    "logprobs": {"anyOf": [FLAG, _integer(0, MAX_LOGPROBS)]},
+    "logprobs": {"anyOf": [{"enum": [False]}, _integer(0, MAX_LOGPROBS)]},  # false: none, as in a chat
     "top_logprobs": _integer(0, MAX_LOGPROBS),
     "prompt_logprobs": _integer(0, MAX_LOGPROBS),
     "echo": FLAG,
@@ -96,14 +101,14 @@ FIELDS: dict[str, Schema] = {
     "add_generation_prompt": FLAG,
     "continue_final_message": FLAG,
     "chat_template_kwargs": {"type": "object"},
-    "truncate_prompt_tokens": _integer(-1),
+    "truncate_prompt_tokens": {"anyOf": [{"enum": [-1]}, _integer(1)]},
     "cache_salt": TEXT,
 }  # fmt: skip
 
 
 def body_schema(fields: Iterable[str], required: str | None = None, **changes: Schema) -> Schema:
     """A body with these fields, each of which may be null. Others may be sent as well."""
-    properties = {name: {"anyOf": [{**FIELDS, **changes}[name], {"type": "null"}]} for name in sorted(fields)}
+    properties = {name: _or_null({**FIELDS, **changes}[name]) for name in sorted(fields)}
     schema: Schema = {"type": "object", "properties": properties}
     if required is not None:
         properties[required] = properties[required]["anyOf"][0]
@@ -117,7 +122,7 @@ TOKENIZE_FIELDS = {
 }  # fmt: skip
 BODIES: Mapping[str, Schema] = {
     "/v1/chat/completions": body_schema(CHAT_FIELDS, "messages", logprobs=FLAG, max_tokens=_integer(1)),
-    "/v1/completions": body_schema(COMPLETION_FIELDS, "prompt", logprobs=_integer(0, MAX_LOGPROBS)),
+    "/v1/completions": body_schema(COMPLETION_FIELDS, "prompt"),
     "/v1/responses": body_schema(
         RESPONSES_FIELDS, "input", input=RESPONSES_INPUT, instructions=TEXT, max_output_tokens=_integer(1)
     ),
@@ -196,6 +201,7 @@ ANSWERS: Mapping[str, Schema] = {
     "/ping": STATUS,
     "/version": _object(version=TEXT),
 }  # fmt: skip
+EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"event": TEXT, "data": TEXT}}  # of a stream
 ERROR = _object(error=_object(message=TEXT, type=TEXT, param=_nullable("string"), code=_nullable("string")))
 
 
@@ -228,5 +234,5 @@ def describe(path: str) -> dict[str, Any]:
         described["requestBody"] = {"required": True, "content": {"application/json": body}}
         responses["5XX"] = _as_response("The engine is at fault", ERROR)
         if "stream" in BODIES[path]["properties"]:
-            responses["200"]["content"]["text/event-stream"] = {"schema": TEXT}
+            responses["200"]["content"]["text/event-stream"] = {"schema": EVENT}
     return described

@@ -2,6 +2,7 @@
 #
 #   make demo [PART=3]     see a part at work (the newest, unless PART says which)
 #   make test [PART=3]     all tests, or one part's     ARGS="-n 0" runs them in one process
+#   make test-clients      lm-eval, guidellm and schemathesis against the newest part's server, in a .venv-clients of their own
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
 #   make workshop ARGS="start 1"      the exercises: list, start, check, hint, diff, catch-up; the same as .venv/bin/workshop
@@ -16,6 +17,8 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+CLIENTS := .venv-clients
+CLIENTS_READY := $(CLIENTS)/.ready
 PARTS  := $(sort $(wildcard part[0-9][0-9]_*))
 
 ifdef PART
@@ -31,7 +34,7 @@ endif
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test serve bench workshop doctor gpu gpu-wheels lint transcripts clean
+.PHONY: help setup demo test setup-clients test-clients serve bench workshop doctor gpu gpu-wheels lint transcripts clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -50,6 +53,18 @@ demo: $(READY)
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) $(ARGS)
+
+setup-clients: $(CLIENTS_READY)
+
+$(CLIENTS_READY): pyproject.toml constraints.txt
+	@echo "Setting up $(CLIENTS), once. This downloads Python packages."
+	rm -rf $(CLIENTS)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[clients]'
+	@touch $@
+
+test-clients: $(CLIENTS_READY)
+	HF_HUB_OFFLINE=1 $(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
 serve: $(READY)
 	@$(PY) -m $(PART_DIR) $(ARGS)
@@ -80,4 +95,4 @@ transcripts: $(READY)
 	$(PY) -m tools.transcripts $(ARGS)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(CLIENTS) build

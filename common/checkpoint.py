@@ -102,7 +102,7 @@ def resolve_checkpoint(model: str) -> Checkpoint:
     generation_config = _read_generation_config(directory)
     default_sampling = {name: value for name in SAMPLING_DEFAULTS if (value := generation_config.get(name)) is not None}
     try:
-        SamplingParams.from_body(default_sampling)
+        SamplingParams(**default_sampling)
     except FieldError as error:
         raise FieldError("model", f"{directory}/generation_config.json: {error}") from error
     eos_token_ids = _eos_token_ids(generation_config, config)

@@ -18,6 +18,7 @@ MAX_LOGIT_BIAS = 300  # entries
 MAX_LOGPROBS = 20  # OpenAI's limit
 MAX_SALT_CHARS = 1_000
 TOKEN_ID_KEY = re.compile(r"0|[1-9][0-9]{0,17}")  # a token id as the key of a JSON object
+MAX_TEMPERATURE = 2.0  # of a request over HTTP: OpenAI's limit
 MIN_TEMPERATURE = 1e-5  # below it, decoding is greedy, as in vLLM: dividing float32 logits by less would overflow
 MIN_REPETITION_PENALTY = 1e-5  # logits are divided by it: less might overflow
 MIN_TOP_P = 1e-9  # float32 would round a smaller value to 0; both keep only the likeliest token
@@ -106,8 +107,11 @@ class SamplingParams:
     def from_body(cls, body: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """Read the sampling fields of a request body; the caller checks other fields.
 
-        null means the default. defaults: those of the model, which replace the ones above.
+        null means the default. defaults: those of the model, which replace the ones above. Raises FieldError as the
+        constructor does, and for a temperature above OpenAI's limit: such an answer is noise.
         """
+        if body.get("temperature") is not None:
+            check_float("temperature", body["temperature"], 0.0, MAX_TEMPERATURE)
         named = {**(defaults or {}), **{name: value for name, value in body.items() if value is not None}}
         given = {f.name: named[f.name] for f in fields(cls) if f.name in named}
         if given.get("logprobs") is False:  # a chat request's way to ask for none

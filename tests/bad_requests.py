@@ -13,7 +13,7 @@ NO_BOOL: list[object] = ["true", "", 0, 1, 1.5, [], {}]
 WRONG_VALUES: dict[str, list[object]] = {
     "max_tokens": ["5", 1.5, True, [], {}, 0, -1, -(10**30), "", NAN],
     "min_tokens": ["5", 1.5, False, True, [], {}, -1, 3, 10**30, "", 20.5],
-    "temperature": ["1", True, [], {}, -0.1, 100.1, -1, 10**400, NAN, INF, -INF, ""],
+    "temperature": ["1", True, [], {}, -0.1, 2.01, -1, 10**400, NAN, INF, -INF, ""],
     "top_k": ["5", 1.5, True, [], {}, -2],
     "top_p": ["1", True, [], {}, -0.1, 0, 1.1, 10**400, NAN, INF],
     "seed": ["5", 1.5, True, [], {}, -(2**63) - 1, 2**63],

@@ -26,7 +26,7 @@ from common.openai_app.pages import add_page
 from common.openai_app.protocol import ApiRequest, parse_request
 from common.openai_app.responses import ResponseWriter, describe_model
 from common.openai_app.responses_endpoint import ResponsesWriter, parse_responses_request
-from common.openai_app.schema import SUMMARIES, describe
+from common.openai_app.schema import SUMMARIES, DescribedApp, describe
 from common.openai_app.stats_log import StatsLog
 from common.openai_app.streaming import EventStream, collect, stream_events
 from common.openai_app.tokens import detokenize, tokenize
@@ -165,7 +165,7 @@ def create_app(engine: ServingEngine, options: AppOptions | None = None) -> Fast
     """OpenAI's API over one engine, which starts and ends with the app."""
     options = options or AppOptions()
     server = OpenAIServer(engine, options)
-    app = FastAPI(
+    app = DescribedApp(
         title="An LLM inference engine", version=VERSION, lifespan=server.lifespan, docs_url=None, redoc_url=None,
         redirect_slashes=False,
     )  # fmt: skip
@@ -178,7 +178,9 @@ def create_app(engine: ServingEngine, options: AppOptions | None = None) -> Fast
     app.include_router(guarded)
     for path, open_endpoint in (("/health", server.health), ("/ping", server.health), ("/version", server.version)):
         app.add_api_route(path, open_endpoint, methods=["GET", "HEAD"], include_in_schema=False)
-        app.add_api_route(path, open_endpoint, methods=["GET"], summary=SUMMARIES[path])  # one method a route
+        app.add_api_route(  # one method a route
+            path, open_endpoint, methods=["GET"], summary=SUMMARIES[path], openapi_extra=describe(path)
+        )
     app.add_api_route(
         "/metrics", server.show_metrics, methods=["GET"], summary=SUMMARIES["/metrics"],
         response_class=PlainTextResponse,

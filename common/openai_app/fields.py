@@ -55,7 +55,7 @@ def given_fields(body: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
             given[name] = value
         elif name not in neutral:
             ignore_unknown(name)
-        elif not any(_is_same(value, allowed) for allowed in neutral[name]):
+        elif not any(is_same(value, allowed) for allowed in neutral[name]):
             raise FieldError(name, _not_supported(name, value, neutral[name]))
     return given
 
@@ -66,6 +66,6 @@ def _not_supported(name: str, value: object, allowed: Collection[Any]) -> str:
     return f"{name} {verb} not supported by this engine{expected}"
 
 
-def _is_same(value: object, other: object) -> bool:
+def is_same(value: object, other: object) -> bool:
     """Equal, and true is not 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)

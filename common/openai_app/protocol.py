@@ -20,7 +20,6 @@ from common.sampling_params import (
     MAX_LOGPROBS,
     MIN_SEED,
     SamplingParams,
-    check_float,
     check_int,
     check_vocabulary,
     show,
@@ -28,7 +27,6 @@ from common.sampling_params import (
 from common.serving import ServingEngine
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may fill the context
-MAX_TEMPERATURE = 2.0  # OpenAI's
 MAX_REQUEST_ID_CHARS = 128
 STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 
@@ -204,8 +202,6 @@ def _parse_params(
         is_longer = isinstance(min_tokens, int) and min_tokens > default_max_tokens
         max_tokens = min_tokens if is_longer else default_max_tokens
     max_tokens = max(1, max_tokens)  # 0 asks for the prompt alone; the engine generates a token at least
-    if "temperature" in given:
-        check_float("temperature", given["temperature"], 0.0, MAX_TEMPERATURE)
     if given.get("top_k") == -1:  # vLLM's other way to say that all tokens stay
         given = {**given, "top_k": 0}
     params = SamplingParams.from_body({**given, "max_tokens": max_tokens, "logprobs": logprobs}, defaults)

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import FieldError
 from common.openai_app.errors import as_api_error
+from common.openai_app.fields import CHAT_FIELDS, is_same
 from common.openai_app.generation import Generation
 from common.openai_app.protocol import ApiRequest, StreamOptions, build_request, parse_json
 from common.outputs import CompletionOutput, join_outputs
@@ -21,12 +22,18 @@ logger = logging.getLogger(__name__)
 
 CHAT_NAMES = {"max_output_tokens": "max_completion_tokens"}  # what chats call it; the other fields have the same name
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "previous_response_id": (),
-    "prompt": (), "prompt_logprobs": (), "reasoning": ({},), "return_token_ids": (False,),
+    "background": (False,), "best_of": (1,), "conversation": (), "include": ([],), "logprobs": (False,),
+    "max_completion_tokens": (), "max_tokens": (), "max_tool_calls": (), "messages": (), "n": (1,),
+    "previous_response_id": (), "prompt": (), "prompt_logprobs": (), "reasoning": ({},), "return_token_ids": (False,),
     "text": ({"format": {"type": "text"}}, {}), "tools": ([],),
     "tool_choice": ("none", "auto"), "top_logprobs": (0,), "truncation": ("disabled",),
 }  # fmt: skip
-INSTEAD = {"previous_response_id": ": nothing is stored; send the whole conversation as input"}
+INSTEAD = {
+    "max_completion_tokens": ": send max_output_tokens", "max_tokens": ": send max_output_tokens",
+    "messages": ": send them as input",
+    "previous_response_id": ": nothing is stored; send the whole conversation as input",
+}  # fmt: skip
+RESPONSES_FIELDS = CHAT_FIELDS - NEUTRAL.keys() | {"input", "instructions", *CHAT_NAMES}  # those that are read
 PART_TYPES = ("input_text", "output_text", "text")
 
 
@@ -34,8 +41,9 @@ def parse_responses_request(raw: bytes, engine: ServingEngine, request_id: str |
     """Raises FieldError naming the first invalid or unsupported field, ApiError 404 for another model."""
     body = {name: value for name, value in parse_json(raw).items() if value is not None}
     for name, allowed in NEUTRAL.items():
-        if name in body and body.pop(name) not in allowed:
+        if name in body and not any(is_same(body[name], value) for value in allowed):
             raise FieldError(name, f"{name} is not supported by this engine{INSTEAD.get(name, '')}")
+        body.pop(name, None)
     messages = _messages(body.pop("input", None))
     if (instructions := body.pop("instructions", None)) is not None:
         messages = [{"role": "system", "content": instructions}, *messages]

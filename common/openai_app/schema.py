@@ -1,12 +1,16 @@
-"""The shapes of request bodies, for /openapi.json. What is checked in the end is checked by the parsers."""
+"""The shapes of requests and answers, for /openapi.json. What is checked in the end is checked by the parsers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
+
+from fastapi import FastAPI
 
 from common.openai_app.fields import CHAT_FIELDS, COMPLETION_FIELDS
-from common.openai_app.responses_endpoint import PART_TYPES
+from common.openai_app.protocol import STREAM_OPTIONS
+from common.openai_app.responses_endpoint import PART_TYPES, RESPONSES_FIELDS
+from common.outputs import FinishReason
 from common.prompts import MAX_PROMPTS
 from common.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -16,6 +20,7 @@ from common.sampling_params import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
     MIN_REPETITION_PENALTY,
     MIN_SEED,
 )
@@ -33,6 +38,10 @@ def _number(low: float, high: float) -> Schema:
 
 def _array(items: Schema, low: int = 0, high: int | None = None) -> Schema:
     return {"type": "array", "items": items, "minItems": low, **({} if high is None else {"maxItems": high})}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 FLAG: Schema = {"type": "boolean"}
@@ -63,7 +72,7 @@ FIELDS: dict[str, Schema] = {
     "max_tokens": _integer(0),
     "max_completion_tokens": _integer(1),
     "min_tokens": _integer(0),
-    "temperature": _number(0, 2),
+    "temperature": _number(0, MAX_TEMPERATURE),
     "top_k": _integer(-1),
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "min_p": _number(0, 1),
@@ -81,9 +90,9 @@ FIELDS: dict[str, Schema] = {
     "best_of": _integer(1, MAX_N),
     "stream": FLAG,
     "stream_options": {
-        "type": "object", "properties": {"include_usage": FLAG, "continuous_usage_stats": FLAG},
+        "type": "object", "properties": dict.fromkeys(STREAM_OPTIONS, _or_null(FLAG)), "additionalProperties": False,
     },
-    "logprobs": {"anyOf": [FLAG, _integer(0, MAX_LOGPROBS)]},
+    "logprobs": {"anyOf": [{"enum": [False]}, _integer(0, MAX_LOGPROBS)]},  # false: none, as in a chat
     "top_logprobs": _integer(0, MAX_LOGPROBS),
     "prompt_logprobs": _integer(0, MAX_LOGPROBS),
     "echo": FLAG,
@@ -92,14 +101,14 @@ FIELDS: dict[str, Schema] = {
     "add_generation_prompt": FLAG,
     "continue_final_message": FLAG,
     "chat_template_kwargs": {"type": "object"},
-    "truncate_prompt_tokens": _integer(-1),
+    "truncate_prompt_tokens": {"anyOf": [{"enum": [-1]}, _integer(1)]},
     "cache_salt": TEXT,
 }  # fmt: skip
 
 
 def body_schema(fields: Iterable[str], required: str | None = None, **changes: Schema) -> Schema:
     """A body with these fields, each of which may be null. Others may be sent as well."""
-    properties = {name: {"anyOf": [{**FIELDS, **changes}[name], {"type": "null"}]} for name in sorted(fields)}
+    properties = {name: _or_null({**FIELDS, **changes}[name]) for name in sorted(fields)}
     schema: Schema = {"type": "object", "properties": properties}
     if required is not None:
         properties[required] = properties[required]["anyOf"][0]
@@ -108,13 +117,12 @@ def body_schema(fields: Iterable[str], required: str | None = None, **changes: S
 
 
 RESPONSES_INPUT: Schema = {"anyOf": [TEXT, _array(_message(*PART_TYPES), 1)]}
-RESPONSES_FIELDS = {"input", "instructions", "max_output_tokens", "model", "stream", "temperature", "top_p", "seed"}
 TOKENIZE_FIELDS = {
     "model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs",
 }  # fmt: skip
 BODIES: Mapping[str, Schema] = {
     "/v1/chat/completions": body_schema(CHAT_FIELDS, "messages", logprobs=FLAG, max_tokens=_integer(1)),
-    "/v1/completions": body_schema(COMPLETION_FIELDS, "prompt", logprobs=_integer(0, MAX_LOGPROBS)),
+    "/v1/completions": body_schema(COMPLETION_FIELDS, "prompt"),
     "/v1/responses": body_schema(
         RESPONSES_FIELDS, "input", input=RESPONSES_INPUT, instructions=TEXT, max_output_tokens=_integer(1)
     ),
@@ -148,12 +156,83 @@ SUMMARIES: Mapping[str, str] = {
 }
 
 
+def _object(**fields: Schema) -> Schema:
+    """An object that has all these fields, and maybe others."""
+    return {"type": "object", "required": [*fields], "properties": fields}
+
+
+def _nullable(kind: str) -> Schema:
+    return {"type": [kind, "null"]}
+
+
+def _completion(kind: str, **content: Schema) -> Schema:
+    choice = _object(
+        index=COUNT, finish_reason={"enum": [*get_args(FinishReason)]}, logprobs=_nullable("object"), **content
+    )
+    head = {"id": TEXT, "object": {"enum": [kind]}, "created": COUNT, "model": TEXT}
+    return _object(**head, choices=_array(choice, 1), usage=_usage("prompt", "completion"))
+
+
+def _usage(prompt: str, answer: str) -> Schema:
+    return _object(**{f"{name}_tokens": COUNT for name in (prompt, answer, "total")})
+
+
+COUNT = _integer(0)
+MODEL = _object(id=TEXT, object={"enum": ["model"]}, created=COUNT, owned_by=TEXT, max_model_len=COUNT)
+STATUS = _object(status=TEXT)
+ANSWERS: Mapping[str, Schema] = {
+    "/v1/models": _object(object={"enum": ["list"]}, data=_array(MODEL, 1, 1)),
+    "/v1/models/{name:path}": MODEL,
+    "/v1/chat/completions": _completion(
+        "chat.completion", message=_object(role={"enum": ["assistant"]}, content=TEXT, refusal=_nullable("string"))
+    ),
+    "/v1/completions": _completion("text_completion", text=TEXT),
+    "/v1/responses": _object(
+        id=TEXT, object={"enum": ["response"]}, created_at=COUNT, model=TEXT,
+        status={"enum": ["completed", "incomplete"]}, output=_array({"type": "object"}, 1, 1),
+        usage=_usage("input", "output"),
+    ),
+    "/tokenize": _object(
+        count=COUNT, max_model_len=COUNT, tokens=_array(COUNT), token_strs=_nullable("array")
+    ),
+    "/detokenize": _object(prompt=TEXT),
+    "/load": _object(server_load=COUNT),
+    "/health": STATUS,
+    "/ping": STATUS,
+    "/version": _object(version=TEXT),
+}  # fmt: skip
+EVENT: Schema = {"type": "object", "required": ["data"], "properties": {"event": TEXT, "data": TEXT}}  # of a stream
+ERROR = _object(error=_object(message=TEXT, type=TEXT, param=_nullable("string"), code=_nullable("string")))
+
+
+class DescribedApp(FastAPI):
+    """FastAPI with the bodies' limits as they are here. It reads what describes a route into models whose limits are
+    floats, which cannot hold a seed of 64 bits."""
+
+    def openapi(self) -> dict[str, Any]:
+        described = super().openapi()
+        for path, schema in BODIES.items():
+            described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"] = schema
+        return described
+
+
+def _as_response(description: str, schema: Schema) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
 def describe(path: str) -> dict[str, Any]:
     """What /openapi.json says about an endpoint beyond its path and its method."""
-    error = {"content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}}}
-    described: dict[str, Any] = {"responses": {"4XX": {"description": "The request is at fault", **error}}}
+    responses = {
+        "200": _as_response("The answer", ANSWERS[path]),
+        "4XX": _as_response("The request is at fault", ERROR),
+    }
+    described: dict[str, Any] = {"responses": responses}
+    if ANSWERS[path] is STATUS:
+        responses["503"] = _as_response("The engine has died", STATUS)
     if path in BODIES:
         body = {"schema": BODIES[path], "example": EXAMPLES[path]}
         described["requestBody"] = {"required": True, "content": {"application/json": body}}
-        described["responses"]["5XX"] = {"description": "The engine is at fault", **error}
+        responses["5XX"] = _as_response("The engine is at fault", ERROR)
+        if "stream" in BODIES[path]["properties"]:
+            responses["200"]["content"]["text/event-stream"] = {"schema": EVENT}
     return described

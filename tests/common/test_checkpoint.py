@@ -77,6 +77,8 @@ def test_sampling_defaults_come_from_the_generation_config(directory: Path) -> N
     named = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05}
     write_generation_config(directory, {**named, "max_new_tokens": 9, "do_sample": True, "eos_token_id": 2})
     assert resolve_checkpoint(str(directory)).default_sampling == named
+    write_generation_config(directory, {"temperature": 3.0})
+    assert resolve_checkpoint(str(directory)).default_sampling == {"temperature": 3.0}, "only requests are limited to 2"
     write_generation_config(directory, {"temperature": None})
     assert resolve_checkpoint(str(directory)).default_sampling == {}
     assert resolve_checkpoint("random:llama-110m").default_sampling == {}

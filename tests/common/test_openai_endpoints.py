@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from common.openai_app import AppOptions
-from common.openai_app.fields import CHAT_FIELDS, COMPLETION_FIELDS
+from common.openai_app.fields import CHAT_FIELDS, COMPLETION_FIELDS, TEMPLATE_FIELDS
 from common.openai_app.schema import BODIES
-from tests.common.openai_fakes import CONTEXT, FakeEngine, Server, check_error, serving
+from tests.common.openai_fakes import CONTEXT, GOOD, FakeEngine, Server, check_error, serving
 from tests.http_checks import CHAT, COMPLETIONS, USER
 
 
@@ -91,6 +91,55 @@ def test_openapi_describes_every_endpoint_and_field(server: Server) -> None:
     described = server.client.get("/openapi.json").json()
     others = {"/v1/models", "/v1/models/{name}", "/load", "/health", "/ping", "/version", "/metrics"}
     assert described["paths"].keys() == BODIES.keys() | others
-    for path, fields in ((CHAT, CHAT_FIELDS), (COMPLETIONS, COMPLETION_FIELDS)):
-        schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert schema["properties"].keys() == fields, "a new field needs a line in common/openai_app/schema.py"
+    both = CHAT_FIELDS & COMPLETION_FIELDS - {"n", "best_of", "logprobs", "max_tokens", "prompt_logprobs"}
+    of_responses = {"input", "instructions", "max_output_tokens", *both - {"return_token_ids"}, *TEMPLATE_FIELDS}
+    for path, fields in (
+        (CHAT, CHAT_FIELDS),
+        (COMPLETIONS, COMPLETION_FIELDS),
+        ("/v1/responses", of_responses),
+    ):
+        operation = described["paths"][path]["post"]
+        properties = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        assert properties.keys() == fields, f"{path}: a new field needs a line in common/openai_app/schema.py"
+        seed = properties["seed"]["anyOf"][0]
+        assert (seed["minimum"], seed["maximum"]) == (-(2**63), 2**63 - 1), f"{path}: a float can't hold these: {seed}"
+        assert isinstance(properties["top_k"]["anyOf"][0]["minimum"], int), f"{path}: an integer's limits are integers"
+        assert operation["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
+
+
+OPTION = {"anyOf": [{"type": "boolean"}, {"type": "null"}]}
+OPTIONS = {name: OPTION for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")}
+
+
+@pytest.mark.parametrize(
+    ("field", "described", "good", "wrong"),
+    [
+        (
+            "logprobs",
+            {"anyOf": [{"enum": [False]}, {"type": "integer", "minimum": 0, "maximum": 20}]},
+            [False, 0, 20],
+            [True, 21],
+        ),
+        (
+            "truncate_prompt_tokens",
+            {"anyOf": [{"enum": [-1]}, {"type": "integer", "minimum": 1}]},
+            [-1, 1],
+            [0, -2],
+        ),
+        (
+            "stream_options",
+            {"type": "object", "properties": OPTIONS, "additionalProperties": False},
+            [{}, {"include_usage": None}, {"include_obfuscation": True}],
+            [{"include_usage": 1}, {"x": True}],
+        ),
+    ],
+)
+def test_openapi_allows_what_is_served(
+    server: Server, field: str, described: object, good: list[object], wrong: list[object]
+) -> None:
+    """At the places where the two once differed."""
+    assert BODIES[COMPLETIONS]["properties"][field] == {"anyOf": [described, {"type": "null"}]}
+    body = {**GOOD[COMPLETIONS], "stream": field == "stream_options"}
+    for status, values in ((200, good), (400, wrong)):
+        got = [server.post(COMPLETIONS, {**body, field: value}).status_code for value in values]
+        assert got == [status] * len(values), f"{field}: expected status {status} for each of {values}, got {got}"

@@ -104,7 +104,7 @@ def test_fields_that_change_nothing(server: Server) -> None:
     neutral: dict[str, Any] = {
         "tools": [], "tool_choice": "auto", "text": {"format": {"type": "text"}}, "truncation": "disabled",
         "store": True, "metadata": {"a": "b"}, "parallel_tool_calls": True, "include": [], "background": False,
-        "user": "Bo", "never_heard_of": 1,
+        "user": "Bo", "never_heard_of": 1, "n": 1, "logprobs": False,
     }  # fmt: skip
     for fields in ({}, nulls, neutral):
         assert server.post(RESPONSES, GOOD, **fields).status_code == 200, f"{fields}"
@@ -127,6 +127,12 @@ def test_fields_that_change_nothing(server: Server) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is stored"),
         ({"temperature": 3}, "temperature", "from 0 to 2"),
         ({"stream": "yes"}, "stream", "true or false"),
+        ({"n": 2}, "n", "not supported"),
+        ({"n": True}, "n", "not supported"),
+        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"max_tokens": 5}, "max_tokens", "send max_output_tokens"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens", "send max_output_tokens"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "messages", "send them as input"),
     ],
 )
 def test_wrong_values(server: Server, fields: dict[str, Any], param: str, word: str) -> None:

@@ -173,6 +173,15 @@ def test_from_body_reads_its_fields_and_ignores_the_rest() -> None:
         SamplingParams.from_body({"top_k": "x"})
 
 
+def test_a_request_has_openai_s_limit_of_the_temperature() -> None:
+    """Programs and a model's own defaults may go beyond it."""
+    assert SamplingParams.from_body({"temperature": 2}).temperature == 2
+    for value in (2.01, 100, -1, "hot"):
+        with pytest.raises(FieldError, match="^temperature: expected a number from 0 to 2, got "):
+            SamplingParams.from_body({"temperature": value})
+    assert SamplingParams.from_body({"temperature": None}, {"temperature": 5.0}).temperature == 5
+
+
 def test_unknown_fields_are_refused() -> None:
     check_known_fields({"prompt": "Hi", "top_k": None}, ("top_k", "prompt", "max_tokens"))
     with pytest.raises(FieldError) as caught:

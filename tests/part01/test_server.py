@@ -138,7 +138,7 @@ def test_health(client: FlaskClient) -> None:
 WRONG_VALUES: dict[str, list[object]] = {
     "max_tokens": ["5", 1.5, True, [], {}, 0, -1, -(10**30)],
     "min_tokens": ["5", 1.5, False, [], {}, -1, 3, 10**30],
-    "temperature": ["1", True, [], {}, -0.1, 100.1, -1, 10**400, float("nan"), float("inf"), -float("inf")],
+    "temperature": ["1", True, [], {}, -0.1, 2.01, -1, 10**400, float("nan"), float("inf"), -float("inf")],
     "top_k": ["5", 1.5, True, [], {}, -1],
     "top_p": ["1", True, [], {}, -0.1, 0, 1.1, 10**400, float("nan"), float("inf")],
     "seed": ["5", 1.5, True, [], {}, -(2**63) - 1, 2**63],
@@ -351,7 +351,7 @@ FIELD_VALUES: dict[str, st.SearchStrategy] = {
     "messages": MESSAGES,
     "max_tokens": st.integers(1, 3),
     "min_tokens": st.integers(0, 3),
-    "temperature": st.floats(0, 100),
+    "temperature": st.floats(0, 2),
     "top_k": st.integers(0, 8192),
     "top_p": st.floats(0, 1),
     "seed": st.integers(-(2**63), 2**63 - 1),

@@ -844,7 +844,7 @@ FIELD_VALUES: dict[str, st.SearchStrategy] = {
     "model": st.just("tiny"),
     "max_tokens": st.integers(1, 3),
     "min_tokens": st.integers(0, 3),
-    "temperature": st.floats(0, 100),
+    "temperature": st.floats(0, 2),
     "top_k": st.integers(0, 5000),
     "top_p": st.floats(0, 1),
     "seed": st.integers(0, 2**63 - 1),

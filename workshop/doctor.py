@@ -174,10 +174,12 @@ def direct_dependencies(root: Path) -> set[str]:
     """The names under `dependencies` and `dev` in pyproject.toml, without platform-specific ones."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    names = set()
+    names, is_needed = set(), True
     for line in (root / "pyproject.toml").read_text(encoding="utf-8").splitlines():
         text = line.strip().rstrip(",")
-        if line.startswith("    ") and text[:1] == text[-1:] == '"':  # tomllib needs Python 3.11
+        if line[:1].strip():
+            is_needed = not line.startswith("clients")  # those have an environment of their own
+        if is_needed and line.startswith("    ") and text[:1] == text[-1:] == '"':  # tomllib needs Python 3.11
             try:
                 requirement = Requirement(text.strip('"'))
             except InvalidRequirement:

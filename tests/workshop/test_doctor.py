@@ -89,6 +89,7 @@ def test_packages(
 def test_the_real_project_needs_what_it_lists() -> None:
     needed = doctor.direct_dependencies(ROOT)
     assert {"torch", "rich", "pytest"} <= needed, f"from both lists of pyproject.toml, got {needed}"
+    assert "guidellm" not in needed, f"make test-clients has an environment of its own, got {needed}"
     assert "triton" not in needed, "what is for one platform only is not missing elsewhere"
 
 

@@ -108,7 +108,7 @@ class AsyncLLM:
                 last = GenerationError(f"{type(error).__name__}: {error}")
             with self._changed:
                 self.running = None
-            if last is not None:  # not earlier: whoever reads the last output may assume that the request has ended
+            if last is not None:  # not earlier: the reader of the last output may assume that the request has ended
                 request.put(last)
 
     def _next(self) -> RequestStream | None:

@@ -90,7 +90,7 @@ def encode_prompts(
     options: PromptOptions = DEFAULTS,
 ) -> list[list[int]]:  # fmt: skip
     """Token ids of each prompt. Like encode_prompt, but accepts all that OpenAI's API does: see split_prompts
-    and plain_messages. max_model_len: None for any length."""
+    and plain_messages. max_model_len: None for any length, 0 too."""
     field = _given_field(body)
     if field == "messages":
         encoded = [(field, _encode_messages(plain_messages(body[field]), tokenizer, options))]
@@ -172,7 +172,8 @@ def _given_field(body: Mapping[str, Any]) -> str:
 def _encode_one(field: str, prompt: object, tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> list[int]:
     if isinstance(prompt, list):
         return check_token_ids(field, prompt, len(tokenizer))
-    return tokenizer.encode(_check_text(field, prompt), add_special_tokens=options.add_special_tokens is not False)
+    add_special_tokens = options.add_special_tokens is not False
+    return _encode_text(_check_text(field, prompt), tokenizer, add_special_tokens)
 
 
 def _encode_messages(
@@ -188,13 +189,19 @@ def _encode_messages(
         )
     except Exception as error:  # a template is a program: it may reject a system message, or fail on a variable
         raise FieldError("messages", f"the model's chat template does not accept them: {error}") from error
-    return tokenizer.encode(text, add_special_tokens=bool(options.add_special_tokens))
+    return _encode_text(text, tokenizer, bool(options.add_special_tokens))
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)  # quiet if it is too long
 
 
 def _check_length(field: str, token_ids: list[int], max_model_len: int | None) -> list[int]:
+    if max_model_len is None:
+        return token_ids
     if not token_ids:
         raise FieldError(field, "expected at least one token, got an empty prompt")
-    if max_model_len is not None and len(token_ids) >= max_model_len:
+    if len(token_ids) >= max_model_len:
         raise context_exceeded(field, len(token_ids), max_model_len)
     return token_ids
 

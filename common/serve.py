@@ -34,7 +34,7 @@ DEATH_GRACE_S = 1.0  # how long the server still answers after its engine has di
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """The flags that concern only the server. Raises FieldError naming a flag that is out of range."""
+    """The flags that concern only the server. Raises FieldError for a wrong port and a key that no client can send."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 picks a free one")
@@ -48,6 +48,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise FieldError("port", f"expected 0 to 65535, got {self.port}")
+        if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
+            raise FieldError("api_key", "expected a key without leading or trailing spaces, or none")
 
 
 def is_loopback(host: str) -> bool:
@@ -126,6 +128,7 @@ class _Server(uvicorn.Server):
         """Wait for DRAIN_TIMEOUT_S or a second signal, then end all open requests."""
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         while not self.is_hurried and time.monotonic() < deadline:
+            self._log_stats()
             await asyncio.sleep(0.05)
         if (end_requests := self._hook("end_requests")) is not None:
             await asyncio.to_thread(end_requests)
@@ -135,12 +138,15 @@ class _Server(uvicorn.Server):
         self.on_started()
 
     async def on_tick(self, counter: int) -> bool:
-        if self.log_stats is not None:
-            self.log_stats(time.monotonic())
+        self._log_stats()
         if self.died_at is None and self.cause_of_death() is not None:
             self.died_at = time.monotonic()
         should_exit = await super().on_tick(counter)
         return should_exit or (self.died_at is not None and time.monotonic() > self.died_at + DEATH_GRACE_S)
+
+    def _log_stats(self) -> None:
+        if self.log_stats is not None:
+            self.log_stats(time.monotonic())
 
     def _hook(self, name: str) -> Callable[..., None] | None:
         return getattr(getattr(self.app, "state", None), name, None)

@@ -19,11 +19,15 @@ class GenerationError(Exception):
     """The engine failed on this request. The message gives the cause."""
 
 
+class ShutdownError(GenerationError):
+    """The engine is shutting down. The same request may succeed elsewhere, or later."""
+
+
 class OutputStream(Protocol):
     """One request's outputs as they arrive: iterate once, on the event loop that created the stream.
 
     Each output holds what is new since the previous one. Only the last one has a finish_reason. Raises GenerationError
-    if the engine fails, dies or shuts down.
+    if the engine fails or dies, ShutdownError if it shuts down.
     """
 
     def __aiter__(self) -> AsyncIterator[CompletionOutput]: ...

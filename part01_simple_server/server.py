@@ -6,7 +6,6 @@ Start at the bottom, as the lesson does: `create_app` is the HTTP server. It cal
 
 from __future__ import annotations
 
-import json
 import uuid
 from typing import Any
 
@@ -21,6 +20,7 @@ from common.checkpoint import DTYPES, default_dtype, load_model, load_tokenizer,
 from common.errors import FieldError, openai_error
 from common.outputs import CompletionOutput, FinishReason, RequestOutput
 from common.prompts import PROMPT_FIELDS, encode_prompt
+from common.request_body import parse_json
 from common.sampling_params import SamplingParams, check_known_fields, check_supported, check_vocabulary
 from common.threads import set_num_threads
 
@@ -146,17 +146,6 @@ def check_stop(
     # exercise: end
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
-    """A JSON object from a request's bytes. Raises FieldError("body", …)."""
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise FieldError("body", f"not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise FieldError("body", f"expected a JSON object, got {type(body).__name__}")
-    return body
-
-
 def create_app(llm: LLM) -> Flask:
     """POST /generate and GET /health over one engine."""
     app = Flask(__name__)
@@ -170,7 +159,7 @@ def create_app(llm: LLM) -> Flask:
         raw = request.get_data()
         if len(raw) > MAX_BODY_BYTES:
             raise RequestEntityTooLarge
-        body = parse_body(raw)
+        body = parse_json(raw)
         check_known_fields(body, PROMPT_FIELDS + SAMPLING_FIELDS)
         params = SamplingParams.from_body(body, llm.default_sampling)
         result = llm.generate(encode_prompt(body, llm.tokenizer, llm.max_model_len), params)

@@ -55,17 +55,6 @@ def check_model(name: object, served: str) -> None:
         raise ModelNotFoundError(f"model: {show(name)} is not served here, expected {served!r}")
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
-    """A JSON object from a request's bytes. Raises FieldError("body", …)."""
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise FieldError("body", f"not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise FieldError("body", f"expected a JSON object, got {type(body).__name__}")
-    return body
-
-
 def parse_request(body: dict[str, Any], is_chat: bool, llm: LLM) -> ApiRequest:
     """Raises FieldError naming the first invalid or unsupported field, ModelNotFoundError for another model."""
     check_model(body.get("model"), llm.name)

@@ -17,6 +17,7 @@ from common.errors import FieldError, openai_error
 from common.openai_app.browsers import BrowserPolicy, add_browser_guards
 from common.openai_app.pages import add_page
 from common.outputs import CompletionOutput
+from common.request_body import parse_json
 from common.sampling_params import check_vocabulary
 
 from .async_engine import AsyncLLM, GenerationError, QueueFullError, RequestStream
@@ -27,7 +28,6 @@ from .openai_api import (
     check_model,
     describe_model,
     full_response,
-    parse_body,
     parse_request,
     stream_events,
 )
@@ -109,7 +109,7 @@ def create_app(llm: LLM, max_queued_requests: int = 64, is_local: bool = False) 
         return await answer(http_request, is_chat=True)
 
     async def answer(http_request: Request, is_chat: bool) -> Response:
-        body = parse_body(await read_body(http_request))
+        body = parse_json(await read_body(http_request))
         # In a thread: tokenizing a megabyte would block the event loop for too long.
         request = await asyncio.to_thread(parse_request, body, is_chat, llm)
         check_vocabulary(request.params, llm.model.config.vocab_size)

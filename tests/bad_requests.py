@@ -49,7 +49,6 @@ BODIES: dict[str, bytes] = {
     "NaN": b"NaN",
     "deeply nested lists": b"[" * 100_000,
     "deeply nested objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "a number of 5,000 digits": b'{"prompt": "Hi", "seed": ' + b"1" * 5000 + b"}",
     "invalid UTF-8": b'{"prompt": "\xff\xfe\x80"}',
     "UTF-8 cut in a character": '{"prompt": "ä'.encode()[:-1],
     "random bytes": bytes(range(256)),

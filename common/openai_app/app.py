@@ -15,7 +15,6 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from common.errors import FieldError
 from common.openai_app.browsers import BrowserPolicy, add_browser_guards
 from common.openai_app.errors import CLIENT_GONE, ApiError, add_error_handlers
 from common.openai_app.generation import Generation, admit
@@ -42,8 +41,6 @@ class AppOptions:
     """api_key protects all but /health, /ping, /metrics and /version (None: no key needed). body_timeout_s: how long a
     request's body may take to arrive. root_path: where a proxy in front of the server has put it. log_stats: whether
     serve_app logs the lines of StatsLog.
-
-    Raises FieldError for a key that no client could send.
     """
 
     api_key: str | None = None
@@ -52,10 +49,6 @@ class AppOptions:
     browsers: BrowserPolicy = field(default_factory=BrowserPolicy)
     root_path: str = ""
     log_stats: bool = False
-
-    def __post_init__(self) -> None:
-        if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
-            raise FieldError("api_key", "expected a key without leading or trailing spaces, or none")
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> AppOptions:

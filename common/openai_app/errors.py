@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from common.errors import FieldError, openai_error
-from common.serving import GenerationError, QueueFullError
+from common.serving import GenerationError, QueueFullError, ShutdownError
 
 CLIENT_GONE = 499  # nginx's status for a disconnected client, which never reads it
 RETRY_AFTER_S = 1
@@ -42,6 +42,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, QueueFullError):
         headers = {"Retry-After": str(RETRY_AFTER_S)}
         return ApiError(429, str(error), error_type="rate_limit_error", headers=headers)
+    if isinstance(error, ShutdownError):
+        return ApiError(503, str(error), error_type="service_unavailable")
     if isinstance(error, GenerationError):
         return ApiError(500, str(error), error_type="internal_error")
     if isinstance(error, HTTPException):  # the router's 404 and 405

@@ -56,11 +56,12 @@ def given_fields(body: Mapping[str, Any], is_chat: bool) -> dict[str, Any]:
         elif name not in neutral:
             ignore_unknown(name)
         elif not any(is_same(value, allowed) for allowed in neutral[name]):
-            raise FieldError(name, _not_supported(name, value, neutral[name]))
+            raise FieldError(name, not_supported(name, value, neutral[name]))
     return given
 
 
-def _not_supported(name: str, value: object, allowed: Collection[Any]) -> str:
+def not_supported(name: str, value: object, allowed: Collection[Any]) -> str:
+    """The message for a value that is none of the allowed ones."""
     verb = "are" if name.endswith("s") else "is"
     expected = f": expected {next(iter(allowed))!r} or nothing, got {show(value)}" if allowed else ""
     return f"{name} {verb} not supported by this engine{expected}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from common.errors import FieldError
 from common.openai_app.errors import ApiError
 from common.openai_app.fields import given_fields
 from common.prompts import PromptOptions, encode_prompts, split_prompts, stop_at_special_tokens
+from common.request_body import parse_json
 from common.sampling_params import (
     MAX_LOGPROBS,
     MIN_SEED,
@@ -119,27 +119,11 @@ def build_request(body: dict[str, Any], is_chat: bool, engine: ServingEngine, re
     )
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """A request's body. Raises FieldError("body", …). 12.0 is the integer 12, as in vLLM and JSON Schema."""
-    try:
-        body = json.loads(raw, parse_float=_parse_number)
-    except (ValueError, RecursionError) as error:
-        raise FieldError("body", f"not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise FieldError("body", f"expected a JSON object, got {type(body).__name__}")
-    return body
-
-
 def check_model(body: dict[str, Any], engine: ServingEngine) -> None:
     """Raises ApiError 404 for another model than the one that is served; no name means that one."""
     if body.get("model") not in (None, engine.model_name):
         message = f"model: {show(body['model'])} is not served here, expected {engine.model_name!r}"
         raise ApiError(404, message, "model", code="model_not_found")
-
-
-def _parse_number(text: str) -> int | float:
-    value = float(text)
-    return int(value) if value.is_integer() else value
 
 
 def _base_id(body: dict[str, Any], request_id: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 
 from common.errors import FieldError
 from common.openai_app.errors import as_api_error
-from common.openai_app.fields import CHAT_FIELDS, is_same
+from common.openai_app.fields import CHAT_FIELDS, is_same, not_supported
 from common.openai_app.generation import Generation
-from common.openai_app.protocol import ApiRequest, StreamOptions, build_request, parse_json
+from common.openai_app.protocol import ApiRequest, StreamOptions, build_request
 from common.outputs import CompletionOutput, join_outputs
+from common.request_body import parse_json
 from common.sampling_params import show
 from common.serving import GenerationError, ServingEngine
 
@@ -24,7 +26,8 @@ CHAT_NAMES = {"max_output_tokens": "max_completion_tokens"}  # what chats call i
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,), "best_of": (1,), "conversation": (), "include": ([],), "logprobs": (False,),
     "max_completion_tokens": (), "max_tokens": (), "max_tool_calls": (), "messages": (), "n": (1,),
-    "previous_response_id": (), "prompt": (), "prompt_logprobs": (), "reasoning": ({},), "return_token_ids": (False,),
+    "previous_response_id": (), "prompt": (), "prompt_logprobs": (), "reasoning": ({}, {"effort": "none"}),
+    "return_token_ids": (False,),
     "text": ({"format": {"type": "text"}}, {}), "tools": ([],),
     "tool_choice": ("none", "auto"), "top_logprobs": (0,), "truncation": ("disabled",),
 }  # fmt: skip
@@ -40,21 +43,38 @@ PART_TYPES = ("input_text", "output_text", "text")
 def parse_responses_request(raw: bytes, engine: ServingEngine, request_id: str | None = None) -> ApiRequest:
     """Raises FieldError naming the first invalid or unsupported field, ApiError 404 for another model."""
     body = {name: value for name, value in parse_json(raw).items() if value is not None}
-    for name, allowed in NEUTRAL.items():
-        if name in body and not any(is_same(body[name], value) for value in allowed):
-            raise FieldError(name, f"{name} is not supported by this engine{INSTEAD.get(name, '')}")
-        body.pop(name, None)
-    messages = _messages(body.pop("input", None))
-    if (instructions := body.pop("instructions", None)) is not None:
+    for name in NEUTRAL.keys() & body.keys():
+        _check_neutral(name, body.pop(name))
+    given = body.pop("input", None)
+    messages = _messages(given)
+    if has_instructions := (instructions := body.pop("instructions", None)) is not None:
         messages = [{"role": "system", "content": instructions}, *messages]
     chat = {CHAT_NAMES.get(name, name): value for name, value in body.items()}
     try:
         request = build_request({**chat, "messages": messages}, True, engine, request_id)
     except FieldError as error:
-        field = {"messages": "input", "max_completion_tokens": "max_output_tokens"}.get(error.field, error.field)
+        field = _own_name(error.field, has_instructions, isinstance(given, str))
         raise FieldError(field, str(error).removeprefix(f"{error.field}: "), error.code) from None
     stream = None if request.stream is None else StreamOptions()
     return replace(request, id=request.id.replace("chatcmpl-", "resp_"), stream=stream)
+
+
+def _check_neutral(name: str, value: object) -> None:
+    """Raises FieldError for a value that asks for what this server does not do."""
+    if isinstance(value, dict):  # null means absent here too; verbosity is ignored, as in chats
+        value = {key: item for key, item in value.items() if item is not None and (name, key) != ("text", "verbosity")}
+    if not any(is_same(value, allowed) for allowed in NEUTRAL[name]):
+        raise FieldError(name, not_supported(name, value, NEUTRAL[name]) + INSTEAD.get(name, ""))
+
+
+def _own_name(field: str, has_instructions: bool, is_text: bool) -> str:
+    """What this API calls a chat's field."""
+    if (message := re.fullmatch(r"messages\[(\d+)\](.*)", field)) is None:
+        return {"messages": "input", "max_completion_tokens": "max_output_tokens"}.get(field, field)
+    number = int(message[1]) - has_instructions
+    if number < 0:
+        return "instructions"
+    return "input" if is_text else f"input[{number}]{message[2]}"
 
 
 def _messages(given: object) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from common.errors import FieldError
-from common.openai_app.protocol import check_model, parse_json
+from common.openai_app.protocol import check_model
 from common.prompts import PromptOptions, check_token_ids, encode_prompts
+from common.request_body import parse_json
 from common.sampling_params import check_bool, show
 from common.serving import ServingEngine
 

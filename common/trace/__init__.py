@@ -35,8 +35,8 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     """One request in one step.
 
     num_computed: tokens whose KV existed before the step. num_scheduled: tokens computed in it. num_cached: tokens
-    taken from the prefix cache instead. num_sampled: output tokens, 0 for a partial prefill. num_drafts: how many of
-    num_scheduled were draft tokens.
+    taken from the prefix cache instead. num_sampled: output tokens, 0 for a prefill chunk that is not the last.
+    num_drafts: how many of num_scheduled were draft tokens.
     """
 
     id: str

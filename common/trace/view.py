@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MARKS = {  # how a phase looks in the terminal: character, style, what the legend says
     Phase.PREFILL: ("P", f"bold {COLORS[1]}", "prefill"),
-    Phase.CHUNK: ("c", COLORS[4], "partial prefill"),
+    Phase.CHUNK: ("c", COLORS[4], "prefill chunk"),
     Phase.DECODE: ("-", COLORS[0], "decode"),
     Phase.PREEMPTED: (".", "dim", "preempted, waiting"),
     Phase.FINISHED: ("E", f"bold {COLORS[2]}", "finished"),
@@ -30,7 +30,7 @@ _MARKS = {  # how a phase looks in the terminal: character, style, what the lege
 }
 _FILLS = {  # and in a picture
     Phase.PREFILL: (COLORS[1], "prefill"),
-    Phase.CHUNK: (COLORS[4], "partial prefill"),
+    Phase.CHUNK: (COLORS[4], "prefill chunk"),
     Phase.DECODE: (COLORS[0], "decode"),
     Phase.PREEMPTED: ("#D9D9D9", "preempted, waiting"),
 }

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from common.checkpoint import load_tokenizer, resolve_checkpoint
 from common.outputs import CompletionOutput
 from common.sampling_params import SamplingParams
-from common.serving import GenerationError, QueueFullError
+from common.serving import GenerationError, QueueFullError, ShutdownError
 
 from ..config import EngineConfig
 from ..core.engine import LLMEngine
@@ -84,7 +84,7 @@ class AsyncLLM:
         check_request(prompt_token_ids, params, self.limits)
         with self._changed:
             if self.cause_of_death or self._stopping:
-                raise GenerationError(self.cause_of_death or "the server is shutting down")
+                raise self._end_error()
             if len(self._streams) >= self.max_num_unfinished:
                 limit = "max_num_seqs + max_queued_requests"
                 raise QueueFullError(f"{len(self._streams)} requests are unfinished (limit: {limit}), try again later")
@@ -124,11 +124,17 @@ class AsyncLLM:
                 self._deliver(self._step())
         except Exception as error:  # not from a step: no request can continue
             self.cause_of_death = f"{type(error).__name__}: {error}"
-        cause = self.cause_of_death or "the server is shutting down"
         with self._changed:
             request_ids = list(self._streams)
-        self._deliver([EngineCoreOutput(request_id, [], error=cause) for request_id in request_ids])
-        self.engine.abort_requests(request_ids)
+        for request_id in request_ids:
+            self._put(request_id, self._end_error(), is_last=True)
+        self._abort_in_engine(request_ids)
+
+    def _end_error(self) -> GenerationError:
+        """Why no request can succeed anymore."""
+        if self.cause_of_death is not None:
+            return GenerationError(self.cause_of_death)
+        return ShutdownError("the server is shutting down")
 
     def _take_inbox(self) -> bool:
         """Pass new requests and aborts to the engine; if it is idle, wait for some. Returns False when it must stop."""

@@ -36,8 +36,8 @@ class Scheduler:
 
     There is no prefill phase and no decode phase: num_computed_tokens of a request catches up with its num_tokens. A
     decode has one token to compute, a new request its whole prompt, a preempted request all its tokens. All share the
-    step's token budget: first all decodes, then chunks of the prompts that have begun, then new requests from the head
-    of the queue, as long as max_num_seqs and free blocks allow it (Sarathi-Serve, 2024).
+    step's token budget: first all decodes, then chunks of prompts that are partly computed, then new requests from the
+    head of the queue, as long as max_num_seqs and free blocks allow it (Sarathi-Serve, 2024).
 
     A step may be scheduled while the previous one runs: that step's tokens are not known yet, but their number is.
     """

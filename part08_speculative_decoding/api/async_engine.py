@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from common.checkpoint import load_tokenizer, resolve_checkpoint
 from common.outputs import CompletionOutput, join_outputs
 from common.sampling_params import SamplingParams
-from common.serving import GenerationError, QueueFullError
+from common.serving import GenerationError, QueueFullError, ShutdownError
 
 from ..config import EngineConfig
 from ..core.validation import check_request
@@ -129,7 +129,7 @@ class AsyncLLM:
         """Stop the core's process. Unfinished requests get an error. Must not be called on the event loop's thread."""
         if self._loop is not None and self._loop.is_running():
             told = threading.Event()
-            self._loop.call_soon_threadsafe(self._die, "the server is shutting down", told)
+            self._loop.call_soon_threadsafe(self._die, "the server is shutting down", ShutdownError, told)
             told.wait(SHUTDOWN_TIMEOUT_S)
         self.core.shutdown()
 
@@ -171,7 +171,9 @@ class AsyncLLM:
         if request_ids and self.is_alive:
             self.core.send(AbortRequests(request_ids))
 
-    def _die(self, cause: str, told: threading.Event | None = None) -> None:
+    def _die(
+        self, cause: str, kind: type[GenerationError] = GenerationError, told: threading.Event | None = None
+    ) -> None:
         """From now on, no request can succeed: all open requests get the cause as their error."""
         if self.cause_of_death is None:
             assert self._loop is not None, "start() was called"
@@ -180,9 +182,9 @@ class AsyncLLM:
         streams, self._streams = self._streams, {}
         self.processor.remove(streams)
         for stream in streams.values():
-            stream.put(GenerationError(cause))
+            stream.put(kind(cause))
         for answer in self._resets:
             if not answer.done():
-                answer.set_exception(GenerationError(cause))
+                answer.set_exception(kind(cause))
         if told is not None:
             told.set()

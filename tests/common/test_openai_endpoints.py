@@ -21,7 +21,7 @@ def server(tiny_tokenizer: PreTrainedTokenizerBase) -> Iterator[Server]:
 
 
 def test_tokenize_and_back(server: Server) -> None:
-    for text in ("Hello, world", "日本語 🦊", " ", "a" * 5_000):
+    for text in ("", "Hello, world", "日本語 🦊", " ", "a" * 5_000):
         found = server.post("/tokenize", {"prompt": text}).json()
         assert found == {
             "count": len(found["tokens"]), "max_model_len": CONTEXT, "tokens": server.engine.tokenizer.encode(text),

@@ -240,7 +240,7 @@ class WithBos:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
         return [0] * add_special_tokens + self._tokenizer.encode(text, add_special_tokens=False)
 
 

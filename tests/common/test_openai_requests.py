@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import FieldError
 from common.openai_app import AppOptions
+from common.serve import ServerConfig
 from tests.bad_requests import BODIES, BUDGET, INF, JSON_VALUES, NAN, STREAM_OPTIONS, any_bytes
 from tests.bad_requests import WRONG_VALUES as ALWAYS_WRONG
 from tests.common.openai_fakes import CONTEXT, GOOD, FakeEngine, Server, check_error, parse_events, serving
@@ -72,6 +73,14 @@ def test_a_wrong_value_is_refused(server: Server, path: str, field: str) -> None
     for value in WRONG_VALUES[field]:
         check_error(server.post(path, {**GOOD[path], field: value}), 400, field)
     assert server.post(path, GOOD[path]).status_code == 200
+
+
+@both_endpoints
+@pytest.mark.parametrize("field", ["max_tokens", "seed", "temperature"])
+def test_an_integer_with_thousands_of_digits(server: Server, path: str, field: str) -> None:
+    """Python parses at most 4,300 digits; the client should read which of its fields is wrong."""
+    body = json.dumps({**GOOD[path], field: 123456}).replace("123456", "9" * 5_000)
+    check_error(server.post(path, body.encode()), 400, field, "got inf")
 
 
 @both_endpoints
@@ -322,7 +331,7 @@ def test_an_api_key_guards_v1_and_nothing_else(engine: FakeEngine) -> None:
 def test_a_key_that_no_client_can_send(key: str) -> None:
     """An empty variable in the environment must not open the server."""
     with pytest.raises(FieldError, match="^api_key: expected a key") as caught:
-        AppOptions(api_key=key)
+        ServerConfig(api_key=key)
     assert "secret" not in str(caught.value)
 
 

@@ -106,10 +106,15 @@ def test_fields_that_change_nothing(server: Server) -> None:
         "store": True, "metadata": {"a": "b"}, "parallel_tool_calls": True, "include": [], "background": False,
         "user": "Bo", "never_heard_of": 1, "n": 1, "logprobs": False,
     }  # fmt: skip
-    for fields in ({}, nulls, neutral):
-        assert server.post(RESPONSES, GOOD, **fields).status_code == 200, f"{fields}"
-    first, *others = [stream.params for stream in server.engine.streams]
-    assert others == [first] * 2
+    inside: dict[str, Any] = {
+        "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}, "verbosity": "low"}
+    }  # fmt: skip
+    others = [{"reasoning": {"effort": "none"}, "text": {"format": None}}, {"text": {"verbosity": None}}]
+    for fields in ({}, nulls, neutral, inside, *others):
+        response = server.post(RESPONSES, GOOD, **fields)
+        assert response.status_code == 200, f"{fields}: {response.text}"
+    first, *rest = [stream.params for stream in server.engine.streams]
+    assert rest == [first] * 5
 
 
 @pytest.mark.parametrize(
@@ -122,7 +127,12 @@ def test_fields_that_change_nothing(server: Server) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]", "input_text"),
         ({"input": "a b c d e f g" * CONTEXT}, "input", "maximum context length"),
         ({"max_output_tokens": 0}, "max_output_tokens", "from 1 to 64"),
+        ({"instructions": 5}, "instructions", "expected text"),
+        ({"instructions": "Hi", "input": [{"role": "cat", "content": "Hi"}]}, "input[0].role", "got 'cat'"),
+        ({"input": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "input[0].content[0].text", "got 5"),
+        ({"input": "\ud800"}, "input", "surrogate"),
         ({"tools": [{"type": "web_search"}]}, "tools", "not supported"),
+        ({"reasoning": {"effort": "low"}}, "reasoning", "expected {} or nothing, got {'effort': 'low'}"),
         ({"text": {"format": {"type": "json_schema"}}}, "text", "not supported"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is stored"),
         ({"temperature": 3}, "temperature", "from 0 to 2"),

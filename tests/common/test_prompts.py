@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -24,6 +25,17 @@ def test_text_is_tokenized_unchanged(tokenizer: PreTrainedTokenizerBase) -> None
         ids = encode_prompt({"prompt": text}, tokenizer, 1000)
         assert ids and all(isinstance(token, int) for token in ids), f"{text!r}: got {ids}"
         assert tokenizer.decode(ids) == text, f"{text!r} was decoded as {tokenizer.decode(ids)!r}"
+
+
+def test_a_prompt_that_is_too_long_is_refused_without_a_warning(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers would log that the model will fail, which is not so."""
+    tokenizer = copy.deepcopy(tokenizer)  # it warns once
+    for body in ({"prompt": "a b c " * 1_000}, {"messages": [{**USER, "content": "a b c " * 1_000}]}):
+        with pytest.raises(FieldError, match="maximum context length"):
+            encode_prompt(body, tokenizer, 1_000)
+    assert not caplog.records, f"expected nothing in the log, got {caplog.messages}"
 
 
 def test_token_ids_are_used_unchanged(tokenizer: PreTrainedTokenizerBase) -> None:

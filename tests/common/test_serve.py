@@ -330,6 +330,24 @@ def test_only_serve_app_logs_statistics() -> None:
     assert calls == [], f"a server of a test or a benchmark logs nothing, got {calls}. {LOOK}"
 
 
+def test_statistics_are_logged_while_open_requests_are_finished() -> None:
+    """The open request ends only after a call that came after the signal."""
+    hook = (
+        "import types\nlate = []\n"
+        "app.state = types.SimpleNamespace(log_stats=lambda _: late.append(1) if server_is_closed() else None)\n"
+    )
+    waiting = SCRIPT.replace("await asyncio.sleep(0.2)", "while not late:\n            await asyncio.sleep(0.01)")
+    with process(waiting.replace("before = [", f"{hook}before = [")) as (server, port):
+        url = f"http://127.0.0.1:{port}/slow"
+        with httpx.stream("GET", url, timeout=PROCESS_TIMEOUT_S, trust_env=False, verify=False) as response:
+            chunks = response.iter_text()
+            text = next(chunks)
+            server.send_signal(signal.SIGTERM)
+            text += "".join(chunks)
+        assert text == "begun done", f"got {text!r}. {LOOK}"
+        check_end(server)
+
+
 # An engine that dies
 
 DYING = (

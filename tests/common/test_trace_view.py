@@ -65,7 +65,7 @@ def test_view_of_a_small_trace() -> None:
         "b       cP..P-x",
         "c         P --E",
         "",
-        "P prefill   c partial prefill   - decode   . preempted, waiting",
+        "P prefill   c prefill chunk   - decode   . preempted, waiting",
         "E finished   x aborted   blank: not in this step",
     ]
 

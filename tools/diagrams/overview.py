@@ -44,7 +44,7 @@ WORKER = (
      Part("KV cache", "blocks", (3,))),
     (Part("Token buffer", "on the device", (3,)), Part("Parallel layers", "a slice each", (9,)),
      Part("CUDA kernels", "dispatcher", (15,)), Part("Block copier", "between tiers", (12,))),
-    (Part("Sampler", "verifies drafts", (1, 8)), Part("Experts", "all-to-all", (11,)),
+    (Part("Sampler", "verifies draft tokens", (1, 8)), Part("Experts", "all-to-all", (11,)),
      Part("Quantized layers", "fewer bits", (14,)), Part("Draft model", "proposes", (8,))),
 )  # fmt: skip
 

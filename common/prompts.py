@@ -189,7 +189,7 @@ def _encode_messages(
         )
     except Exception as error:  # a template is a program: it may reject a system message, or fail on a variable
         raise FieldError("messages", f"the model's chat template does not accept them: {error}") from error
-    return _encode_text(text, tokenizer, bool(options.add_special_tokens))
+    return _encode_text(str(text), tokenizer, bool(options.add_special_tokens))
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[int]:

@@ -176,7 +176,7 @@ def plot(m: dict[str, Any], path: Path) -> None:
     right.set_xticks(range(len(m["batches"])), list(m["batches"]))
     for axes in (left, right):
         axes.axhline(1, color=plotting.BASELINE_COLOR, linewidth=1.2)
-    left.legend(loc="upper left")
+    left.legend(loc="upper center")  # above the stories, whose bars are short
     right.legend(loc="upper right")
     plotting.save(fig, path)
 

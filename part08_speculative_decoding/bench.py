@@ -171,12 +171,12 @@ def plot(m: dict[str, Any], path: Path) -> None:
         values = [dict(speedups(found))[method] for found in m["batches"].values()]
         right.plot(range(len(values)), values, marker="o", color=COLORS[method], label=LABELS[method])
     left.set_xticks([x + 0.2 for x in range(len(m["tasks"]))], list(m["tasks"]))
-    left.margins(y=0.2)
+    left.margins(y=0.45)  # the legend is above the bars
     right.sharey(left)  # after the bars, whose margin it takes over
     right.set_xticks(range(len(m["batches"])), list(m["batches"]))
     for axes in (left, right):
         axes.axhline(1, color=plotting.BASELINE_COLOR, linewidth=1.2)
-    left.legend(loc="upper center")  # above the stories, whose bars are short
+    left.legend(loc="upper left")
     right.legend(loc="upper right")
     plotting.save(fig, path)
 

@@ -14,6 +14,7 @@ import torch
 from common.checkpoint import load_model, load_tokenizer, resolve_checkpoint
 from tests.engine_checks import EngineChecks
 
+TIE = 1e-4
 torch.set_num_threads(1)  # for models this small a second thread only waits; on a busy machine it waits long
 
 
@@ -54,6 +55,19 @@ def make_engine(make_llm: Callable[..., Any]) -> Callable[..., Any]:
 def llm(make_llm: Callable[..., Any]) -> Any:
     """One with room for everything that waits for each step, to ask for what a request gets alone."""
     return make_llm(async_scheduling=False)
+
+
+@torch.inference_mode()
+def check_ranks(model: Any, prompt: list[int], answer: Any, where: str) -> None:
+    """The rank of each token that has a log probability, by transformers' logits over prompt and answer. Two tokens
+    whose logits are closer than TIE may be in either order: that much depends on the batch."""
+    logits = model(torch.tensor([[*prompt, *answer.token_ids]])).logits[0, len(prompt) - 1 : -1].float()
+    for row, entry in zip(logits, answer.logprobs or [], strict=bool(answer.logprobs)):
+        for token_id, logprob in entry.items():
+            first, last = 1 + int((row > row[token_id] + TIE).sum()), int((row >= row[token_id] - TIE).sum())
+            assert first <= logprob.rank <= last, (
+                f"{where}: token {token_id}, expected a rank from {first} to {last}, got {logprob}."
+            )
 
 
 @pytest.fixture(scope="session")

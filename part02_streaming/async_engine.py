@@ -21,6 +21,14 @@ class QueueFullError(Exception):
 class GenerationError(Exception):
     """The engine failed on this request. The message gives the cause."""
 
+    status, kind = 500, "internal_error"
+
+
+class ShutdownError(GenerationError):
+    """The engine is shutting down. The same request may succeed elsewhere, or later."""
+
+    status, kind = 503, "service_unavailable"
+
 
 class RequestStream:
     """One request: read its outputs with `async for` as they arrive. To cancel it, call AsyncLLM.abort."""
@@ -97,7 +105,7 @@ class AsyncLLM:
             self._changed.notify()
         for request in requests:
             self.abort(request)
-            request.put(GenerationError("the server is shutting down"))
+            request.put(ShutdownError("the server is shutting down"))
         self._thread.join()
 
     def _run(self) -> None:

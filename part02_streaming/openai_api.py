@@ -165,7 +165,7 @@ async def stream_events(request: ApiRequest, outputs: RequestStream) -> AsyncIte
                 reasons = {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
                 yield format_event(_chunk(request, {**end, **reasons}))
     except GenerationError as error:  # status 200 has been sent, so the error becomes an event
-        yield format_event(openai_error(str(error), None, "internal_error"))
+        yield format_event(openai_error(str(error), None, error.kind))
     else:
         if request.include_usage:
             yield format_event({**_chunk(request, None), "usage": _usage(request, num_tokens)})

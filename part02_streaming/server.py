@@ -159,7 +159,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(GenerationError)
     async def failed(_: Request, error: GenerationError) -> JSONResponse:
-        return JSONResponse(openai_error(str(error), None, "internal_error"), 500)
+        return JSONResponse(openai_error(str(error), None, error.kind), error.status)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: ClientDisconnect) -> Response:

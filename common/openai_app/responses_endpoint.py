@@ -43,7 +43,7 @@ PART_TYPES = ("input_text", "output_text", "text")
 def parse_responses_request(raw: bytes, engine: ServingEngine, request_id: str | None = None) -> ApiRequest:
     """Raises FieldError naming the first invalid or unsupported field, ApiError 404 for another model."""
     body = {name: value for name, value in parse_json(raw).items() if value is not None}
-    for name in NEUTRAL.keys() & body.keys():
+    for name in [name for name in body if name in NEUTRAL]:  # in the client's order
         _check_neutral(name, body.pop(name))
     given = body.pop("input", None)
     messages = _messages(given)

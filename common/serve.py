@@ -48,8 +48,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise FieldError("port", f"expected 0 to 65535, got {self.port}")
-        if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
-            raise FieldError("api_key", "expected a key without leading or trailing spaces, or none")
+        if self.api_key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", self.api_key):
+            raise FieldError("api_key", "expected ASCII characters without leading or trailing spaces, or none")
 
 
 def is_loopback(host: str) -> bool:

@@ -48,6 +48,8 @@ def parse_responses_request(raw: bytes, engine: ServingEngine, request_id: str |
     given = body.pop("input", None)
     messages = _messages(given)
     if has_instructions := (instructions := body.pop("instructions", None)) is not None:
+        if not isinstance(instructions, str):
+            raise FieldError("instructions", f"expected text, got {show(instructions)}")
         messages = [{"role": "system", "content": instructions}, *messages]
     chat = {CHAT_NAMES.get(name, name): value for name, value in body.items()}
     try:
@@ -61,10 +63,20 @@ def parse_responses_request(raw: bytes, engine: ServingEngine, request_id: str |
 
 def _check_neutral(name: str, value: object) -> None:
     """Raises FieldError for a value that asks for what this server does not do."""
-    if isinstance(value, dict):  # null means absent here too; verbosity is ignored, as in chats
-        value = {key: item for key, item in value.items() if item is not None and (name, key) != ("text", "verbosity")}
-    if not any(is_same(value, allowed) for allowed in NEUTRAL[name]):
-        raise FieldError(name, not_supported(name, value, NEUTRAL[name]) + INSTEAD.get(name, ""))
+    given = _without_nulls(value)
+    if name == "text" and isinstance(given, dict):
+        given.pop("verbosity", None)  # ignored, as in chats
+    if not any(is_same(given, allowed) for allowed in NEUTRAL[name]):
+        message = not_supported(name, value, NEUTRAL[name])
+        raise FieldError(name, message + (INSTEAD.get(name) or f", got {show(value)}" * (not NEUTRAL[name])))
+
+
+def _without_nulls(value: object) -> Any:
+    """null means absent inside an object too, and an object of nulls is empty."""
+    if not isinstance(value, dict):
+        return value
+    found = {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return {key: item for key, item in found.items() if item != {}}
 
 
 def _own_name(field: str, has_instructions: bool, is_text: bool) -> str:
@@ -85,7 +97,7 @@ def _messages(given: object) -> list[dict[str, Any]]:
         raise FieldError("input", f"expected text or a list of messages, got {show(given)}")
     messages = []
     for number, item in enumerate(given):
-        if not isinstance(item, dict) or item.get("type", "message") != "message":
+        if not isinstance(item, dict) or item.get("type") not in (None, "message"):
             raise FieldError(f"input[{number}]", f"expected a message, got {show(item)}")
         content = item.get("content")
         if isinstance(content, list):

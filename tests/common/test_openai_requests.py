@@ -327,10 +327,10 @@ def test_an_api_key_guards_v1_and_nothing_else(engine: FakeEngine) -> None:
             assert read_until(connection, b'"code":').startswith(b"HTTP/1.1 401 ")
 
 
-@pytest.mark.parametrize("key", ["", " ", "secret\n", " secret"])
+@pytest.mark.parametrize("key", ["", " ", "secret\n", " secret", "sec\nret", "secr\u00e9t"])
 def test_a_key_that_no_client_can_send(key: str) -> None:
     """An empty variable in the environment must not open the server."""
-    with pytest.raises(FieldError, match="^api_key: expected a key") as caught:
+    with pytest.raises(FieldError, match="^api_key: expected ASCII") as caught:
         ServerConfig(api_key=key)
     assert "secret" not in str(caught.value)
 

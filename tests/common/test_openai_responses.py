@@ -109,12 +109,16 @@ def test_fields_that_change_nothing(server: Server) -> None:
     inside: dict[str, Any] = {
         "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}, "verbosity": "low"}
     }  # fmt: skip
-    others = [{"reasoning": {"effort": "none"}, "text": {"format": None}}, {"text": {"verbosity": None}}]
+    others = [
+        {"reasoning": {"effort": "none"}, "text": {"format": None}},
+        {"text": {"format": {"type": None}, "verbosity": None}},
+        {"input": [{"type": None, "role": "user", "content": "Hi", "id": None, "status": None}]},
+    ]
     for fields in ({}, nulls, neutral, inside, *others):
         response = server.post(RESPONSES, GOOD, **fields)
         assert response.status_code == 200, f"{fields}: {response.text}"
     first, *rest = [stream.params for stream in server.engine.streams]
-    assert rest == [first] * 5
+    assert rest == [first] * 6
 
 
 @pytest.mark.parametrize(
@@ -128,6 +132,8 @@ def test_fields_that_change_nothing(server: Server) -> None:
         ({"input": "a b c d e f g" * CONTEXT}, "input", "maximum context length"),
         ({"max_output_tokens": 0}, "max_output_tokens", "from 1 to 64"),
         ({"instructions": 5}, "instructions", "expected text"),
+        ({"instructions": ["a"]}, "instructions", "expected text"),
+        ({"conversation": "c"}, "conversation", "got 'c'"),
         ({"instructions": "Hi", "input": [{"role": "cat", "content": "Hi"}]}, "input[0].role", "got 'cat'"),
         ({"input": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "input[0].content[0].text", "got 5"),
         ({"input": "\ud800"}, "input", "surrogate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from common.checkpoint import FLOAT_DTYPES, Checkpoint, check_finite, check_safetensors, load_model
 from common.errors import FieldError
 
+NUM_SAMPLES, SAMPLE_BYTES = 256, 4_096  # of a weight file, for its fingerprint
+
 
 def open_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, device: str, stack: ExitStack) -> CheckpointReader:
     """Open a checkpoint. stack closes its files; dtype and device apply to the tensors of a random:<preset>."""
@@ -23,10 +26,12 @@ def open_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, device: str, sta
 
 
 class CheckpointReader(Protocol):
-    """source: its name in error messages. unread: names of the tensors that have not been read yet."""
+    """source: its name in error messages. unread: names of the tensors that have not been read yet. num_bytes_read: of
+    the parts of tensors that were read."""
 
     source: str
     unread: set[str]
+    num_bytes_read: int
 
     def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
         """Read a tensor, or the part that index selects. shape: of the full tensor. Raises FieldError."""
@@ -47,7 +52,7 @@ class SafetensorsReader:
                 if name in self._files:
                     raise FieldError("model", f"{self.source}: tensor {name} is stored twice")
                 self._files[name] = file
-        self.unread = set(self._files)
+        self.unread, self.num_bytes_read = set(self._files), 0
 
     def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
         if name not in self._files:
@@ -61,6 +66,7 @@ class SafetensorsReader:
             )
         self.unread.discard(name)
         tensor = stored[index] if index else stored[:]
+        self.num_bytes_read += tensor.nbytes
         check_finite(self.source, name, tensor)
         return tensor
 
@@ -71,14 +77,34 @@ class RandomReader:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
         self.source = checkpoint.name
         self._parameters = dict(load_model(checkpoint, dtype, device).named_parameters())
-        self.unread = set(self._parameters)
+        self.unread, self.num_bytes_read = set(self._parameters), 0
 
     def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
         """Return each tensor once and drop it, so that memory never holds two copies of the model."""
         parameter = self._parameters.pop(name).data
         check_shape(self.source, name, tuple(parameter.shape), shape)
         self.unread.discard(name)
-        return parameter[index]
+        part = parameter[index]
+        self.num_bytes_read += part.nbytes
+        return part
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash that tells checkpoints apart without reading all of them: of the config, and of each weight file's size,
+    its beginning with the tensors' names and shapes, and samples from all over it.
+    """
+    digest = hashlib.sha256(checkpoint.config.to_json_string().encode())
+    if checkpoint.directory is None:
+        digest.update(checkpoint.name.encode())
+        return digest.hexdigest()
+    for path in weight_files(checkpoint.directory):
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "big"))
+        with path.open("rb") as file:
+            for sample in range(NUM_SAMPLES):
+                file.seek(size * sample // NUM_SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_shape(source: str, name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -27,7 +27,7 @@ from common.errors import FieldError
 SCHEMA_VERSION = 1
 FLUSH_INTERVAL_S = 1.0
 
-_ENGINE, _REQUESTS = 1, 2  # the two groups of tracks in an export, "processes" in the format's terms
+_ENGINE, _REQUESTS, _RANKS = 1, 2, 3  # the groups of tracks in an export, "processes" in the format's terms
 _DETAILS = ("num_computed", "num_cached", "num_blocks", "num_sampled")  # of a request's slice
 
 
@@ -48,13 +48,32 @@ class RequestTrace(msgspec.Struct, frozen=True, kw_only=True):
     num_drafts: int = 0
 
 
+class CollectiveTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """A collective on one rank, with the time that it waited for the other ranks."""
+
+    name: str
+    num_bytes: int
+    start_s: float
+    duration_s: float
+
+
+class RankTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """A step on one rank."""
+
+    rank: int
+    start_s: float
+    duration_s: float
+    collectives: list[CollectiveTrace] = []
+
+
 class StepTrace(msgspec.Struct, kw_only=True):
     """One engine step. start_s counts from the start of the trace; num_running and num_waiting are after scheduling.
 
     requests: those scheduled in this step. num_blocks_*: without the null block. preempted, finished: request ids in
     this step; aborted: since the previous step. discarded: ids of requests in this step that ended before it did.
     execute_s: from scheduling until the results arrive; forward_s: the model's share of it, from forward_start_s on.
-    An engine that runs ahead launches a step while the previous one runs; the launch counts as scheduling.
+    An engine that runs ahead launches a step while the previous one runs; the launch counts as scheduling. ranks: the
+    step on each rank, if there are several.
     """
 
     step: int
@@ -73,6 +92,7 @@ class StepTrace(msgspec.Struct, kw_only=True):
     forward_start_s: float | None = None
     forward_s: float | None = None
     discarded: list[str] = []
+    ranks: list[RankTrace] = []
 
     @property
     def end_s(self) -> float:
@@ -235,6 +255,9 @@ def export_perfetto(trace: Trace, path: Path | str) -> None:
     events.append(_name_event("thread_name", _ENGINE, 1, "steps"))
     if any(step.forward_s is not None for step in trace.steps):
         events.append(_name_event("thread_name", _ENGINE, 2, "model"))
+    ranks = sorted({each.rank for step in trace.steps for each in step.ranks})
+    events += [_name_event("process_name", _RANKS, 0, "ranks")] * bool(ranks)
+    events += [_name_event("thread_name", _RANKS, _RANKS + 1 + rank, f"rank {rank}") for rank in ranks]
     tracks: dict[str, int] = {}
     engine_free_s = 0.0
     for step, phases in zip(trace.steps, step_phases(trace.steps), strict=True):
@@ -246,6 +269,7 @@ def export_perfetto(trace: Trace, path: Path | str) -> None:
         starts = [max(engine_free_s, start_s) for start_s in _slice_starts(step)]
         engine_free_s = starts[-1]
         events += _engine_events(step, starts)
+        events += _rank_events(step)
         events += _request_events(step, phases, tracks, starts)
     Path(path).write_bytes(msgspec.json.encode({"traceEvents": events, "otherData": trace.header}))
 
@@ -267,6 +291,16 @@ def _engine_events(step: StepTrace, starts: Sequence[float]) -> list[dict[str, A
     for name, value in counters.items():
         events.append({"ph": "C", "name": name, "pid": _ENGINE, "ts": _us(starts[1]), "args": {name: value}})
     return events
+
+
+def _rank_events(step: StepTrace) -> Iterator[dict[str, Any]]:
+    """The step on each rank, and its collectives inside."""
+    for each in step.ranks:
+        track, end_s = _RANKS + 1 + each.rank, each.start_s + each.duration_s
+        yield _slice("step", _RANKS, track, each.start_s, end_s, {"step": step.step})
+        for call in each.collectives:
+            details = {"bytes": call.num_bytes}
+            yield _slice(call.name, _RANKS, track, call.start_s, call.start_s + call.duration_s, details)
 
 
 def _request_events(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from common import checkpoint as checkpoints
 from common import checkpoint_reader
 from common.checkpoint import load_model, resolve_checkpoint
-from common.checkpoint_reader import CheckpointReader, RandomReader, SafetensorsReader, open_checkpoint
+from common.checkpoint_reader import CheckpointReader, RandomReader, SafetensorsReader, fingerprint, open_checkpoint
 from common.errors import FieldError
 
 LOOK = "Look at common/checkpoint_reader.py::SafetensorsReader."
@@ -243,3 +244,60 @@ def test_a_directory_has_a_reader_of_its_files() -> None:
         reader = open_checkpoint(resolve_checkpoint("tiny"), torch.float32, "cpu", stack)
         assert isinstance(reader, SafetensorsReader), f"tiny is a directory: got {reader}. {LOOK}"
         assert "model.norm.weight" in reader.unread, f"tiny has more tensors than {sorted(reader.unread)[:4]}. {LOOK}"
+
+
+# How much is read, and what tells two checkpoints apart
+
+
+def test_the_bytes_of_all_parts_are_counted(reader: SafetensorsReader) -> None:
+    reader.read("layer.weight", (48, 24), (slice(0, 16),))
+    reader.read("layer.bias", (48,))
+    assert reader.num_bytes_read == 16 * 24 * 4 + 48 * 2, f"got {reader.num_bytes_read}. {LOOK}"
+
+
+def test_the_bytes_of_random_weights_are_counted(nano: str) -> None:
+    reader = RandomReader(resolve_checkpoint(nano), torch.float32, "cpu")
+    reader.read("model.embed_tokens.weight", (4096, 32), (slice(0, 100),))
+    assert reader.num_bytes_read == 100 * 32 * 4, f"got {reader.num_bytes_read}. {LOOK_RANDOM}"
+
+
+LOOK_FINGERPRINT = "Look at common/checkpoint_reader.py::fingerprint."
+
+
+def copy_of_tiny(directory: Path) -> Path:
+    shutil.copytree(checkpoints.MODELS_DIR / "tiny", directory)
+    return directory
+
+
+def change_weights(directory: Path) -> None:
+    """All weights by a little, as another training run would."""
+    path = directory / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    data[header::2] = bytes(byte ^ 1 for byte in data[header::2])
+    path.write_bytes(data)
+
+
+def change_config(directory: Path) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "rope_theta": 12_345.0, "rope_parameters": None}))
+
+
+def test_the_same_checkpoint_has_the_same_fingerprint_wherever_it_is(tmp_path: Path) -> None:
+    copies = [copy_of_tiny(tmp_path / name) for name in ("one", "two")]
+    got = {fingerprint(resolve_checkpoint(str(path))) for path in (checkpoints.MODELS_DIR / "tiny", *copies)}
+    assert len(got) == 1, f"three copies of tiny have {len(got)} fingerprints. {LOOK_FINGERPRINT}"
+
+
+@pytest.mark.parametrize("change", [change_weights, change_config])
+def test_another_checkpoint_has_another_fingerprint(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    directory = copy_of_tiny(tmp_path / "tiny")
+    before = fingerprint(resolve_checkpoint(str(directory)))
+    change(directory)
+    assert fingerprint(resolve_checkpoint(str(directory))) != before, f"{change.__name__}. {LOOK_FINGERPRINT}"
+
+
+def test_random_checkpoints_have_fingerprints_of_their_own(nano: str) -> None:
+    got = [fingerprint(resolve_checkpoint(name)) for name in (nano, nano, "random:llama-110m", "random:qwen3-0.6b")]
+    assert got[0] == got[1] and len(set(got)) == 3, f"got {got}. {LOOK_FINGERPRINT}"

@@ -16,7 +16,18 @@ import pytest
 
 from common import trace
 from common.errors import FieldError
-from common.trace import Phase, RequestTrace, StepTrace, Trace, TraceWriter, export_perfetto, read_trace, step_phases
+from common.trace import (
+    CollectiveTrace,
+    Phase,
+    RankTrace,
+    RequestTrace,
+    StepTrace,
+    Trace,
+    TraceWriter,
+    export_perfetto,
+    read_trace,
+    step_phases,
+)
 
 
 def request(id: str, computed: int, scheduled: int, sampled: int = 1, cached: int = 0) -> RequestTrace:
@@ -324,6 +335,32 @@ def test_steps_of_an_older_trace_have_no_model_times(path: Path) -> None:
             del line[name]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_trace(path).steps == STEPS
+
+
+RANKS = [
+    RankTrace(
+        rank=rank, start_s=0.002, duration_s=0.004,
+        collectives=[CollectiveTrace(name="all_reduce", num_bytes=512, start_s=0.003, duration_s=0.001 + 0.001 * rank)],
+    )
+    for rank in range(2)
+]  # fmt: skip
+
+
+def test_ranks_are_read_back(tmp_path: Path) -> None:
+    steps = [step(0, request("a", 0, 5), ranks=RANKS), step(1, request("a", 5, 1))]
+    read = read_trace(write(tmp_path / "trace.jsonl", steps)).steps
+    assert [each.ranks for each in read] == [RANKS, []], f"got {[each.ranks for each in read]}"
+
+
+def test_export_has_a_track_for_each_rank(tmp_path: Path) -> None:
+    """With the collectives inside of its steps."""
+    events = exported(tmp_path, [step(0, request("a", 0, 5), ranks=RANKS)])
+    assert slices(events, "rank 0") == [("step", 2000, 6000), ("all_reduce", 3000, 4000)]
+    assert slices(events, "rank 1") == [("step", 2000, 6000), ("all_reduce", 3000, 5000)]
+    sizes = [event["args"] for event in events if event["name"] == "all_reduce"]
+    assert sizes == [{"bytes": 512}] * 2
+    names = [event["args"]["name"] for event in exported(tmp_path, STEPS) if event["name"] == "thread_name"]
+    assert not [name for name in names if "rank" in name], f"one process has no ranks to show: {names}"
 
 
 def test_export_has_the_model_on_a_track_of_its_own(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ else
 endif
 
 export HF_HUB_DISABLE_TELEMETRY := 1
+unexport PYTHONDONTWRITEBYTECODE  # else each of many processes compiles all that it imports
 
 .PHONY: help setup demo test setup-clients test-clients serve bench workshop doctor gpu gpu-wheels lint transcripts clean
 help:
@@ -52,7 +53,7 @@ demo: $(READY)
 	@HF_HUB_OFFLINE=1 $(PY) -m $(PART_DIR).demo $(ARGS)
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS) $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 
 setup-clients: $(CLIENTS_READY)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,15 +15,29 @@ from tests.quick_uvicorn import quick_uvicorn
 if TYPE_CHECKING:
     from tests.forked_servers import Host
 
+ROOT = Path(__file__).parent
 __all__ = ["host", "one_host", "quick_uvicorn"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+# The files that take longest come first: with two workers, none is left alone with one of them at the end.
+SLOW = (
+    "workshop/test_exercises.py", "part09/test_torchrun.py", "contract/test_process.py", "contract/test_contract.py",
+    "part09/test_ranks.py", "part09/test_process.py", "contract/test_prompt_logprobs.py", "contract/test_seeds.py",
+    "part09/test_answers.py", "part09/test_lives.py", "part04/test_engine.py", "common/test_pages_in_a_browser.py",
+)  # fmt: skip
+
 # Hypothesis likes to draw constants that it finds in the modules loaded so far, so what a test draws would depend on
 # which tests ran before it in the same process.
 _no_constants = providers.Constants()
 providers._get_local_constants = lambda: _no_constants
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path, len(SLOW)))
 
 
 @pytest.fixture(scope="session")

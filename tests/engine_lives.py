@@ -80,7 +80,7 @@ class EngineLife(RuleBasedStateMachine):
     def may_fail(self) -> bool:
         executor = executor_of(self.engine)
         errors = [executor.launch_error, executor.result_error, executor.preemption_error]
-        return any([*errors, *(step.error for step in executor.launched[-2:])])
+        return any([*errors, *(step.error for step in executor.launched[-self.engine.max_steps_in_flight :])])
 
     def step(self) -> None:
         engine = self.engine
@@ -188,7 +188,7 @@ class EngineLife(RuleBasedStateMachine):
         executor.launch_error = executor.result_error = executor.preemption_error = None
         last = str(len(self.expected))
         self.ask([100], 3, True, 0)
-        for _ in range(4):  # whatever has happened, the engine can be used
+        for _ in range(6):  # whatever has happened, the engine can be used
             self.step()
         self.check_answer(last)
         self.check_empty("after one more request", self.LOOK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import random
 import shutil
@@ -16,9 +17,12 @@ from unittest import mock
 from common.checkpoint import MODELS_DIR
 from common.sampling_params import SamplingParams
 from common.testing import reference_greedy, small_model
+from tests.local_ranks import LocalExecutor
 
 VOCAB_SIZE = 320
 DEFAULTS: dict[str, Any] = {"device": "cpu", "num_threads": 1, "block_size": 4, "num_kv_blocks": 400}
+LOOKUP: dict[str, Any] = {"speculative_method": "ngram", "prompt_lookup_min": 1}
+ROOT = Path(__file__).parents[2]
 MAX_STEPS = 1_000  # far more than any of these tests needs
 
 
@@ -80,10 +84,20 @@ class SmallEngine:
     def __init__(self, part: str, models: SmallModels, **flags: Any) -> None:
         self.part = part
         self.config = self.module("config").EngineConfig(**{**DEFAULTS, "model": models.target, **flags})
-        with models.loaded_once(part):
+        with models.loaded_once(part), self.ranks_in_threads():
             self.core = self.module("core.engine").LLMEngine(self.config)
         self.answers: dict[str, Answer] = {}
         self.preempted = set[str]()  # ids of the requests that were preempted at some time
+
+    @contextlib.contextmanager
+    def ranks_in_threads(self) -> Iterator[None]:
+        """Inside, an engine of several ranks has them in threads, where the tests can reach them."""
+        if number_of(self.part) < 9 or self.config.num_ranks == 1:
+            yield
+            return
+        make = functools.partial(LocalExecutor, self.part)
+        with mock.patch.object(self.module("core.engine"), "make_executor", make):
+            yield
 
     def module(self, name: str) -> ModuleType:
         return importlib.import_module(f"{self.part}.{name}")
@@ -154,23 +168,38 @@ def number_of(part: str) -> int:
     return int(part[4:6])
 
 
-def kinds_of(part: str, models: SmallModels) -> dict[str, dict[str, Any]]:
-    """The ways in which a part can run: name → flags."""
+def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict[str, dict[str, Any]]:
+    """Ways to run a part's engine: their names → flags. with_ranks: on several ranks too.
+
+    The newest part is run in all of them. An earlier one has its defaults, and what it has introduced.
+    """
+    drafted = {"speculative_method": "draft_model", "speculative_model": models.draft}
+    small, two = {"max_num_batched_tokens": 8}, {"tensor_parallel_size": 2}
+    since: list[tuple[int, str, dict[str, Any]]] = [
+        (5, "async", {}),
+        (5, "sync", {"async_scheduling": False}),
+        (6, "async, small chunks", small),
+        (6, "whole prompts", {"enable_chunked_prefill": False}),
+        (7, "no prefix caching", {"enable_prefix_caching": False}),
+        (8, "n-gram lookup", LOOKUP),
+        (8, "a draft model", drafted),
+        (8, "a draft model that is right", {**drafted, "speculative_model": models.target}),
+        (8, "a draft model, small chunks", {**drafted, **small}),
+        (9, "tp 2", two),
+        (9, "tp 2, a draft model, small chunks", {**drafted, **small, **two}),
+        (9, "2 stages", {"pipeline_parallel_size": 2}),
+        (9, "2 stages, n-gram lookup", {**LOOKUP, "pipeline_parallel_size": 2}),
+        (9, "tp 2, 2 stages, small chunks", {**small, **two, "pipeline_parallel_size": 2}),
+    ]
     number = number_of(part)
-    if number < 5:
-        return {"": {}}
-    kinds: dict[str, dict[str, Any]] = {"async": {}, "sync": {"async_scheduling": False}}
-    if number >= 6:
-        kinds["async, small chunks"] = {"max_num_batched_tokens": 8}
-        kinds["whole prompts"] = {"enable_chunked_prefill": False}
-    if number >= 7:
-        kinds["no prefix caching"] = {"enable_prefix_caching": False}
-    if number >= 8:
-        kinds["n-gram lookup"] = {"speculative_method": "ngram", "prompt_lookup_min": 1}
-        for name, model in (("a draft model", models.draft), ("a draft model that is right", models.target)):
-            kinds[name] = {"speculative_method": "draft_model", "speculative_model": model}
-        kinds["a draft model, small chunks"] = {**kinds["a draft model"], "max_num_batched_tokens": 8}
-    return kinds
+    newest = max(number_of(path.name) for path in ROOT.glob("part[0-9][0-9]_*") if (path / "__init__.py").is_file())
+    kinds = {
+        name: flags
+        for first, name, flags in since
+        if first == number or (first < number and (number == newest or not flags))
+        if with_ranks or first < 9
+    }
+    return kinds or {"": {}}
 
 
 def prompts_of(count: int, seed: int = 0, longest: int = 20) -> Iterator[list[int]]:

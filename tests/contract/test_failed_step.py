@@ -109,7 +109,7 @@ def loaded_engine(part: str, models: SmallModels, **flags: Any) -> tuple[SmallEn
 @pytest.mark.since(3)
 def test_a_failed_step_ends_every_request_once(part: str, small_models: SmallModels) -> None:
     """Wherever it fails, early and late, also right after a request has ended in the same step."""
-    for kind, flags in kinds_of(part, small_models).items():
+    for kind, flags in kinds_of(part, small_models, with_ranks=False).items():
         for place, calls in CALLS.items():
             for call in calls:
                 engine, prompts = loaded_engine(part, small_models, **flags)
@@ -122,7 +122,7 @@ def test_a_failed_step_ends_every_request_once(part: str, small_models: SmallMod
 
 @pytest.mark.since(3)
 def test_two_failed_steps_in_a_row(part: str, small_models: SmallModels) -> None:
-    for kind, flags in kinds_of(part, small_models).items():
+    for kind, flags in kinds_of(part, small_models, with_ranks=False).items():
         for place in ("schedule", "run"):
             engine, prompts = loaded_engine(part, small_models, **flags)
             repair = break_step(engine, place, call=2, times=100)
@@ -171,7 +171,7 @@ def test_a_step_fails_while_another_is_in_flight(part: str, small_models: SmallM
 @pytest.mark.since(3)
 def test_a_step_fails_while_a_preempted_request_waits(part: str, small_models: SmallModels) -> None:
     status = importlib.import_module(f"{part}.core.request").RequestStatus
-    for kind, flags in kinds_of(part, small_models).items():
+    for kind, flags in kinds_of(part, small_models, with_ranks=False).items():
         prompt = list(range(10, 18))
         engine = SmallEngine(part, small_models, **{"num_kv_blocks": 1 + 8, "max_num_seqs": 3, **flags})
         for name in "012":
@@ -188,7 +188,7 @@ def test_a_step_fails_while_a_preempted_request_waits(part: str, small_models: S
 @pytest.mark.since(8)
 @pytest.mark.parametrize("place", ["drafter", "second pass of the drafter"])
 def test_a_step_fails_while_the_drafter_runs(part: str, small_models: SmallModels, place: str) -> None:
-    for kind, flags in kinds_of(part, small_models).items():
+    for kind, flags in kinds_of(part, small_models, with_ranks=False).items():
         if flags.get("speculative_method") == "draft_model":
             engine, prompts = loaded_engine(part, small_models, **flags)
             break_step(engine, place, call=6)

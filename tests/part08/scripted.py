@@ -11,7 +11,7 @@ from unittest import mock
 from part08_speculative_decoding.core.engine import LLMEngine
 from part08_speculative_decoding.core.request import Request
 from part08_speculative_decoding.core.scheduler import Scheduler, SchedulerOutput
-from part08_speculative_decoding.messages import EngineCoreOutput, ScheduledRequest, StepInput, StepOutput
+from part08_speculative_decoding.messages import EngineCoreOutput, ScheduledRequest, StepInput
 from tests.engine_checks import Before, PrefixChecks
 from tests.scripted import (
     Part,
@@ -101,10 +101,10 @@ class SpecExecutor(PrefixExecutor):
             sampled.append(self.script(tokens[: work.num_known + len(sampled)]))
         return sampled
 
-    def output(self, step: ScriptedStep) -> StepOutput:
+    def output(self, step: ScriptedStep) -> Any:
         works = [work for work in step.work if work.is_sampled]
         token_ids = [work.sampled for work in works]
-        return StepOutput(token_ids, [None] * len(works), [self.proposals(work) for work in works])
+        return self.part.messages.StepOutput(token_ids, [None] * len(works), [self.proposals(work) for work in works])
 
     def proposals(self, work: Work) -> list[int]:
         count = work.share.num_next_drafts

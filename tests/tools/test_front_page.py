@@ -25,6 +25,11 @@ def of_speculation(m: dict[str, Any]) -> list[str]:
     return [f"{fast:.0f} output", f"{slow:.0f} ", f"({fast / slow:.1f}×)"]
 
 
+def of_ranks(m: dict[str, Any]) -> list[str]:
+    two, one = (m["models"]["random:llama-110m"][name]["16"]["tokens_per_s"] for name in ("tp 2", "1 rank"))
+    return [f"{two:.0f} output", f"{one:.0f} ", f"({two / one:.1f}×)"]
+
+
 def of_health(m: dict[str, Any]) -> list[str]:
     answer, health = m["answers"][-1], m["health"]
     p99 = [f"{health[part]['p99_ms']:.0f} ms" for part in ("part 2", "part 1")]
@@ -46,6 +51,7 @@ EXPECTED: dict[int, Callable[[dict[str, Any]], list[str]]] = {
     6: of_chunks,
     7: lambda m: [f"{m['ttft']['tiny']['shared prefix'][name]['ttft_ms']:.0f} ms" for name in ("on", "off")],
     8: of_speculation,
+    9: of_ranks,
 }  # fmt: skip
 
 

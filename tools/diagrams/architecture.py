@@ -9,7 +9,8 @@ from .metrics import HEAD, SMALL
 from .svg import MARGIN, WIDTH, Drawing
 
 RIGHT = WIDTH - MARGIN
-FIRST_ROOMS, FIRST_BORDER = 3, 5  # the parts that bring the three rooms, and the process border
+FIRST_ROOMS, FIRST_BORDER, FIRST_RANKS = 3, 5, 9  # the parts that bring the three rooms, and the process borders
+STACK = 5.0  # how far the panels of several ranks are apart
 COLUMNS = (128.0, 308.0, 488.0, 668.0)
 BOX_WIDTH, BOX_HEIGHT, PILL_HEIGHT = 152.0, 46.0, 26.0
 
@@ -63,6 +64,7 @@ PIECES = {
         1, 398, "purple", Version(4, "Scheduler", "a new batch each step"),
         Version(5, "Scheduler", "counts placeholders"), Version(6, "Scheduler", "budget, chunks"),
         Version(7, "Scheduler", "looks up cached blocks"), Version(8, "Scheduler", "chunks and draft tokens"),
+        Version(9, "Scheduler", "a step for each stage"),
     ),
     "blocks": _piece(
         2, 398, "purple", Version(3, "Block manager", "block tables"),
@@ -71,6 +73,7 @@ PIECES = {
     "prefix": _piece(3, 398, "purple", Version(7, "Prefix cache", "block hashes")),
     "executor": _piece(
         0, 464, "purple", Version(3, "Executor", "runs a StepInput"), Version(5, "Executor", "launches a StepInput"),
+        Version(9, "Executor", "a process per rank"),
     ),
     "speculation": _piece(1, 464, "purple", Version(8, "Speculation", "n-gram lookup, limits")),
     "runner": _piece(
@@ -78,7 +81,10 @@ PIECES = {
         Version(4, "Model runner", "decodes and prompts"), Version(5, "Model runner", "prepare, then run"),
         Version(6, "Model runner", "samples if asked"),
     ),
-    "model": _piece(1, 562, "green", Version(1, "Model", "transformers"), Version(3, "Model", "our own, plain torch")),
+    "model": _piece(
+        1, 562, "green", Version(1, "Model", "transformers"), Version(3, "Model", "our own, plain torch"),
+        Version(9, "Model", "a part of each layer"),
+    ),
     "attention": _piece(
         2, 562, "green", Version(3, "Attention kernel", "paged decode"),
         Version(6, "Attention kernel", "decodes and chunks"),
@@ -122,6 +128,7 @@ SUBTITLES = {
     6: "The scheduler cuts prompts into chunks that fit a token budget.",
     7: "Full blocks are found by a hash of their content.",
     8: "Draft tokens are proposed, and verified by the target model.",
+    9: "The worker runs once per rank, each in a process of its own, with a part of every layer.",
 }
 
 
@@ -129,7 +136,9 @@ def architecture_part(part: int) -> Drawing:
     """The picture after a part; its own pieces are orange and labelled new or changed."""
     present = {name: version for name, piece in PIECES.items() if (version := piece.at(part))}
     drawing = Drawing(
-        f"The architecture after part {part}", _describe(part, present), min_height=ROOMS[-1][3].bottom + MARGIN
+        f"The architecture after part {part}",
+        _describe(part, present),
+        min_height=ROOMS[-1][3].bottom + MARGIN + (2 * STACK if part >= FIRST_RANKS else 0),
     )
     drawing.heading(SUBTITLES[part])
     if part >= FIRST_ROOMS:
@@ -143,7 +152,11 @@ def architecture_part(part: int) -> Drawing:
     _arrows(drawing, part, present)
     if part >= FIRST_ROOMS:
         x = COLUMNS[0] + BOX_WIDTH / 2 + 12
-        drawing.text(x, 536, "`StepInput` down, `StepOutput` up", SMALL, "muted")
+        end = drawing.text(x, 536, "`StepInput` down, `StepOutput` up", SMALL, "muted").right
+        if part >= FIRST_RANKS:
+            ink, hue = ("orange-ink", "orange") if part == FIRST_RANKS else ("muted", "")
+            start = drawing.text(RIGHT, 536, "process border: one process per rank", SMALL, ink, "end").x
+            drawing.line([(end + 8, 536), (start - 8, 536)], hue, dashed=True)
     return drawing
 
 
@@ -165,9 +178,15 @@ def _describe(part: int, present: dict[str, Version]) -> str:
 
 def _rooms(drawing: Drawing, part: int) -> None:
     for name, job, hue, rect in ROOMS:
+        if name == "worker" and part >= FIRST_RANKS:
+            for offset in (2 * STACK, STACK):
+                drawing.panel(Rect(rect.x + offset, rect.y + offset, rect.width, rect.height))
         drawing.panel(rect)
         drawing.text(rect.x + 16, rect.y + 26, name, HEAD, f"{hue}-ink")
         drawing.paragraph(rect.x + 16, rect.y + 46, job, 84, SMALL, "muted")
+    if part >= FIRST_RANKS:
+        ink = "orange-ink" if part == FIRST_RANKS else "muted"
+        drawing.paragraph(MARGIN + 16, ROOMS[-1][3].y + 72, "on each rank", 84, SMALL, ink)
     if part < FIRST_BORDER:
         drawing.text(RIGHT - 14, ROOMS[0][3].y + 20, "all in one process", SMALL, "muted", "end")
         return

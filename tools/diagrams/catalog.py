@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from . import architecture, batches, kv_blocks, one_request, overview, processes, speculation, transformer
+from . import architecture, batches, kv_blocks, one_request, overview, processes, ranks, speculation, transformer
 from .svg import Drawing
 
 DIAGRAMS: dict[str, Callable[[], Drawing]] = {
@@ -22,5 +22,7 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "processes": processes.processes,
     "overlap": processes.overlap,
     "draft_verify": speculation.draft_verify,
+    "tensor_parallel": ranks.tensor_parallel,
+    "pipeline": ranks.pipeline,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

@@ -1,0 +1,187 @@
+"""A server whose model is on several ranks: it drains, and ends with all its processes, however one of them ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.trace import read_trace
+from part09_tensor_parallelism import config
+from tests.contract.test_process import processes_with
+from tests.forked_servers import GREEDY, READY, until
+from tests.http_checks import COMPLETIONS
+from tests.process_checks import ServerProcess, check_command_lines, course_environment, refuses, serve
+
+PART_DIR = Path(config.__file__).parent
+PART = PART_DIR.name
+LOOK = 'Look at core/ranks.py::Ranks, worker/rank_process.py::run_rank and core/engine_core.py; README "When a rank is lost".'  # noqa: E501
+LOOK_FLAGS = 'Look at config.py::EngineConfig and worker/model.py::check_divisible; README "Heads".'
+FLAGS = ["--port", "0", "--device", "cpu", "--no-log-stats", "--num-threads", "1", "--num-kv-blocks", "64"]
+TWO = ["--tensor-parallel-size", "2"]
+BODY = {**GREEDY, "prompt": [6] * 10, "max_tokens": 400, "stream": True}
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for what processes leave behind in /proc")
+
+
+TOO_LONG = f"""
+from {PART}.config import EngineConfig
+try:
+    LLM(EngineConfig(device="cpu", tensor_parallel_size=2))
+except OSError as error:
+    print("OSError", error)
+"""
+
+
+class Traces:
+    """What a server has left: its processes have a mark in their environment, its files are in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mark, self.folder = uuid.uuid4().hex, folder
+
+    @property
+    def env(self) -> dict[str, str]:
+        return course_environment(PART_DIR) | {"TMPDIR": str(self.folder), "LLM_ENGINE_TEST": self.mark}
+
+    def processes(self, name: str = "") -> list[int]:
+        """Those whose command line has this in it, oldest first."""
+        found = []
+        for pid in processes_with(self.mark):
+            with contextlib.suppress(OSError):
+                if name in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append((int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]), pid))
+        return [pid for _, pid in sorted(found)]
+
+    def ranks(self) -> list[int]:
+        """The children of the process that forks them, oldest first."""
+        return self.processes("forkserver")[1:]
+
+    def check_nothing_is_left(self) -> None:
+        until(lambda: not self.processes(), f"all processes to end, {self.processes()}. {LOOK}")
+        left = [str(path) for path in self.folder.glob("llm-*")]
+        assert not left, f"files are left: {left}. {LOOK}"
+
+
+@pytest.fixture
+def traces() -> Iterator[Traces]:
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:  # short: a socket's path has about 100 characters
+        found = Traces(Path(folder))
+        yield found
+        for pid in found.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def serving(traces: Traces, *flags: str) -> Iterator[ServerProcess]:
+    errors = traces.folder / "stderr"
+    with serve(["-m", PART, *FLAGS, *flags], READY, errors, PART_DIR.parent, traces.env, LOOK) as server:
+        yield server
+
+
+def interrupt_all(traces: Traces, pid: int) -> None:
+    """As a terminal does: all processes of the server's group."""
+    for each in traces.processes():
+        if os.getpgid(each) == os.getpgid(pid) or os.getsid(each) == os.getsid(pid):
+            os.kill(each, signal.SIGINT)
+
+
+def test_it_drains_after_ctrl_c_and_leaves_a_trace_of_all_ranks(traces: Traces, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    with serving(traces, *TWO, "--trace", str(path)) as server:
+        assert len(traces.ranks()) == 2, f"expected two ranks among {traces.processes()}. {LOOK}"
+        for pid in traces.ranks():
+            shared = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm" in line]
+            assert not shared, f"rank process {pid} has shared memory: {shared}. {LOOK}"
+        pid, body = server.process.pid, {**BODY, "max_tokens": 40}
+        server.check_finishes_a_stream_after(lambda: interrupt_all(traces, pid), COMPLETIONS, body, LOOK)
+        server.check_ends_after_sigterm(LOOK)
+    traces.check_nothing_is_left()
+    steps = read_trace(path).steps
+    ranks = [[each.rank for each in step.ranks] for step in steps]
+    assert ranks == [[0, 1]] * len(steps), f"every step has both ranks, got {ranks}. {LOOK}"
+    counts = {len(each.collectives) for step in steps for each in step.ranks}
+    assert counts == {14}, f"tiny has 14 collectives in a step, got {counts}. {LOOK}"
+
+
+@pytest.mark.parametrize("who", ["engine core", "rank 1"])
+def test_one_of_the_processes_is_killed(traces: Traces, who: str) -> None:
+    """In the middle of a stream, whose client gets an error that says so. (If the API process is killed, the core ends:
+    that's part 5's test.)"""
+    flags = ["--pipeline-parallel-size", "2"] if who == "engine core" else TWO
+    with serving(traces, *flags) as server:
+        victims = {"engine core": int(server.ready["core"] or 0), "rank 1": traces.ranks()[1]}
+        with server.stream(COMPLETIONS, BODY) as response:
+            chunks = response.iter_text()
+            text = next(chunks)
+            os.kill(victims[who], signal.SIGKILL)
+            text += "".join(chunks)
+        cause = "rank 1 was killed by SIGKILL" if who == "rank 1" else "engine core has died (killed by SIGKILL)"
+        assert cause in text, f"expected {cause!r} in the error, got {text[-300:]!r}. {LOOK}"
+        got = server.process.wait(60)
+        assert got == 1, f"expected exit status 1, got {got}: {server.stderr.read_text()}. {LOOK}"
+        assert "Traceback" not in server.stderr.read_text(), f"{server.stderr.read_text()}. {LOOK}"
+        assert refuses(server.port), f"the port is still open. {LOOK}"
+    traces.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_the_server_is_ended_while_it_starts(traces: Traces, number: signal.Signals) -> None:
+    """As soon as the process that forks the ranks has begun, or a rank has."""
+    has_begun = traces.ranks if number == signal.SIGTERM else lambda: traces.processes("forkserver")
+    errors = (traces.folder / "stderr").open("w+")
+    with errors, subprocess.Popen(
+        [sys.executable, "-m", PART, *FLAGS, *TWO], cwd=PART_DIR.parent, env=traces.env, stdout=subprocess.DEVNULL,
+        stderr=errors, start_new_session=True,
+    ) as process:  # fmt: skip
+        until(has_begun, "the ranks to begin")
+        process.send_signal(number)
+        status = process.wait(60)
+        errors.seek(0)
+        said = errors.read()
+        expected = -number if number == signal.SIGKILL else 128 + number
+        assert status == expected, f"{number.name}: expected {expected}, got {status}: {said}. {LOOK}"
+        assert "Traceback" not in said, f"{number.name}: {said}. {LOOK}"
+    traces.check_nothing_is_left()
+
+
+def test_bad_command_lines() -> None:
+    check_command_lines(
+        PART_DIR,
+        (config.EngineConfig,),
+        {
+            "no ranks": (["--tensor-parallel-size", "0"], ["tensor-parallel-size", "at least 1"]),
+            "no stages": (["--pipeline-parallel-size", "0"], ["pipeline-parallel-size", "at least 1"]),
+            "no time": (["--distributed-timeout", "0"], ["distributed-timeout", "at least 1"]),
+        },
+        LOOK_FLAGS,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tensor-parallel-size", "3"], "tensor_parallel_size: expected a divisor of num_attention_heads, 8, got 3"),
+        (["--pipeline-parallel-size", "7"], "pipeline_parallel_size: expected at most num_hidden_layers, 6, got 7"),
+    ],
+)
+def test_a_model_that_the_ranks_cannot_share(host: object, flags: list[str], words: str) -> None:
+    server = host.start(PART, *flags)  # type: ignore[attr-defined]
+    server.check_end(2, f"{PART}: error: {words}\n", LOOK_FLAGS)
+
+
+def test_a_temporary_directory_whose_name_is_too_long(traces: Traces) -> None:
+    long = traces.folder / ("x" * 60)
+    long.mkdir()
+    command = [sys.executable, "-c", f"from {PART}.llm import LLM\n{TOO_LONG}"]
+    done = subprocess.run(
+        command, cwd=PART_DIR.parent, env=traces.env | {"TMPDIR": str(long)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("OSError cannot start rank 0") and str(long) in done.stdout, f"{done}. {LOOK}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .geometry import Point, Rect
 from .metrics import HEAD, SMALL
-from .svg import MARGIN, WIDTH, Drawing
+from .svg import MARGIN, PANEL_RADIUS, WIDTH, Drawing
 
 RIGHT = WIDTH - MARGIN
 FIRST_ROOMS, FIRST_BORDER, FIRST_RANKS = 3, 5, 9  # the parts that bring the three rooms, and the process borders
@@ -180,7 +180,8 @@ def _rooms(drawing: Drawing, part: int) -> None:
     for name, job, hue, rect in ROOMS:
         if name == "worker" and part >= FIRST_RANKS:
             for offset in (2 * STACK, STACK):
-                drawing.panel(Rect(rect.x + offset, rect.y + offset, rect.width, rect.height))
+                behind = Rect(rect.x + offset, rect.y + offset, rect.width, rect.height)
+                drawing.shape(behind, "panel", PANEL_RADIUS, check=False)
         drawing.panel(rect)
         drawing.text(rect.x + 16, rect.y + 26, name, HEAD, f"{hue}-ink")
         drawing.paragraph(rect.x + 16, rect.y + 46, job, 84, SMALL, "muted")

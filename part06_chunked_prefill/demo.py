@@ -102,8 +102,9 @@ def show_waits(console: Console, model: str) -> None:
     longest = max(max(run.itl_ms[1:]) for run in runs.values())
     for name, run in runs.items():
         console.print(
-            f"[bold]{name}[/]: largest ITL {max(run.itl_ms[1:]):.0f} ms, TTFT of the long prompt {run.ttft_ms:.0f} ms",
+            f"[bold]{name}[/]: largest ITL {max(run.itl_ms[1:]):.0f} ms, long prompt's TTFT {run.ttft_ms:.0f} ms",
             highlight=False,
+            soft_wrap=True,
         )
         for itl_ms in run.itl_ms[NUM_BEFORE - 2 : NUM_BEFORE + 10]:
             console.print(f"{itl_ms:6.1f} ms {'█' * max(1, round(WIDTH * itl_ms / longest))}", highlight=False)

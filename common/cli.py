@@ -21,12 +21,18 @@ def option(default: Any, help: str, minimum: int | None = None) -> Any:
     return field(default=default, metadata={"help": help, "minimum": minimum})
 
 
+MAX_INT = 2**63 - 1
+
+
 def check_minimums(config: Any) -> None:
-    """Raises FieldError naming the first field that is below its minimum. None is always allowed."""
+    """Raises FieldError naming the first field that is below its minimum, or too large to be sent to another process.
+    None is always allowed."""
     for spec in fields(config):
         minimum, value = spec.metadata.get("minimum"), getattr(config, spec.name)
         if minimum is not None and value is not None and value < minimum:
             raise FieldError(spec.name, f"expected at least {minimum}, got {value}")
+        if isinstance(value, int) and value > MAX_INT:
+            raise FieldError(spec.name, f"expected at most {MAX_INT}, got {value}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,6 +10,9 @@ from common.cli import check_minimums, option
 from common.errors import FieldError
 from common.threads import check_num_threads
 
+MIN_SECRET_CHARS = 8
+LIMITS = {"tensor_parallel_size": 1_024, "pipeline_parallel_size": 1_024, "distributed_timeout": 86_400}
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -58,6 +61,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_minimums(self)
         check_num_threads(self.num_threads)
+        for size, most in LIMITS.items():
+            if getattr(self, size) > most:
+                raise FieldError(size, f"expected at most {most}, got {getattr(self, size)}")
+        if self.distributed_secret is not None and len(self.distributed_secret.strip()) < MIN_SECRET_CHARS:
+            raise FieldError("distributed_secret", f"expected at least {MIN_SECRET_CHARS} characters")
         if self.prompt_lookup_max < self.prompt_lookup_min:
             limit = f"prompt_lookup_min={self.prompt_lookup_min}"
             raise FieldError("prompt_lookup_max", f"expected at least {limit}, got {self.prompt_lookup_max}")

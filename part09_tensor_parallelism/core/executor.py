@@ -11,6 +11,7 @@ from common.errors import FieldError
 
 from ..config import EngineConfig
 from ..messages import AllocateCache, CacheAllocated, RankLoaded, StepInput, StepOutput
+from ..torchrun import Torchrun
 from ..worker import launcher, rank_process
 from ..worker.model import check_divisible
 from ..worker.worker import Worker
@@ -123,4 +124,7 @@ def check_weights(loaded: list[RankLoaded]) -> None:
 
 
 def make_executor(config: EngineConfig) -> Executor:
+    """Raises FieldError if torchrun has started other ranks than the config says, or none can be made."""
+    if (torchrun := Torchrun.from_environment()) is not None:
+        torchrun.check(config)
     return UniProcExecutor(config) if config.num_ranks == 1 else MultiprocExecutor(config)

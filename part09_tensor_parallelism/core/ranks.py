@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from typing import TypeVar
 
 import zmq
@@ -92,16 +93,16 @@ class Ranks:
             for socket, address in zip((self._orders, self._answers), addresses.split(), strict=True):
                 socket.bind(address)
         else:
-            torchrun.check(config)
             addresses, init_method = self._listen(config, torchrun), "env://"
+        left_behind = (directory, get_temp_dir())  # if this process is killed: the sockets, the fork server's own
         for rank in range(self.num_ranks if torchrun is None else 1):
             process = _FORKSERVER.Process(
-                target=self.run_rank, args=(rank, addresses, config.distributed_secret, directory), name=f"rank-{rank}",
-                daemon=True,
+                target=self.run_rank, args=(rank, addresses, config.distributed_secret, left_behind),
+                name=f"rank-{rank}", daemon=True,
             )  # fmt: skip
             try:
                 process.start()
-            except OSError as error:  # as a rule, a socket's path is too long
+            except (OSError, EOFError) as error:  # a socket's path is too long, or the fork server has died
                 raise OSError(f"cannot start rank {rank}: {error}; TMPDIR is {tempfile.gettempdir()}") from error
             self.processes.append(process)
             self._poller.register(process.sentinel, zmq.POLLIN)

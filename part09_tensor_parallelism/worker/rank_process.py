@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -42,14 +43,14 @@ from .stream import StepHandle
 from .worker import Worker
 
 
-def run_rank(rank: int, addresses: str, secret: str | None, directory: str) -> None:
+def run_rank(rank: int, addresses: str, secret: str | None, directories: Sequence[str]) -> None:
     """The main function of a process that core has started: do what core says, until its process ends.
 
-    addresses: of core's two sockets. directory: with the sockets' files.
+    addresses: of core's two sockets. directories: to remove if core is killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is core's affair
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once, even in a collective
-    threading.Thread(target=_end_with_parent, args=(directory,), name="parent-watch", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(directories,), name="parent-watch", daemon=True).start()
     Rank(rank, addresses, secret).run()
 
 
@@ -189,10 +190,11 @@ def num_local_ranks(config: EngineConfig) -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if Torchrun.from_environment() else config.num_ranks
 
 
-def _end_with_parent(directory: str) -> None:
-    """End when core's process ends, even by SIGKILL, and remove the sockets' directory, which it no longer can."""
+def _end_with_parent(directories: Sequence[str]) -> None:
+    """End when core's process ends, even by SIGKILL, and remove directories, which it no longer can."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "run_rank is started by multiprocessing"
     parent.join()
-    shutil.rmtree(directory, ignore_errors=True)
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)

@@ -173,7 +173,7 @@ def test_help_explains_the_flags_of_all_configs(capsys: pytest.CaptureFixture[st
 # Minimums
 
 
-def test_check_minimums_names_the_first_field_below_its_minimum() -> None:
+def test_check_minimums_names_the_first_field_that_is_out_of_range() -> None:
     @dataclass(frozen=True)
     class Limited:
         free: int = option(-5, "no minimum")
@@ -186,6 +186,7 @@ def test_check_minimums_names_the_first_field_below_its_minimum() -> None:
         (Limited(some=1, none=-1), "some: expected at least 2, got 1"),
         (Limited(some=0), "some: expected at least 2, got 0"),
         (Limited(none=-1), "none: expected at least 0, got -1"),
+        (Limited(none=2**63), "none: expected at most 9223372036854775807, got 9223372036854775808"),
     ):
         with pytest.raises(FieldError) as caught:
             check_minimums(bad)

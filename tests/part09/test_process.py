@@ -65,7 +65,7 @@ class Traces:
 
     def check_nothing_is_left(self) -> None:
         until(lambda: not self.processes(), f"all processes to end, {self.processes()}. {LOOK}")
-        left = [str(path) for path in self.folder.glob("llm-*")]
+        left = [str(path) for pattern in ("llm-*", "pymp-*") for path in self.folder.glob(pattern)]
         assert not left, f"files are left: {left}. {LOOK}"
 
 
@@ -132,6 +132,20 @@ def test_one_of_the_processes_is_killed(traces: Traces, who: str) -> None:
     traces.check_nothing_is_left()
 
 
+def test_a_rank_is_stopped_and_nothing_is_left(traces: Traces) -> None:
+    """It does not hear SIGTERM: the core kills it, although the server tells the core to end meanwhile."""
+    with serving(traces, *TWO, "--distributed-timeout", "4") as server:
+        with server.stream(COMPLETIONS, BODY) as response:
+            chunks = response.iter_text()
+            text = next(chunks)
+            os.kill(traces.ranks()[1], signal.SIGSTOP)
+            text += "".join(chunks)
+        assert "rank 1 has not answered for 4 s" in text, f"the error names the rank, got {text[-300:]!r}. {LOOK}"
+        assert server.process.wait(60) == 1, f"{server.stderr.read_text()}. {LOOK}"
+        assert not traces.ranks(), f"rank processes {traces.ranks()} are left. {LOOK}"
+    traces.check_nothing_is_left()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_the_server_is_ended_while_it_starts(traces: Traces, number: signal.Signals) -> None:
     """As soon as the process that forks the ranks has begun, or a rank has."""
@@ -160,6 +174,9 @@ def test_bad_command_lines() -> None:
             "no ranks": (["--tensor-parallel-size", "0"], ["tensor-parallel-size", "at least 1"]),
             "no stages": (["--pipeline-parallel-size", "0"], ["pipeline-parallel-size", "at least 1"]),
             "no time": (["--distributed-timeout", "0"], ["distributed-timeout", "at least 1"]),
+            "too much time": (["--distributed-timeout", "10000000000"], ["distributed-timeout", "at most 86400"]),
+            "too many ranks": (["--tensor-parallel-size", "9999"], ["tensor-parallel-size", "at most 1024"]),
+            "no secret": (["--distributed-secret", ""], ["distributed-secret", "at least 8 characters"]),
         },
         LOOK_FLAGS,
     )

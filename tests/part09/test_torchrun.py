@@ -24,6 +24,7 @@ from zmq.utils.monitor import recv_monitor_message
 from common.errors import FieldError
 from part09_tensor_parallelism.config import EngineConfig
 from part09_tensor_parallelism.core import ranks as core_ranks
+from part09_tensor_parallelism.core.executor import make_executor
 from part09_tensor_parallelism.core.ranks import RankDied, Ranks
 from part09_tensor_parallelism.torchrun import Torchrun, encrypt
 from part09_tensor_parallelism.worker import rank_process
@@ -172,6 +173,13 @@ def test_only_who_knows_the_secret_can_talk_to_core(ours: str | None, theirs: st
             assert server.recv() == b"a step"
     finally:
         context.destroy(linger=0)
+
+
+def test_one_rank_in_a_world_of_two_is_refused() -> None:
+    """On rank 0 as well, which needs no other ranks and could serve alone."""
+    world = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with mock.patch.dict(os.environ, {**world, "MASTER_PORT": "1"}), pytest.raises(FieldError, match="started 2"):
+        make_executor(EngineConfig(device="cpu"))
 
 
 def test_a_port_at_which_nobody_listens() -> None:

@@ -147,7 +147,8 @@ def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[byt
         outputs.send(encode(EngineCoreDead(str(error))))
         sys.exit(1)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that does not end must still be killed
+        if threading.current_thread() is threading.main_thread():  # which alone may say so
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that does not end must still be killed
         engine.shutdown()
 
 

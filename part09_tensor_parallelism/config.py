@@ -42,7 +42,7 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "ranks that share every layer, each in a process of its own", 1)
     pipeline_parallel_size: int = option(1, "stages that the layers are split into, one after the other", 1)
     distributed_secret: str | None = option(
-        None, "with torchrun on several machines: what all ranks must know, the same for all"
+        None, "with torchrun on several machines: what all ranks must know, at least 8 characters"
     )
     distributed_timeout: int = option(60, "seconds that a rank may take for a step or to find the others", 1)
     block_size: int = option(16, "tokens in a KV block, a power of two", 1)

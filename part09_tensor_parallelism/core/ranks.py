@@ -34,6 +34,7 @@ from ..torchrun import Torchrun, encrypt
 
 GRACE_S = 2.0  # how long to look for the cause when a collective fails, and to wait for answers to a ping
 SHUTDOWN_TIMEOUT_S = 2.0  # then a process is killed
+FORKSERVER_LOST = 255  # multiprocessing's exit code for a process whose fork server is gone
 LINGER_MS = 500  # for the last message to ranks on other machines
 
 Answer = TypeVar("Answer", bound=FromRank)
@@ -217,6 +218,8 @@ class Ranks:
             process.join(0)
             if (status := process.exitcode) is not None:
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                if status == FORKSERVER_LOST:
+                    how += ", or the fork server was killed, which knows how ranks end"
                 return RankDied(f"rank {rank} {how}")
         return None
 

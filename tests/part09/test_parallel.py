@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common.checkpoint import MODELS_DIR, Checkpoint, resolve_checkpoint
 from common.checkpoint_reader import open_checkpoint
 from common.errors import FieldError
+from common.testing import assert_same_greedy, reference_greedy
 from part09_tensor_parallelism.worker.parallel import (
     ColumnParallelLinear,
     ParallelGroup,
@@ -28,6 +29,7 @@ from part09_tensor_parallelism.worker.parallel import (
 )
 from part09_tensor_parallelism.worker.weights import load_decoder
 from tests import local_ranks
+from tests.contract.engines import SmallEngine
 
 PART = "part09_tensor_parallelism"
 LocalGroup = Any  # tests.local_ranks makes it for the part
@@ -243,6 +245,17 @@ def write_random_model(directory: Path, family: str, **changes: Any) -> Checkpoi
     return resolve_checkpoint(str(directory))
 
 
+class StoredModel:
+    """What SmallEngine needs of a model on disk."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def loaded_once(self, part: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+NUM_ANSWER_TOKENS = 10
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, 1 KV head": ("llama", dict(num_key_value_heads=1)),
     "llama, 2 KV heads, tied": ("llama", dict(tie_word_embeddings=True)),
@@ -286,6 +299,38 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
             )
         num_tested += 1
     assert num_tested >= 3, f"only {num_tested} grids divide this model"
+
+
+ENGINE_GRIDS = [(2, 1), (3, 1), (4, 1), (1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_ids_equal_transformers(name: str, tmp_path: Path) -> None:
+    """The whole engine, with chunks of a prompt, several requests in a step and preemption, on each grid."""
+    family, changes = MODELS[name]
+    checkpoint = write_random_model(tmp_path, family, **changes)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(checkpoint.config.vocab_size, (n,), generator=generator).tolist() for n in (1, 9, 20, 26)]
+    expected = [reference_greedy(reference, prompt, NUM_ANSWER_TOKENS) for prompt in prompts]
+    num_tested = 0
+    for tp_size, num_stages in ENGINE_GRIDS:
+        kv_heads = checkpoint.config.num_key_value_heads
+        if kv_heads % tp_size and tp_size % kv_heads:
+            continue
+        engine = SmallEngine(
+            PART, StoredModel(str(tmp_path)), tensor_parallel_size=tp_size, pipeline_parallel_size=num_stages,
+            max_num_batched_tokens=12, max_num_seqs=4, num_kv_blocks=18,
+        )  # fmt: skip
+        for number, prompt in enumerate(prompts):
+            engine.add(str(number), prompt, max_tokens=NUM_ANSWER_TOKENS)
+        answers = engine.finish()
+        where = f"{name}, {tp_size} × {num_stages} ranks"
+        for number, (prompt, ids) in enumerate(zip(prompts, expected, strict=True)):
+            assert_same_greedy(reference, prompt, answers[str(number)].token_ids, ids, f"{where}, request {number}")
+        assert engine.core.scheduler.num_preemptions, f"{where}: this test needs a preemption"
+        num_tested += 1
+    assert num_tested >= 2, f"only {num_tested} grids divide this model"
 
 
 def test_the_collectives_of_a_forward_pass() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from part09_tensor_parallelism.worker import rank_process
 from tests.part09.faulty_rank import run_faulty_rank
 
 LOOK = 'Look at core/ranks.py::Ranks; README "When a rank is lost".'
+FORKSERVER: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
 TIMEOUT_S = 4  # distributed_timeout where a rank hangs
 PROMPT, GREEDY = [5] * 7, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -114,6 +117,26 @@ def test_a_rank_is_lost_between_requests(make_llm: Callable[..., LLM]) -> None:
     llm.generate([PROMPT], GREEDY)
     os.kill(executor.ranks.processes[1].pid or 0, signal.SIGKILL)
     with pytest.raises(RankDied, match="rank 1 was killed by SIGKILL"):
+        llm.generate([PROMPT], GREEDY)
+
+
+def test_the_fork_server_is_lost(make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it starts a rank, and later: the next engine has a new one."""
+    real = FORKSERVER.ensure_running
+
+    def stopped_and_then_killed() -> None:
+        real()
+        os.kill(FORKSERVER._forkserver_pid, signal.SIGSTOP)  # so that it accepts the connection, and doesn't answer
+        threading.Timer(0.2, os.kill, (FORKSERVER._forkserver_pid, signal.SIGKILL)).start()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FORKSERVER, "ensure_running", stopped_and_then_killed)
+        with pytest.raises(OSError, match="cannot start rank 0: .*; TMPDIR is "):
+            make_llm()
+    llm = make_llm()
+    llm.generate([PROMPT], GREEDY)
+    os.kill(FORKSERVER._forkserver_pid, signal.SIGKILL)
+    with pytest.raises(RankDied, match="or the fork server was killed"):
         llm.generate([PROMPT], GREEDY)
 
 

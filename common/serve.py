@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from common import startup
 from common.cli import option
 from common.errors import FieldError
 
@@ -160,10 +161,15 @@ def serve_app(
     cause_of_death: returns why the engine died, None while it is alive. After a death the server prints the cause as
     its last line and exits with status 1.
     """
+
+    def on_started() -> None:
+        startup.end()
+        print(message, flush=True)
+
     # uvicorn raises the signal again when it is done, which would turn a clean exit into a nonzero exit status.
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        server = _Server(app, lambda: print(message, flush=True), cause_of_death, logs_stats=True)
+        server = _Server(app, on_started, cause_of_death, logs_stats=True)
         server.run(sockets=[listener])
     finally:
         for number, handler in previous.items():

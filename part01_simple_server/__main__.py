@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from common import startup
 from common.threads import limit_spinning
 
-if __name__ == "__main__":
-    limit_spinning()  # before the imports below load torch
+if __name__ == "__main__":  # before the imports below load torch
+    startup.begin()
+    limit_spinning()
 
 import signal
 import socket
@@ -53,6 +55,7 @@ def serve(config: EngineConfig) -> None:
         f"({llm.device}, {llm.max_model_len} tokens of context)"
     )
     sys.stdout.flush()
+    startup.end()
     server.serve_forever()
 
 

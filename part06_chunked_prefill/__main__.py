@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from common import startup
 from common.threads import limit_spinning
 
-if __name__ == "__main__":
-    limit_spinning()  # before the imports below load torch
+if __name__ == "__main__":  # before the imports below load torch
+    startup.begin()
+    limit_spinning()
 
 from common.cli import exit_on_error, parse_configs
 from common.serve import ServerConfig, listen, serve_app, show_url

@@ -12,6 +12,7 @@ import threading
 
 import zmq
 
+from common import startup
 from common.errors import FieldError
 from common.threads import leave_a_core
 
@@ -96,6 +97,7 @@ class EngineCore:
 
 def run_engine_core(directory: str) -> None:
     """The process's main function: serve the sockets in a directory until SIGTERM, or until the parent ends."""
+    startup.begin()
     os.setsid()  # so that Ctrl-C reaches only the API process, which has open requests to finish
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=_end_with_parent, args=(directory,), name="parent-watch", daemon=True).start()
@@ -127,6 +129,7 @@ def _serve(config: EngineConfig, requests: zmq.Socket[bytes], outputs: zmq.Socke
 def _run(engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
     core = EngineCore(engine, requests, outputs)
     try:
+        startup.end()
         outputs.send(encode(Ready(engine.limits, engine.blocks.num_blocks, core.stats())))
         core.run()
     finally:

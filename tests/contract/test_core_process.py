@@ -19,7 +19,14 @@ from common.sampling_params import SamplingParams
 from common.serving import GenerationError
 from tests.async_checks import until
 from tests.contract.engines import SmallModels
-from tests.contract.gated_server import LOOK_FAIL, LOOK_SHUTDOWN, LOOK_STATS, GatedServer, on_an_event_loop
+from tests.contract.gated_server import (
+    LOOK_FAIL,
+    LOOK_SHUTDOWN,
+    LOOK_STATS,
+    GatedServer,
+    on_an_event_loop,
+    run_on_an_event_loop,
+)
 from tests.gated import CoreGate, CoreThread, gated_engine
 from tests.scripted import Part
 
@@ -158,6 +165,19 @@ def test_a_core_that_does_not_start(
         assert isinstance(caught.value, FieldError) and caught.value.field == "kv_cache_memory", f"{caught.value.field}"
     assert not list(temporary.iterdir()), f"{part}: left behind: {list(temporary.iterdir())}. {LOOK_START}"
     assert not processes[0].is_alive(), f"{part}: the core is alive. {LOOK_START}"
+
+
+@pytest.mark.since(5)
+def test_collections_go_on_when_the_core_is_ready(
+    part: str, small_models: SmallModels, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    calls = list[str]()
+    monkeypatch.setattr("common.startup.end", lambda: calls.append("end"))
+
+    async def nothing(server: GatedServer) -> None:
+        assert calls == ["end"], f"{part}: look at core/engine_core.py::_run."
+
+    run_on_an_event_loop(GatedServer(part, small_models), nothing)
 
 
 @pytest.mark.since(5)

@@ -25,6 +25,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TextIO
 
+from common import startup
 from workshop.course import WorkshopError
 from workshop.lending import CopyFinder, install
 
@@ -57,8 +58,9 @@ def main() -> None:
     """Arguments: files and folders whose imports are made in advance."""
     replies = os.fdopen(os.dup(1), "w")
     redirect(os.devnull, 1)  # imports must not print between the replies
+    startup.begin()
     preload([Path(argument) for argument in sys.argv[1:]])
-    gc.freeze()  # these objects stay: children need not scan them
+    startup.end()  # these objects stay: children need not scan them
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # idle threads of BLAS
     for line in sys.stdin:
         job = Job(**json.loads(line))

@@ -112,6 +112,7 @@ class _Server(uvicorn.Server):
         self.log_stats = self._hook("log_stats") if logs_stats else None
         self.died_at: float | None = None
         self.is_hurried = False
+        self.is_ending = False  # the engine is shut down, which is no death
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets open requests finish, the second ends them."""
@@ -119,11 +120,22 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        shut_down_app = self.lifespan.shutdown
+
+        async def note_death_first() -> None:
+            self._note_death()
+            await shut_down_app()
+
+        self.lifespan.shutdown = note_death_first  # type: ignore[method-assign]
         ending = asyncio.ensure_future(self._end_requests())
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+
+    def _note_death(self) -> None:
+        if self.died_at is None and not self.is_ending and self.cause_of_death() is not None:
+            self.died_at = time.monotonic()
 
     async def _end_requests(self) -> None:
         """Wait for DRAIN_TIMEOUT_S or a second signal, then end all open requests."""
@@ -131,6 +143,8 @@ class _Server(uvicorn.Server):
         while not self.is_hurried and time.monotonic() < deadline:
             self._log_stats()
             await asyncio.sleep(0.05)
+        self._note_death()
+        self.is_ending = True
         if (end_requests := self._hook("end_requests")) is not None:
             await asyncio.to_thread(end_requests)
 
@@ -140,8 +154,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         self._log_stats()
-        if self.died_at is None and self.cause_of_death() is not None:
-            self.died_at = time.monotonic()
+        self._note_death()
         should_exit = await super().on_tick(counter)
         return should_exit or (self.died_at is not None and time.monotonic() > self.died_at + DEATH_GRACE_S)
 

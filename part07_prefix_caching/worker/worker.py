@@ -44,6 +44,7 @@ class Worker:
             check_memory("num_kv_blocks", config.num_kv_blocks, config.num_kv_blocks * bytes_per_block, self.device)
             return config.num_kv_blocks
         if config.kv_cache_memory is not None:
+            check_memory("kv_cache_memory", config.kv_cache_memory, config.kv_cache_memory, self.device)
             return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
         if not self.device.startswith("cuda"):
             return num_blocks_in(CPU_KV_CACHE_BYTES, bytes_per_block, "kv_cache_memory")

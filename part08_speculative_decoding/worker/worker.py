@@ -13,6 +13,7 @@ from ..config import EngineConfig
 from ..messages import StepInput
 from .draft_model import DraftModelProposer
 from .kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block
+from .model import DecoderModel
 from .model_runner import ModelRunner, to_step_output
 from .stream import StepHandle, make_stream
 from .weights import load_decoder
@@ -36,8 +37,7 @@ class Worker:
         self.model = self.stream.run(lambda: load_decoder(self.checkpoint, dtype, self.device))
         self.drafter = None
         if config.speculative_method == "draft_model":
-            draft = resolve_checkpoint(config.speculative_model)
-            draft_model = self.stream.run(lambda: load_decoder(draft, dtype, self.device))
+            draft_model = self.stream.run(lambda: load_draft_model(config.speculative_model, dtype, self.device))
             self.drafter = self.stream.run(lambda: DraftModelProposer(draft_model, config))
         eos_token_ids = self.checkpoint.eos_token_ids
         self.runner = self.stream.run(lambda: ModelRunner(self.model, config, eos_token_ids, self.drafter))
@@ -52,6 +52,7 @@ class Worker:
             check_memory("num_kv_blocks", config.num_kv_blocks, config.num_kv_blocks * bytes_per_block, self.device)
             return config.num_kv_blocks
         if config.kv_cache_memory is not None:
+            check_memory("kv_cache_memory", config.kv_cache_memory, config.kv_cache_memory, self.device)
             return num_blocks_in(config.kv_cache_memory, bytes_per_block, "kv_cache_memory")
         if not self.device.startswith("cuda"):
             return num_blocks_in(CPU_KV_CACHE_BYTES, bytes_per_block, "kv_cache_memory")
@@ -70,3 +71,11 @@ class Worker:
         return self.stream.launch(
             lambda: self.runner.run(batch), lambda sampled: to_step_output(sampled, batch)
         )  # fmt: skip
+
+
+def load_draft_model(name: str, dtype: torch.dtype, device: str) -> DecoderModel:
+    """As load_decoder does, but errors name the flag speculative_model."""
+    try:
+        return load_decoder(resolve_checkpoint(name), dtype, device)
+    except FieldError as error:
+        raise FieldError("speculative_model", str(error).removeprefix(f"{error.field}: ")) from None

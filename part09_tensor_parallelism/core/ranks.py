@@ -66,7 +66,7 @@ class Ranks:
     def __init__(self, config: EngineConfig, run_rank: Callable[..., None], publish: Callable[..., None]) -> None:
         self.run_rank, self.publish = run_rank, publish
         self.num_ranks, self.tensor_parallel_size = config.num_ranks, config.tensor_parallel_size
-        self.timeout_s = float(config.distributed_timeout)
+        self.timeout_s, self.has_secret = float(config.distributed_timeout), config.distributed_secret is not None
         self.processes: list[BaseProcess] = []  # those that this process has started: the first ones
         self._failure: RankDied | None = None
         self._silent = set[int]()  # ranks that have not answered the last ping
@@ -132,6 +132,7 @@ class Ranks:
                 raise RankDied(
                     f"{num_connected} of {self.num_ranks} ranks have come within {self.timeout_s:g} s "
                     "(distributed_timeout)"
+                    + ("; the others may have another distributed_secret" if self.has_secret else "")
                 )
 
     def remove_directory(self) -> None:
@@ -242,6 +243,8 @@ class Ranks:
         last, first = min(self._progress, key=self._how_far), max(self._progress, key=self._how_far)
         if failed is not None and not failed.is_collective:
             return RankDied(f"rank {failed.rank}: {failed.message}", failed.field)
+        if self._silent and failed is not None:  # at once, as a rule because the other end of a connection is gone
+            return RankDied(f"rank {min(self._silent)} does not answer, and on rank {failed.rank}: {failed.message}")
         if self._silent:
             return RankDied(f"rank {min(self._silent)} has not answered for {self.timeout_s:g} s (distributed_timeout)")
         if failed is not None and self._how_far(last) == self._how_far(first):

@@ -130,6 +130,24 @@ def check_trace(part: str, path: Path) -> None:
 # What it does without being started anew: see forked_servers.py
 
 
+@pytest.mark.since(5)
+def test_a_core_that_dies_while_the_server_drains(part: str, host: Host) -> None:
+    """The open requests get the cause, and the server ends with status 1, as it does without SIGTERM."""
+    server = host.serve(part, *FLAGS, step_s=0.2)
+    body = {**GREEDY, "prompt": [6] * 5, "max_tokens": 290, "stream": True}
+    with contextlib.ExitStack() as stack:
+        idle = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S))
+        chunks = stack.enter_context(server.stream(COMPLETIONS, body)).iter_text()
+        text = next(chunks)
+        os.kill(server.pid, signal.SIGTERM)
+        assert not idle.recv(1), "a server that drains closes its idle connections"
+        os.kill(server.core, signal.SIGKILL)
+        text += "".join(chunks)
+    cause = r"the engine core has died (killed by SIGKILL)"
+    assert cause in text, f"{part}: expected an error event with the cause, got {text[-300:]!r}. {LOOK_DEATH}"
+    server.check_end(1, re.escape(f"error: {cause}\n"), LOOK_DEATH)
+
+
 @pytest.mark.since(3)
 def test_a_second_sigterm_ends_open_requests_with_an_error(part: str, host: Host) -> None:
     """Left alone, they would take a minute."""

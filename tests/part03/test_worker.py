@@ -79,6 +79,13 @@ def test_a_pool_that_is_too_small_is_refused(make: Callable[..., Worker]) -> Non
     assert caught.value.field == "kv_cache_memory", f"got {caught.value.field}. {LOOK_BLOCKS}"
 
 
+def test_a_pool_larger_than_the_memory_is_refused(make: Callable[..., Worker]) -> None:
+    worker = make(kv_cache_memory=10**15)
+    with pytest.raises(FieldError, match="1,000,000,000,000,000 bytes, and cpu has") as caught:
+        worker.num_blocks_available()
+    assert caught.value.field == "kv_cache_memory", f"got {caught.value.field}. {LOOK_BLOCKS}"
+
+
 class FakeCuda:
     """Of 1,000,000 bytes the weights take 100,000, the largest step 200,000 more, and another process 50,000."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_model, resolve_checkpoint
+from common.errors import FieldError
 from common.sampling_params import SamplingParams
 from part08_speculative_decoding.config import EngineConfig
 from part08_speculative_decoding.core.engine import LLMEngine
@@ -136,6 +137,12 @@ def engine_of(
 def finish(engine: LLMEngine) -> None:
     while engine.has_unfinished_requests:
         take_step(engine)
+
+
+def test_an_architecture_that_no_draft_model_may_have() -> None:
+    with pytest.raises(FieldError, match="architecture 'qwen3_moe' is not supported") as caught:
+        LLMEngine(EngineConfig(device="cpu", speculative_method="draft_model", speculative_model="tiny-moe"))
+    assert caught.value.field == "speculative_model", f"got {caught.value}. Look at worker/worker.py::load_draft_model."
 
 
 def test_both_caches_come_out_of_one_budget(small_models: SmallModels) -> None:

@@ -21,6 +21,7 @@ from part09_tensor_parallelism.config import EngineConfig
 from part09_tensor_parallelism.core.executor import MultiprocExecutor
 from part09_tensor_parallelism.core.ranks import RankDied
 from part09_tensor_parallelism.llm import LLM
+from part09_tensor_parallelism.messages import RankFailed
 from part09_tensor_parallelism.worker import rank_process
 from tests.part09.faulty_rank import run_faulty_rank
 
@@ -66,7 +67,7 @@ def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def message_of(rank: int, what: str) -> str:
     return {
         "killed": f"rank {rank} was killed by SIGKILL",
-        "stopped": f"rank {rank} has not answered for {TIMEOUT_S} s",
+        "stopped": f"rank {rank} (has not answered for {TIMEOUT_S} s|does not answer, .* waiting {TIMEOUT_S}000ms)",
         "failing": f"rank {rank}: ZeroDivisionError: the cat sat on the rank",
         "hanging": f"a step has not ended for {TIMEOUT_S} s .* rank {rank} is behind",
     }[what]
@@ -118,6 +119,16 @@ def test_a_rank_is_lost_between_requests(make_llm: Callable[..., LLM]) -> None:
     os.kill(executor.ranks.processes[1].pid or 0, signal.SIGKILL)
     with pytest.raises(RankDied, match="rank 1 was killed by SIGKILL"):
         llm.generate([PROMPT], GREEDY)
+
+
+def test_a_rank_that_is_silent_when_a_collective_fails(make_llm: Callable[..., LLM]) -> None:
+    """As one on another machine is that has died: it isn't known how long it has been silent."""
+    executor = make_llm().engine.executor
+    assert isinstance(executor, MultiprocExecutor)
+    os.kill(executor.ranks.processes[1].pid or 0, signal.SIGSTOP)
+    failed = RankFailed(rank=0, field=None, message="connection closed by peer", is_collective=True)
+    got = str(executor.ranks._find_cause(failed))
+    assert got == "rank 1 does not answer, and on rank 0: connection closed by peer", f"got {got!r}. {LOOK}"
 
 
 def test_the_fork_server_is_lost(make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch) -> None:

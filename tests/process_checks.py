@@ -160,6 +160,8 @@ def refuses(port: int, host: str = "127.0.0.1") -> bool:
         socket.create_connection((host, port), timeout=TIMEOUT_S).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it did, and ended before it accepted
+        return False
     return False
 
 

@@ -15,6 +15,7 @@ from dataclasses import fields
 import torch
 import zmq
 
+from common import startup
 from common.checkpoint import resolve_checkpoint
 from common.checkpoint_reader import fingerprint
 from common.errors import FieldError
@@ -110,6 +111,7 @@ class Rank:
                 os._exit(2 if self.has_failed else 0)  # at once, even if another thread is in a collective
             case AllocateCache() if self.worker is not None:
                 self.worker.allocate_cache(message.num_blocks)
+                startup.end()  # of a process that torchrun has started
                 self.send(CacheAllocated(self.rank))
             case StepInput() if self.worker is not None:
                 self._handles.put(self.worker.launch(message))

@@ -14,6 +14,8 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import httpx
@@ -26,6 +28,7 @@ from part09_tensor_parallelism.config import EngineConfig
 from part09_tensor_parallelism.core import ranks as core_ranks
 from part09_tensor_parallelism.core.executor import make_executor
 from part09_tensor_parallelism.core.ranks import RankDied, Ranks
+from part09_tensor_parallelism.messages import AllocateCache, CacheAllocated
 from part09_tensor_parallelism.torchrun import Torchrun, encrypt
 from part09_tensor_parallelism.worker import rank_process
 from part09_tensor_parallelism.worker.launcher import find_addresses
@@ -210,3 +213,15 @@ def test_ranks_that_never_come() -> None:
     patches = mock.patch.dict(os.environ, environment), mock.patch.object(core_ranks, "_FORKSERVER", fork)
     with patches[0], patches[1], pytest.raises(RankDied, match=words):
         Ranks(config, rank_process.run_rank, lambda *args: None)
+
+
+def test_a_rank_collects_garbage_once_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process began without: __main__ does not know yet whether it is the server or a rank."""
+    calls = list[Any]()
+    rank = object.__new__(Rank)
+    rank.rank = 1
+    rank.worker = SimpleNamespace(allocate_cache=calls.append)  # type: ignore[assignment]
+    monkeypatch.setattr(rank, "send", calls.append, raising=False)
+    monkeypatch.setattr("common.startup.end", lambda: calls.append("end"))
+    rank.handle(AllocateCache(7))
+    assert calls == [7, "end", CacheAllocated(1)], f"got {calls}. Look at worker/rank_process.py::Rank.handle."

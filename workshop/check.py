@@ -58,9 +58,19 @@ class Checker:
             self.results.pop(exercise.name, None)
             self.checked.pop(exercise.name, None)
 
+    def recall(self, started: list[Exercise], prints: dict[str, str]) -> None:
+        """Take over what an earlier command has found to pass, if nothing has changed since."""
+        state = State.load(self.part)
+        for exercise in started:
+            saved = state.of(exercise)
+            if saved.passes and saved.fingerprint == prints[exercise.name] and exercise.name not in self.checked:
+                self.checked[exercise.name] = saved.fingerprint
+                self.results[exercise.name] = Result(saved.num_tests, saved.num_passed)
+
     def update(self, started: list[Exercise], cancelled: Cancelled) -> dict[str, list[WrongSolution]] | None:
         """Run what has changed. Returns the known mistakes of each exercise that fails; None if cancelled."""
         prints = fingerprints(self.part)
+        self.recall(started, prints)
         todo = [exercise for exercise in started if self.checked.get(exercise.name) != prints[exercise.name]]
         for number, exercise in enumerate(todo, 1):
             self.rest = None

@@ -151,13 +151,16 @@ def digest(body: Body) -> str:
 
 
 def fingerprints(part: Part) -> dict[str, str]:
-    """For each exercise, a hash of what its check depends on in the copy: all lines but the other bodies."""
+    """For each exercise, a hash of what its check depends on: all lines of the copy but the other bodies, and the
+    reference, the tests, and what they import."""
     files = [path.relative_to(part.copy).as_posix() for path in sources(part.copy)]
     texts = {relative(part, part.copy / file): read_copy(part, file) for file in files}
     bodies: dict[str, Body] = {}
     for file, text in texts.items():
         bodies |= find_bodies(text, file)
     rest = [replace_bodies(text, dict.fromkeys(bodies, ()), file)[0] for file, text in texts.items()]
+    folders = (part.path, part.tests, part.root / "common")
+    rest += [path.read_text(encoding="utf-8") for folder in folders for path in sources(folder)]
     own = {e.name: bodies[e.name].lines if e.name in bodies else () for e in part.exercises}
     return {name: hashlib.sha256(repr((lines, rest)).encode()).hexdigest() for name, lines in own.items()}
 

@@ -282,6 +282,24 @@ def test_check_shows_the_next_step(runner: Runner, part: Part, solve: Solve) -> 
     assert {name: entry.passes for name, entry in saved.items()} == {"add": True, "total": True}
 
 
+def test_what_has_passed_and_not_changed_is_not_run_again(runner: Runner, part: Part, solve: Solve) -> None:
+    """By another command, too; what fails is, since its failure is to be shown."""
+
+    def num_checks() -> int:
+        checker, _ = make_checker(part, runner)
+        checker.check()
+        return checker.num_checks
+
+    solve(add="return a + b", total="return 5")
+    assert num_checks() == 2
+    assert num_checks() == 1, "only total, which fails"
+    solve(total=GOOD_TOTAL)
+    assert [num_checks(), num_checks()] == [1, 0]
+    test = next(iter(sorted(part.tests.glob("test_*.py"))))
+    test.write_text(test.read_text() + "\n\ndef test_more() -> None: ...\n")
+    assert num_checks() == 2, "the tests have changed"
+
+
 def test_a_named_exercise_that_is_blank_is_not_run(runner: Runner, part: Part) -> None:
     checker, console = make_checker(part, runner, "total")
     assert not checker.check() and checker.num_checks == 0

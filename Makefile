@@ -2,7 +2,8 @@
 #
 #   make demo [PART=3]     see a part at work (the newest, unless PART says which)
 #   make test [PART=3]     all tests, or one part's     ARGS="-n 0" runs them in one process
-#   make test-clients      lm-eval, guidellm and schemathesis against the newest part's server, in a .venv-clients of their own
+#   make test-clients      lm-eval, guidellm and schemathesis against the newest part's server, a Ray cluster, and the files for
+#                          Kubernetes, in a .venv-clients of their own
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
 #   make workshop ARGS="start 1"      the exercises: list, start, check, hint, diff, catch-up; the same as .venv/bin/workshop
@@ -61,7 +62,7 @@ $(CLIENTS_READY): pyproject.toml constraints.txt
 	@echo "Setting up $(CLIENTS), once. This downloads Python packages."
 	rm -rf $(CLIENTS)
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[clients]'
+	$(CLIENTS)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[clients,ray]'
 	@touch $@
 
 test-clients: $(CLIENTS_READY)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 NUM_PROMPT_TOKENS = 5  # vLLM's: enough for a tokenizer that decodes a token differently at the start of a text
 REPLACEMENT = "\ufffd"  # what decoding produces for bytes that are not (or not yet) a character

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from common.answer_text import special_tokens
 from common.errors import FieldError, context_exceeded, ignore_unknown
 from common.sampling_params import SamplingParams, check_bool, check_int, show
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT_FIELDS = ("prompt", "messages")
 ROLES = ("system", "user", "assistant")

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import uvicorn
 
 from common import startup
@@ -34,23 +33,29 @@ DEATH_GRACE_S = 1.0  # how long the server still answers after its engine has di
 
 
 @dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """The flags that concern only the server. Raises FieldError for a wrong port and a key that no client can send."""
+class ListenConfig:
+    """Where a server listens, and to whom. Raises FieldError for a wrong port and a key that no client can send."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 picks a free one")
     api_key: str | None = option(None, "bearer token that clients must send (None: no check)")
-    allowed_origins: str | None = option(
-        None, "web pages that may use this server: origins, comma-separated, or * (None: those of this machine)"
-    )
-    root_path: str = option("", "the path prefix under which a proxy exposes this server")
-    log_stats: bool = option(True, "log a line of statistics every 10 seconds while there is activity")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise FieldError("port", f"expected 0 to 65535, got {self.port}")
         if self.api_key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", self.api_key):
             raise FieldError("api_key", "expected ASCII characters without leading or trailing spaces, or none")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig(ListenConfig):
+    """The flags that concern only an engine's server."""
+
+    allowed_origins: str | None = option(
+        None, "web pages that may use this server: origins, comma-separated, or * (None: those of this machine)"
+    )
+    root_path: str = option("", "the path prefix under which a proxy exposes this server")
+    log_stats: bool = option(True, "log a line of statistics every 10 seconds while there is activity")
 
 
 def is_loopback(host: str) -> bool:
@@ -198,6 +203,8 @@ def single_threaded() -> Iterator[None]:
     OpenMP keeps a worker pool per calling thread. With more workers than cores, they sleep between operations instead
     of spinning, and a step of a small model takes twice as long.
     """
+    import torch  # not at the top: a router needs none
+
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

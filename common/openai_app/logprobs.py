@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import re
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from common.answer_text import special_tokens
 from common.openai_app.protocol import ApiRequest
 from common.outputs import CompletionOutput, Logprob
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON cannot express
 REPLACEMENT = "\ufffd"  # what decoding produces for bytes that are not a character

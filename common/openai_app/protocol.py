@@ -6,9 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from common.answer_text import end_of_prompt
 from common.errors import FieldError
@@ -25,6 +23,9 @@ from common.sampling_params import (
     show,
 )
 from common.serving import ServingEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may fill the context
 MAX_REQUEST_ID_CHARS = 128

@@ -43,6 +43,8 @@ def _piece(column: int, y: float, hue: str, *versions: Version, height: float = 
 
 PIECES = {
     "client": _piece(0, 80, "grey", Version(1, "Client", "curl"), Version(2, "Client", "curl, openai"), height=42),
+    "router": _piece(1, 80, "grey", Version(10, "Router", "chooses a replica"), height=42),
+    "replicas": _piece(2, 80, "grey", Version(10, "Replicas", "each as below"), height=42),
     "server": _piece(
         0, 148, "blue", Version(1, "API server", "Flask, one thread"), Version(2, "API server", "FastAPI, SSE stream"),
     ),
@@ -54,6 +56,7 @@ PIECES = {
         Version(3, "Output processor", "text of all requests"),
     ),
     "core_client": _piece(0, 278, "blue", Version(5, "CoreClient", ""), height=PILL_HEIGHT),
+    "dp_client": _piece(2, 214, "blue", Version(10, "DataParallelClient", "a CoreClient per core")),
     "engine_core": _piece(0, 352, "purple", Version(5, "EngineCore", ""), height=PILL_HEIGHT),
     "engine": _piece(
         0, 398, "purple", Version(1, "LLM", "generate: the loop"), Version(2, "LLM", "stream: a generator"),
@@ -100,18 +103,30 @@ PIECES = {
     "draft_model": _piece(2, 628, "green", Version(8, "Draft model", "proposes draft tokens")),
 }  # fmt: skip
 
-SPINE = ("client", "server", "async_llm", "core_client", "engine_core", "engine", "executor", "runner")
+SPINE = (
+    "client",
+    "router",
+    "replicas",
+    "server",
+    "async_llm",
+    "core_client",
+    "engine_core",
+    "engine",
+    "executor",
+    "runner",
+)
 # Of the arrows between two pieces, those are drawn whose ends exist and that nothing has replaced.
 ARROWS = (
-    ("client", "server"), ("server", "async_llm"), ("async_llm", "output"), ("async_llm", "core_client"),
+    ("client", "router"), ("router", "replicas"), ("router", "server"), ("server", "async_llm"),
+    ("async_llm", "output"), ("async_llm", "core_client"), ("dp_client", "core_client"),
     ("core_client", "engine_core"), ("engine_core", "engine"), ("engine", "scheduler"), ("scheduler", "blocks"),
     ("blocks", "prefix"), ("engine", "executor"), ("scheduler", "speculation"), ("executor", "runner"),
     ("runner", "model"), ("model", "attention"), ("attention", "kv_cache"), ("runner", "tokens"), ("model", "sampler"),
     ("sampler", "tokens"), ("sampler", "draft_model"), ("draft_model", "kv_cache"),
 )  # fmt: skip
 EARLY_ARROWS = (  # (from, to, part in which a piece between them makes the arrow obsolete)
-    ("server", "engine", 2), ("async_llm", "engine", 5), ("engine", "output", 3), ("engine", "blocks", 4),
-    ("engine", "model", 3), ("model", "kv_cache", 3),
+    ("client", "server", 10), ("server", "engine", 2), ("async_llm", "engine", 5), ("engine", "output", 3),
+    ("engine", "blocks", 4), ("engine", "model", 3), ("model", "kv_cache", 3),
 )  # fmt: skip
 LATE_ARROWS = {("async_llm", "output"): 3}  # the first part that has the arrow; the default is 1
 ROOMS = (  # (name, what it does, its rectangle)
@@ -129,6 +144,7 @@ SUBTITLES = {
     7: "Full blocks are found by a hash of their content.",
     8: "Draft tokens are proposed, and verified by the target model.",
     9: "The worker runs once per rank, each in a process of its own, with a part of every layer.",
+    10: "A router sends each request to one of several whole engines.",
 }
 
 
@@ -227,7 +243,7 @@ def _connect(start: Rect, end: Rect) -> list[Point]:
     if end.bottom < start.y:
         x = (start.right + end.x) / 2
         return [start.right_center, (x, start.cy), (x, end.cy), end.left_center]
-    y = start.cy if end.y <= start.cy <= end.bottom else end.y + BOX_HEIGHT / 2
+    y = start.cy if end.y <= start.cy <= end.bottom else end.y + min(BOX_HEIGHT, end.height) / 2
     if start.y <= y <= start.bottom:
         return [(start.right, y), (end.x, y)] if start.x < end.x else [(start.x, y), (end.right, y)]
-    return [start.bottom_center, (start.cx, y), (end.x, y)]
+    return [start.bottom_center, (start.cx, y), (end.x if start.cx < end.cx else end.right, y)]

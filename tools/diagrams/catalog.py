@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from . import architecture, batches, kv_blocks, one_request, overview, processes, ranks, speculation, transformer
+from . import (
+    architecture,
+    batches,
+    kv_blocks,
+    one_request,
+    overview,
+    processes,
+    ranks,
+    router,
+    speculation,
+    transformer,
+)
 from .svg import Drawing
 
 DIAGRAMS: dict[str, Callable[[], Drawing]] = {
@@ -24,5 +35,6 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "draft_verify": speculation.draft_verify,
     "tensor_parallel": ranks.tensor_parallel,
     "pipeline": ranks.pipeline,
+    "prefix_index": router.prefix_index,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

@@ -11,7 +11,10 @@ from common.errors import FieldError
 from common.threads import check_num_threads
 
 MIN_SECRET_CHARS = 8
-LIMITS = {"tensor_parallel_size": 1_024, "pipeline_parallel_size": 1_024, "distributed_timeout": 86_400}
+LIMITS = {
+    "tensor_parallel_size": 1_024, "pipeline_parallel_size": 1_024, "data_parallel_size": 1_024,
+    "distributed_timeout": 86_400,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

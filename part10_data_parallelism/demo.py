@@ -1,4 +1,4 @@
-"""python -m part10_data_parallelism.demo: policies compared, a replica killed, a new version rolled in."""
+"""python -m part10_data_parallelism.demo: policies compared, a replica killed, a new version rolled out."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def kill_one(console: Console, router: Router, url: str, watch: Watch) -> None:
 
 def roll_out(console: Console, router: Router, url: str, watch: Watch, model: Path) -> None:
     console.rule("3. A new version")
-    console.print("Four clients send requests all the time while a new version of the model is rolled in.\n")
+    console.print("Four clients send requests all the time while a new version of the model is rolled out.\n")
     old = list(router.pool.replicas)
     with ThreadPoolExecutor(1) as threads, watch.live:
         body = {"model": str(model)}

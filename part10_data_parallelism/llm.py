@@ -20,6 +20,9 @@ class LLM:
     """Prompts in, answers out, in order."""
 
     def __init__(self, config: EngineConfig) -> None:
+        """Raises FieldError if there are to be several engine cores, which only the server has."""
+        if config.data_parallel_size > 1:
+            raise FieldError("data_parallel_size", f"expected 1 without a server, got {config.data_parallel_size}")
         self.engine = LLMEngine(config)
         self.max_model_len = self.engine.limits.max_model_len
         self.tokenizer = load_tokenizer(resolve_checkpoint(config.model))

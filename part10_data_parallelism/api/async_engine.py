@@ -99,7 +99,7 @@ class AsyncLLM:
         """Queue a request. Raises FieldError, QueueFullError, or GenerationError if the core is dead."""
         check_request(prompt_token_ids, params, self.limits)
         if self.cause_of_death is not None:
-            raise GenerationError(self.cause_of_death)
+            raise ShutdownError(self.cause_of_death)
         if len(self._streams) >= self.max_num_unfinished:
             limit = "max_num_seqs + max_queued_requests"
             raise QueueFullError(f"{len(self._streams)} requests are unfinished (limit: {limit}), try again later")
@@ -118,10 +118,10 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         """Uncache all blocks. While requests are in the engine, do nothing and return False.
 
-        Raises GenerationError if the core is dead.
+        Raises ShutdownError if the core is dead.
         """
         if self.cause_of_death is not None:
-            raise GenerationError(self.cause_of_death)
+            raise ShutdownError(self.cause_of_death)
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._resets.append(answer)
         self.core.send(ResetPrefixCache())
@@ -144,7 +144,7 @@ class AsyncLLM:
         for message in self.core.receive():
             match message:
                 case EngineCoreDead():
-                    self._die(f"the engine core has ended: {message.cause}")
+                    self._die(f"the engine core has ended: {message.cause}", GenerationError)
                 case PrefixCacheReset():
                     if not (answer := self._resets.popleft()).done():  # the caller may be gone
                         answer.set_result(message.was_reset)
@@ -155,7 +155,7 @@ class AsyncLLM:
     def _core_died(self) -> None:
         self.core.wait_for_messages()
         self._read_outputs()  # its last messages
-        self._die(f"the engine core has died ({self.core.describe_exit()})")
+        self._die(f"the engine core has died ({self.core.describe_exit()})", ShutdownError)  # not by its requests
 
     def _deliver(self, outputs: list[EngineCoreOutput]) -> None:
         failed = [output for output in outputs if output.error is not None]
@@ -173,10 +173,8 @@ class AsyncLLM:
         if request_ids and self.is_alive:
             self.core.send(AbortRequests(request_ids))
 
-    def _die(
-        self, cause: str, kind: type[GenerationError] = GenerationError, told: threading.Event | None = None
-    ) -> None:
-        """From now on, no request can succeed: all open requests get the cause as their error."""
+    def _die(self, cause: str, kind: type[GenerationError], told: threading.Event | None = None) -> None:
+        """From now on, no request can succeed here: all open requests get the cause as their error."""
         if self.cause_of_death is None:
             assert self._loop is not None, "start() was called"
             self.core.unwatch(self._loop)

@@ -145,7 +145,7 @@ def config_of(config: EngineConfig, core: int) -> EngineConfig:
 
 
 def merge_stats(stats: list[dict[str, float]]) -> dict[str, float]:
-    """Sums, but of a share the mean."""
+    """Sums; for shares, whose names end in _perc, the means."""
     merged = {name: sum(each[name] for each in stats) for name in stats[0]}
     return {name: value / len(stats) if name.endswith("_perc") else value for name, value in merged.items()}
 

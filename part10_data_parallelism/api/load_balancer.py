@@ -6,7 +6,7 @@ from __future__ import annotations
 class LoadBalancer:
     """Keeps count of the requests of each engine core.
 
-    A core reports its counts with every step. Between two reports, requests that were sent to it count as waiting:
+    A core reports its counts with its outputs. Between two reports, requests that were sent to it count as waiting:
     otherwise, all requests that arrive in the meantime would go to the same core.
     """
 

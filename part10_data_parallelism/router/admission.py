@@ -1,4 +1,4 @@
-"""Who is served next if more requests come than the replicas should have at once."""
+"""Which request is served next if more come than the replicas should have at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from common.serving import QueueFullError, ShutdownError
 
 
 class FairQueue:
-    """Lets max_running requests run at once, and max_waiting wait. Clients take turns: one that sends a
-    thousand requests delays its own, and not those of others.
+    """Lets max_running requests run at once, and max_waiting wait. Clients take turns: the requests of one that sends a
+    thousand wait for each other, and those of others only for their turn.
 
     Everything runs on one event loop.
     """
@@ -34,16 +34,16 @@ class FairQueue:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn in self._turns.get(client, ()):
+            if turn in self._turns.get(client, ()):  # it still waits
                 self._leave(client, turn)
-            elif not turn.cancelled() and turn.exception() is None:
-                self.release()  # its turn has just come
+            elif not turn.cancelled() and turn.exception() is None:  # its turn has just come
+                self.release()
             raise
 
     def _make_room(self, client: str) -> None:
-        """In a full queue, the latest request of the client with the most is refused, or the new one if that is its
-        client. Raises QueueFullError."""
-        full = QueueFullError(f"{self.num_waiting} requests are waiting (limit: max_queued_requests)")
+        """In a full queue, the latest request of the client that has the most is refused, or the new one if its client
+        would then have as many. Raises QueueFullError for the new one."""
+        full = QueueFullError(f"{self.num_waiting} requests are waiting (max_queued_requests: {self.max_waiting})")
         longest = max(self._turns, key=lambda each: len(self._turns[each]), default=client)
         if len(self._turns.get(longest, ())) <= len(self._turns.get(client, ())) + 1:
             raise full

@@ -1,4 +1,4 @@
-"""The router's HTTP side. Read `Router.route` first: every request for an answer goes through it."""
+"""The router's HTTP side. A request passes through `Router.answer`, `RoutedResponse.respond` and `Router.route`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -16,10 +17,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Receive, Scope, Send
 
 from common.errors import FieldError, openai_error
+from common.openai_app.browsers import BrowserPolicy, add_browser_guards
 from common.openai_app.errors import ApiError, add_error_handlers, as_api_error
 from common.openai_app.guards import check_api_key, check_json, read_body
 from common.openai_app.streaming import format_event, unless_disconnected
-from common.serve import ListenConfig
+from common.serve import ListenConfig, is_loopback
+from common.serving import GenerationError, QueueFullError
 
 from .config import RouterConfig, check_url
 from .discovery import Discovery
@@ -29,12 +32,14 @@ from .health import HealthChecks
 from .metrics import Metrics
 from .policies import RoutedRequest, make_policy
 from .pool import Pool
-from .processes import ReplicaProcess, Start
+from .processes import END_TIMEOUT_S, SHORT_END_TIMEOUT_S, Start, processes_with_gpus
 from .prompts import prompt_of
 from .replica import Outcome, Replica
 
 MAX_BODY_BYTES, BODY_TIMEOUT_S = 1_000_000, 30.0
-NO_REPLICA = "no replica is available"
+NO_REPLICA, SHUTTING_DOWN = "no replica is available", "the server is shutting down"
+LOOP_HEADER = b"x-llm-router"  # which routers a request has passed
+COMPLETE_EVENTS = re.compile(rb".*(\n\n|\r\n\r\n)", re.DOTALL)  # up to the last one's end
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 OTHERS = (("/v1/models", "GET"), ("/v1/models/{name:path}", "GET"), ("/tokenize", "POST"), ("/detokenize", "POST"))
 logger = logging.getLogger(__name__)
@@ -46,7 +51,9 @@ class Router:
     def __init__(
         self, config: RouterConfig, api_key: str | None = None, replica_flags: Sequence[str] = ()
     ) -> None:  # fmt: skip
-        self.config, self.api_key = config, api_key
+        self.config, self.api_key, self.id = config, api_key, secrets.token_hex(8).encode()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.is_ending = False  # open requests are ended with an error
         self.client_keys = [key.strip().encode() for key in (config.client_keys or "").split(",") if key.strip()]
         if self.client_keys and api_key is None:
             raise FieldError("client_keys", "expected api_key as well: the replicas get that one")
@@ -64,6 +71,7 @@ class Router:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        self.loop = asyncio.get_running_loop()
         self.forwarder.start()
         for url in self.config.urls:
             self.pool.add(Replica(url))
@@ -74,12 +82,22 @@ class Router:
         yield
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        await self.fleet.stop()
+        await self.fleet.stop(SHORT_END_TIMEOUT_S if self.is_ending else END_TIMEOUT_S)
         if self.discovery is not None:
             await self.discovery.stop()
         await self.health_checks.stop()
         for task in self.draining:
             task.cancel()
+        await self.forwarder.close()
+
+    def end_requests(self) -> None:
+        """End all open requests with an error. Called by another thread, after a second signal."""
+        if self.loop is not None:
+            asyncio.run_coroutine_threadsafe(self._end_requests(), self.loop).result()
+
+    async def _end_requests(self) -> None:
+        self.is_ending = True
+        self.pool.queue.resize(0)
         await self.forwarder.close()
 
     async def start_fleet(self) -> None:
@@ -98,33 +116,39 @@ class Router:
 
     async def pass_on(self, http_request: Request) -> Response:
         """A request that any replica can answer at once."""
-        if http_request.method != "OPTIONS":  # those carry no key
-            self.check_key(http_request)
+        self.check_key(http_request)
         body = await read_body(http_request, MAX_BODY_BYTES, BODY_TIMEOUT_S)
         return RoutedResponse(self, body, waits_for_turn=False)
 
-    async def route(self, scope: Scope, body: bytes, tried: list[Replica]) -> Answer:
-        """The answer of the replica that the policy chooses, or of another one if it fails before its first byte.
+    async def route(self, scope: Scope, body: bytes) -> Answer:
+        """The answer of the replica that the policy chooses, or of another one if it fails while the client has got
+        nothing yet: a whole answer, or the beginning of a stream.
 
         Raises ApiError if none answers. The caller calls finish() with what it got.
         """
+        tried = list[Replica]()
         headers = self.headers_for_replica(scope["headers"])
+        if (LOOP_HEADER, self.id) in map(tuple, scope["headers"]):
+            raise ApiError(503, "the router is its own replica", error_type="service_unavailable")
         session = dict(headers).get(self.config.session_header.lower().encode("latin-1"))
         request = RoutedRequest(prompt_of(body), session.decode("latin-1") if session else None)
         self.pool.retries.note_request()
         status, cause = 503, NO_REPLICA
         while len(tried) <= self.config.max_retries and (not tried or self.pool.retries.allows_retry()):
+            if self.is_ending:
+                raise ApiError(503, SHUTTING_DOWN, error_type="service_unavailable")
             if (replica := self.pool.choose(request, tried)) is None:
                 break
-            self.metrics.retries.inc(bool(tried))
+            if tried:
+                self.metrics.retries.inc()
             tried.append(replica)
             attempt = self.pool.begin(replica)
             try:
                 answer = await self.forwarder.send(attempt, scope["method"], _target(scope), headers, body)
             except ReplicaError as error:
-                self.pool.end(attempt, Outcome.FAILED)
-                status, cause = 503, str(error)
-                if not error.may_retry:
+                self.pool.end(attempt, Outcome.GIVEN_UP if self.is_ending else Outcome.FAILED)
+                status, cause = 503, SHUTTING_DOWN if self.is_ending else str(error)
+                if not error.may_retry or self.is_ending:
                     break
                 continue
             except BaseException:
@@ -155,7 +179,8 @@ class Router:
         return same.index(True) if scheme.lower() == b"bearer" and any(same) else None
 
     def headers_for_replica(self, headers: Headers) -> Headers:
-        """As they are, but replicas know the router's key only."""
+        """As they are, but replicas know the router's key only, and a request that comes back must be recognized."""
+        headers = [*headers, (LOOP_HEADER, self.id)]
         if self.api_key is None or self.client_key_of(dict(headers)) is None:
             return headers
         others = [(name, value) for name, value in headers if name != b"authorization"]
@@ -182,21 +207,22 @@ class Router:
         self.check_admin(http_request)
         replica = self.pool.find((await self.field_of(http_request, "url")).rstrip("/"))
         if not replica.is_draining:
+            self.pool.drain(replica)
             is_ours = replica in self.fleet.started  # then its process ends too
-            task = asyncio.create_task(self.fleet.retire(replica) if is_ours else self.pool.drain(replica))
+            task = asyncio.create_task(self.fleet.retire(replica) if is_ours else self.pool.remove_when_idle(replica))
             self.draining.add(task)
             task.add_done_callback(self.draining.discard)
         return JSONResponse(describe(replica), 202)
 
     async def roll_out(self, http_request: Request) -> Response:
         """{"model": …}: replace the replicas that the router has started by ones with another model, one by one. The
-        answer comes when all are replaced."""
+        answer comes when all are replaced. If one does not start, those replaced before it stay."""
         self.check_admin(http_request)
         model = await self.field_of(http_request, "model")
         if not self.fleet.started:
             raise FieldError("model", "the router has started no replicas (--replicas)")
         if self.fleet.is_busy:
-            raise ApiError(409, "model: another version is being rolled in, or replicas are being started", "model")
+            raise ApiError(409, "model: another version is being rolled out, or replicas are being started", "model")
         try:
             await self.fleet.roll(with_model(self.fleet.flags, model))
         except OSError as error:
@@ -207,7 +233,7 @@ class Router:
         check_json(http_request)
         try:
             given = json.loads(await read_body(http_request, MAX_BODY_BYTES, BODY_TIMEOUT_S))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FieldError("body", f"expected JSON: {error}") from error
         value = given.get(name) if isinstance(given, dict) else None
         if not isinstance(value, str):
@@ -244,6 +270,8 @@ class RoutedResponse(Response):
         try:
             await unless_disconnected(receive, self.respond(scope, receive, send))
         except Exception as error:
+            if not isinstance(error, ApiError | FieldError | QueueFullError | GenerationError):
+                logger.exception("a request failed")
             api_error = as_api_error(error)
             await JSONResponse(api_error.body, api_error.status, headers=api_error.headers)(scope, receive, send)
 
@@ -260,35 +288,43 @@ class RoutedResponse(Response):
             queue.release()
 
     async def pass_through(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = await self.router.route(scope, self.request_body, [])
+        answer = await self.router.route(scope, self.request_body)
         outcome = Outcome.GIVEN_UP  # until its last byte
         try:
             if answer.is_stream:
-                outcome = await stream(answer, send)
+                outcome = await self.stream(answer, scope["path"], send)
             else:
                 outcome = Outcome.SUCCEEDED
                 await send_whole(answer, scope, receive, send)
         finally:
             self.router.finish(answer, outcome)
 
+    async def stream(self, answer: Answer, path: str, send: Send) -> Outcome:
+        """Pass a stream of events through, as soon as each is complete. If it breaks off, the client gets an error
+        event in place of the half one."""
+        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        outcome, rest, num_events = Outcome.SUCCEEDED, b"", 0
+        try:
+            async for chunk in answer.chunks():
+                rest += chunk
+                if complete := COMPLETE_EVENTS.match(rest):
+                    await send({"type": "http.response.body", "body": complete[0], "more_body": True})
+                    rest = rest[complete.end() :]
+                    num_events += complete[0].count(b"\n\n")
+        except ReplicaError as error:
+            outcome = Outcome.GIVEN_UP if self.router.is_ending else Outcome.FAILED
+            rest = error_event(SHUTTING_DOWN if self.router.is_ending else str(error), path, num_events)
+        await send({"type": "http.response.body", "body": rest})
+        return outcome
 
-async def stream(answer: Answer, send: Send) -> Outcome:
-    """Pass a stream of events through, as soon as each is complete. If it breaks off, the client gets an error event in
-    place of the half one."""
-    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
-    outcome, rest = Outcome.SUCCEEDED, b""
-    try:
-        async for chunk in answer.chunks():
-            rest += chunk
-            end = max(rest.rfind(b"\n\n") + 2, rest.rfind(b"\r\n\r\n") + 4)
-            if end > 3:
-                await send({"type": "http.response.body", "body": rest[:end], "more_body": True})
-                rest = rest[end:]
-    except ReplicaError as error:
-        outcome = Outcome.FAILED
-        rest = (format_event(openai_error(str(error), None, "service_unavailable")) + "data: [DONE]\n\n").encode()
-    await send({"type": "http.response.body", "body": rest})
-    return outcome
+
+def error_event(message: str, path: str, num_events: int) -> bytes:
+    """The end of a stream that has broken off, in the format of its path. num_events: that came before it."""
+    kind = "service_unavailable"
+    if path == "/v1/responses":
+        event = {"type": "error", "sequence_number": num_events, "message": message, "code": kind, "param": None}
+        return f"event: error\ndata: {json.dumps(event)}\n\n".encode()
+    return (format_event(openai_error(message, None, kind)) + "data: [DONE]\n\n").encode()
 
 
 async def send_whole(answer: Answer, scope: Scope, receive: Receive, send: Send) -> None:
@@ -300,7 +336,7 @@ async def send_whole(answer: Answer, scope: Scope, receive: Receive, send: Send)
 def start_of(config: RouterConfig) -> Start:
     """How replicas are started. Raises FieldError if they can't be."""
     if config.replica_backend == "process":
-        return ReplicaProcess.start
+        return processes_with_gpus(int(config.replica_gpus))
     from . import ray_backend  # which takes a second
 
     return ray_backend.connect(config)
@@ -324,13 +360,11 @@ def create_app(config: RouterConfig, server: ListenConfig, replica_flags: Sequen
     """The router's app. It answers as a replica does, so a client needs to know nothing of it."""
     router = Router(config, server.api_key, replica_flags)
     app = FastAPI(title="A router", lifespan=router.lifespan, openapi_url=None, redirect_slashes=False)
-    app.state.router = router
+    app.state.router, app.state.end_requests = router, router.end_requests
     for path in ANSWERS:
         app.add_api_route(path, router.answer, methods=["POST"], response_model=None)
     for path, method in OTHERS:
         app.add_api_route(path, router.pass_on, methods=[method], response_model=None)
-    for path in (*ANSWERS, *(path for path, _ in OTHERS)):  # a browser asks whether a page may; the replicas know
-        app.add_api_route(path, router.pass_on, methods=["OPTIONS"], response_model=None)
     for method, endpoint in (
         ("GET", router.list_workers),
         ("POST", router.add_worker),
@@ -341,4 +375,6 @@ def create_app(config: RouterConfig, server: ListenConfig, replica_flags: Sequen
     app.add_api_route("/health", router.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", router.show_metrics, methods=["GET"], response_model=None)
     add_error_handlers(app)
+    origins = tuple(origin.strip() for origin in (config.allowed_origins or "").split(",") if origin.strip())
+    add_browser_guards(app, BrowserPolicy(origins, is_loopback(server.host), server.api_key is not None))
     return app

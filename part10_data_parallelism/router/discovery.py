@@ -27,7 +27,7 @@ async def resolve(host: str, port: int) -> set[str]:
 
 class Discovery:
     """A task that looks the name up at regular intervals. A new address is a new replica, which gets requests once it
-    is well; one that is no longer there is drained. Replicas that were added in another way are left alone.
+    is healthy; one that is no longer there is drained. Replicas that were added in another way are left alone.
 
     url: http://name:port. Raises FieldError for another one.
     """
@@ -69,6 +69,8 @@ class Discovery:
                 self.pool.add(replica)
                 self.health_checks.watch(replica)
         for address in set(self.found) - addresses:
-            task = asyncio.create_task(self.pool.drain(self.found.pop(address)))
+            gone = self.found.pop(address)
+            self.pool.drain(gone)
+            task = asyncio.create_task(self.pool.remove_when_idle(gone))
             self.draining.add(task)
             task.add_done_callback(self.draining.discard)

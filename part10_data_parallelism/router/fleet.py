@@ -1,4 +1,4 @@
-"""Replicas that the router has started itself: one that dies is replaced, and a new version is rolled in."""
+"""Replicas that the router has started itself: one that dies is replaced, and a new version is rolled out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from .health import HealthChecks
 from .pool import Pool
-from .processes import Start, StartedReplica
+from .processes import END_TIMEOUT_S, Start, StartedReplica
 from .replica import Replica
 
 RESTART_S, MAX_RESTART_S = 1.0, 60.0  # before a replica is started again: the first wait, and the longest
@@ -25,9 +25,10 @@ class Fleet:
     ) -> None:  # fmt: skip
         self.pool, self.health_checks, self.start_one = pool, health_checks, start
         self.flags, self.size = list(flags), size
+        self.version = 0  # how many rollouts have begun
         self.started: dict[Replica, StartedReplica] = {}
         self.num_quick_deaths = 0  # of replicas that lived for less than MAX_RESTART_S, in a row
-        self._flags_of: dict[Replica, list[str]] = {}
+        self._version_of: dict[Replica, int] = {}
         self._tasks = set[asyncio.Task[None]]()  # of those that start, and that wait for the end of one
         self._rolling = asyncio.Lock()
 
@@ -38,19 +39,20 @@ class Fleet:
 
     async def roll(self, flags: Sequence[str]) -> None:
         """Replace all replicas by ones with these flags, one after the other: a new one serves before an old one is
-        drained, so no request is lost. An old one that dies meanwhile is not replaced by its like.
+        drained, so no request is lost. An old one that dies meanwhile is replaced by a new one.
 
-        Raises OSError if a new one does not start: then those that are still old stay.
+        Raises OSError if a new one does not start: then the old ones that are left stay.
         """
-        assert not self.is_busy, "another version is being rolled in, or replicas are being started"
+        assert not self.is_busy, "another version is being rolled out, or replicas are being started"
         async with self._rolling:
             before, self.flags = self.flags, list(flags)
+            self.version += 1
             try:
                 while self._old() or len(self.started) < self.size:
                     await self._start_one()
                     if old := self._old():
                         await self.retire(old[0], is_replaced=True)
-            except OSError:
+            except Exception:
                 self.flags = before
                 for _ in range(self.size - len(self.started)):  # old ones that have died meanwhile
                     self._in_task(self._restart())
@@ -58,35 +60,36 @@ class Fleet:
 
     @property
     def is_busy(self) -> bool:
-        """Whether another version is being rolled in, or replicas are being started."""
+        """Whether another version is being rolled out, or replicas are being started."""
         return self._rolling.locked() or len(self.started) < self.size
 
     def _old(self) -> list[Replica]:
-        return [replica for replica, flags in self._flags_of.items() if flags is not self.flags]
+        return [replica for replica, version in self._version_of.items() if version < self.version]
 
     async def retire(self, replica: Replica, is_replaced: bool = False) -> None:
         """Drain a replica and end it. is_replaced: another one is there already; else the fleet gets smaller."""
         if not is_replaced:
             self.size -= 1
         started = self.started.pop(replica)
-        del self._flags_of[replica]
-        await self.pool.drain(replica)
+        del self._version_of[replica]
+        self.pool.drain(replica)
+        await self.pool.remove_when_idle(replica)
         await started.stop()
 
-    async def stop(self) -> None:
-        """End all replicas, after their open requests."""
+    async def stop(self, timeout_s: float = END_TIMEOUT_S) -> None:
+        """End all replicas, after their open requests, but within timeout_s."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(started.stop() for started in self.started.values()))
+        await asyncio.gather(*(started.stop(timeout_s) for started in self.started.values()))
         self.started.clear()
 
     async def _start_one(self) -> None:
-        flags = self.flags
-        started = await self.start_one(flags)
+        version = self.version
+        started = await self.start_one(self.flags)
         replica = Replica(started.url)
-        self.started[replica], self._flags_of[replica] = started, flags
+        self.started[replica], self._version_of[replica] = started, version
         self.pool.add(replica)
         self.health_checks.watch(replica)
         self._in_task(self._watch(replica, started))
@@ -99,7 +102,7 @@ class Fleet:
             return
         is_quick = time.monotonic() - started_s < MAX_RESTART_S
         self.num_quick_deaths = self.num_quick_deaths + 1 if is_quick else 0
-        del self.started[replica], self._flags_of[replica]
+        del self.started[replica], self._version_of[replica]
         self.pool.remove(replica)
         is_rolling = self._rolling.locked()  # then roll() brings the fleet to its size
         logger.warning("the replica at %s %s%s", replica.url, how, "" if is_rolling else "; another one is started")
@@ -113,7 +116,7 @@ class Fleet:
             await asyncio.sleep(min(wait_s, MAX_RESTART_S))
             try:
                 return await self._start_one()
-            except OSError as error:
+            except Exception as error:
                 wait_s = max(RESTART_S, 2 * wait_s)
                 logger.warning("%s; next try in %g s", error, min(wait_s, MAX_RESTART_S))
 
@@ -126,14 +129,13 @@ class Fleet:
 
 def with_model(flags: Sequence[str], model: str) -> list[str]:
     """The flags of a replica with another model, which is known by the same name as before."""
-    kept, before = list[str](), "tiny"
-    names = iter(flags)
-    served_name: str | None = None
-    for flag in names:
+    kept, given = list[str](), {"--model": "tiny"}
+    left = iter(flags)
+    for flag in left:
         name, _, value = flag.partition("=")
         if name in ("--model", "--served-model-name"):
-            value = value or next(names, "")
-            before, served_name = (value, served_name) if name == "--model" else (before, value)
+            given[name] = value or next(left, "")
         else:
             kept.append(flag)
-    return [*kept, "--model", model, "--served-model-name", served_name or before]
+    name_before = given.get("--served-model-name") or given["--model"]
+    return [*kept, "--model", model, "--served-model-name", name_before]

@@ -17,6 +17,7 @@ HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
     "upgrade", "host", "content-length", "expect",
 }  # fmt: skip
+NOT_FORWARDED = {*HOP_BY_HOP, "origin"}  # the router has decided whether a web page may use it
 NOT_PASSED_BACK = {*HOP_BY_HOP, "date", "server"}  # the router has its own
 KEEP_ALIVE_S = 4.0  # less than uvicorn's: a connection must not be closed while a request is on its way
 BUSY, UNAVAILABLE = 429, (502, 503, 504)
@@ -121,7 +122,7 @@ class Forwarder:
         """
         assert self.session is not None, "start() was called"
         passed = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-        passed = [(name, value) for name, value in passed if name.lower() not in HOP_BY_HOP]
+        passed = [(name, value) for name, value in passed if name.lower() not in NOT_FORWARDED]
         try:
             response = await self.session.request(
                 method,

@@ -1,4 +1,4 @@
-"""Asks every replica at regular intervals whether it is well."""
+"""Asks every replica at regular intervals whether it is healthy."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class HealthChecks:
     async def _check(self, replica: Replica) -> None:
         num_failures = 0
         while replica in self.pool.replicas:
-            is_well = await self.forwarder.is_healthy(replica)
-            num_failures = 0 if is_well else num_failures + 1
-            if is_well or num_failures >= FAILURES_TO_UNHEALTHY:
-                self.pool.set_health(replica, is_well)
+            is_healthy = await self.forwarder.is_healthy(replica)
+            num_failures = 0 if is_healthy else num_failures + 1
+            if is_healthy or num_failures >= FAILURES_TO_UNHEALTHY:
+                self.pool.set_health(replica, is_healthy)
             await asyncio.sleep(self.interval_s)
 
     async def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""Which replica gets a request. A policy sees only what a router can know: its own counts, and the text."""
+"""Which replica gets a request. A policy sees only what a router can know: its own counts, the text, the session."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POINTS_PER_REPLICA = 128  # on the ring of consistent hashing
 
 @dataclass(frozen=True, slots=True)
 class RoutedRequest:
-    """What policies may look at. prompt: the text, or whatever else two equal prompts have in common. session: what
+    """What policies may look at. prompt: its text, or its token ids as text. session: what
     the client calls its session, if anything."""
 
     prompt: str
@@ -27,7 +27,7 @@ class RoutedRequest:
 
 
 class Policy(Protocol):
-    """choose() is called once per request and takes note of its own choice. replicas: those available, at least one."""
+    """choose() is called once per attempt and takes note of its own choice. replicas: those available, at least one."""
 
     def choose(self, replicas: Sequence[Replica], request: RoutedRequest) -> Replica: ...
 
@@ -115,7 +115,7 @@ def _point(text: str) -> int:
 
 class CacheAware:
     """The replica that has most of the prompt in its cache, as far as the router can tell from what it has sent there;
-    the one with the fewest unfinished requests if no one has much of it, or if the load is out of balance."""
+    the one with the fewest unfinished requests if none has more than half of it, or if the load is out of balance."""
 
     def __init__(self, rng: random.Random, max_chars: int) -> None:
         self.index, self.least_pending = PrefixIndex(max_chars), LeastPending(rng)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
 
 from common.errors import FieldError
 
@@ -37,13 +35,13 @@ class Pool:
                 return replica
         raise FieldError("url", f"no replica at {url[:100]!r}")
 
-    def drain(self, replica: Replica) -> Coroutine[Any, Any, None]:
-        """Send it nothing new from now on. What is returned waits for the requests that it has, and removes it."""
+    def drain(self, replica: Replica) -> None:
+        """Send it nothing new from now on."""
         replica.is_draining = True
         self.resize()
-        return self._remove_when_idle(replica)
 
-    async def _remove_when_idle(self, replica: Replica) -> None:
+    async def remove_when_idle(self, replica: Replica) -> None:
+        """Wait for the requests that it still has."""
         while replica.num_pending:
             self._ended.clear()
             await self._ended.wait()
@@ -65,7 +63,7 @@ class Pool:
         self.resize()
 
     def resize(self) -> None:
-        """As many requests may run as the replicas in service are to have."""
+        """Admit max_requests_per_replica for each replica in service, that is, healthy and not draining."""
         num_serving = sum(replica.is_healthy and not replica.is_draining for replica in self.replicas)
         self.queue.resize(num_serving * self.max_requests_per_replica)
 

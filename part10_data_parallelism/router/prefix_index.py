@@ -35,7 +35,8 @@ class PrefixIndex:
         return best, num_chars
 
     def insert(self, text: str, replica: Replica) -> None:
-        """A replica has been sent a text. Of its chunks that are then too many, the oldest are forgotten."""
+        """A replica has been sent a text. Beyond max_chunks, those of its chunks that were used longest ago are
+        forgotten."""
         chunks = self.chunks.setdefault(replica, OrderedDict())
         # exercise: insert
         for chunk_hash in reversed(list(hash_chunks(text))):  # the beginning last: it is the latest used

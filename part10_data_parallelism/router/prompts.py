@@ -16,7 +16,7 @@ def prompt_of(body: bytes) -> str:
     """
     try:
         request = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     if not isinstance(request, dict):
         return ""

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from common.errors import FieldError
 
 from .config import RouterConfig
-from .processes import START_TIMEOUT_S, ReplicaProcess, Start
+from .processes import END_TIMEOUT_S, START_TIMEOUT_S, ReplicaProcess, Start
 
 try:
     import ray
@@ -37,8 +37,8 @@ class ReplicaActor:
     async def wait(self) -> str:
         return await self.server.wait()
 
-    async def stop(self) -> None:
-        await self.server.stop()
+    async def stop(self, timeout_s: float) -> None:
+        await self.server.stop(timeout_s)
 
 
 class RayReplica:
@@ -76,9 +76,9 @@ class RayReplica:
         ray.kill(self.actor)
         return how
 
-    async def stop(self) -> None:
+    async def stop(self, timeout_s: float = END_TIMEOUT_S) -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # it is lost already
-            await self.actor.stop.remote()
+            await self.actor.stop.remote(timeout_s)
         ray.kill(self.actor)
 
 

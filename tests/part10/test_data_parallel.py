@@ -149,6 +149,15 @@ def test_a_core_that_does_not_start_ends_the_others(cores: list[ScriptedCore], n
     assert all(core.is_shut_down for core in cores) and len(cores) == 2, LOOK
 
 
+def test_only_a_server_has_several_cores() -> None:
+    from part10_data_parallelism.llm import LLM
+
+    with pytest.raises(FieldError, match="data_parallel_size: expected 1 without a server, got 2"):
+        LLM(EngineConfig(device="cpu", data_parallel_size=2))
+    with pytest.raises(FieldError, match="data_parallel_size: expected at most 1024, got 2000"):
+        EngineConfig(device="cpu", data_parallel_size=2_000)
+
+
 def test_a_core_has_its_share() -> None:
     config = EngineConfig(device="cpu", data_parallel_size=2, trace="x")
     got = [config_of(config, core) for core in range(2)]

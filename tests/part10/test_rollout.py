@@ -26,7 +26,7 @@ class Started:
     async def wait(self) -> str:
         return str(await asyncio.shield(self.end))
 
-    async def stop(self) -> None:
+    async def stop(self, timeout_s: float = 0.0) -> None:
         self.is_stopped = True
         self.die("was stopped")
 
@@ -107,18 +107,42 @@ def test_an_old_one_dies_while_a_new_one_starts(number: int, monkeypatch: pytest
     scripted(test)(monkeypatch)
 
 
-@scripted
-async def test_a_new_version_that_does_not_start(script: Scripted) -> None:
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_new_version_that_does_not_start(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     """The old ones stay, and those that have died meanwhile are replaced by their like."""
 
-    def fail() -> None:
-        script.made[0].die()
-        raise OSError("the cat sat on the model")
+    async def test(script: Scripted) -> None:
+        def fail() -> None:
+            script.made[0].die()
+            raise kind("the cat sat on the model")
 
-    script.on_start = fail
-    with pytest.raises(OSError, match="the cat sat"):
-        await asyncio.gather(script.fleet.roll(["new"]))
-    await script.until(["old", "old"])
+        script.on_start = fail
+        with pytest.raises(kind, match="the cat sat"):
+            await asyncio.gather(script.fleet.roll(["new"]))
+        await script.until(["old", "old"])
+
+    scripted(test)(monkeypatch)
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_replacement_that_does_not_start_is_tried_again(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(script: Scripted) -> None:
+        start, errors = script.fleet.start_one, [kind("once"), kind("twice")]
+
+        async def fail_twice(flags: Sequence[str]) -> Any:
+            if errors:
+                raise errors.pop()
+            return await start(flags)
+
+        script.fleet.start_one = fail_twice
+        script.made[0].die()
+        while errors:
+            await asyncio.sleep(0.001)
+        await script.until(["old", "old"])
+
+    scripted(test)(monkeypatch)
 
 
 @scripted

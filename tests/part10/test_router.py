@@ -23,7 +23,7 @@ from tests.part10.fake_replicas import (
 )
 
 LOOK = 'Look at router/app.py::Router.route; README "What passes through".'
-LOOK_FAIL = 'Look at router/app.py::Router.route and stream; README "When a replica fails".'
+LOOK_FAIL = 'Look at router/app.py::Router.route and RoutedResponse.stream; README "When a replica fails".'
 LOOK_ADMIN = 'Look at router/app.py::Router.add_worker and remove_worker; README "Replicas come and go".'
 LOOK_TURNS = 'Look at router/app.py::Router.client_of; README "Fair turns".'
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "Hello", "max_tokens": 3}
@@ -131,6 +131,42 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event() -> None:
         assert '"error"' in events[-3] and a.url in events[-3], f"the error names the replica: {events}. {LOOK_FAIL}"
         assert b.num_requests == 0, LOOK_FAIL
         check_idle(router)
+
+
+def test_a_stream_of_responses_ends_with_an_event_of_its_own_kind() -> None:
+    """OpenAI's clients expect another one there than for completions."""
+    with routed(FakeReplica("a", break_off)) as (url, _, _):
+        text = ask(url, "/v1/responses", stream=True).text
+        assert text.startswith('data: {"n":0}\n\nevent: error\ndata: {"type": "error", "sequence_number": 1, '), (
+            f"{text!r}. {LOOK_FAIL}"
+        )
+        assert "[DONE]" not in text and text.endswith("\n\n"), f"{text!r}. {LOOK_FAIL}"
+
+
+def test_open_requests_end_when_the_router_is_in_a_hurry() -> None:
+    """Streams, whole answers, and what waits in the queue. Nobody is retried."""
+
+    async def wait(replica: FakeReplica, request: Any) -> Any:
+        await replica.until_open(0)
+        return await answer_stream(replica, request)
+
+    a = FakeReplica("a", answer_stream, gate=0)
+    with routed(a, max_requests_per_replica=2) as (url, router, _), ThreadPoolExecutor(3) as threads:
+        stream = threads.submit(ask, url, stream=True)
+        until(lambda: a.num_requests == 1, "the stream to begin")
+        a.handler = wait
+        whole = threads.submit(ask, url)
+        until(lambda: a.num_requests == 2, "the request to arrive")
+        queued = threads.submit(ask, url)
+        until(lambda: router.pool.queue.num_waiting == 1, "one to wait")
+        router.end_requests()
+        events = stream.result(TIMEOUT_S).text.split("\n\n")
+        assert "the server is shutting down" in events[-3] and events[-2] == "data: [DONE]", f"{events}. {LOOK_FAIL}"
+        for each in (whole, queued):
+            assert each.result(TIMEOUT_S).status_code == 503, f"{each.result().text}. {LOOK_FAIL}"
+        assert a.num_requests == 2 and not router.pool.replicas[0].num_failures, LOOK_FAIL
+        check_idle(router)
+        a.gate = 100
 
 
 def test_a_whole_answer_that_breaks_off_is_asked_for_elsewhere() -> None:
@@ -241,11 +277,54 @@ def test_a_replica_is_added_and_another_one_drained() -> None:
         check_idle(router)
 
 
-@pytest.mark.parametrize("url", ["", "localhost", "ftp://x:1", "http://", "http://x:99999", 5, None])
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost", "ftp://x:1", "http://", "http://x:99999", "http://a:1#b", "http://a:1?b", "http://a:1?",
+     "http://u:p@a:1", "http://a b:1", "http://a\nb:1", 5, None],
+)  # fmt: skip
 def test_addresses_that_are_none(url: object) -> None:
     with routed(FakeReplica("a")) as (router_url, _, _):
         got = httpx.post(f"{router_url}/workers", json={"url": url}, headers=KEY, trust_env=False)
         assert got.status_code == 400 and "url" in got.text, f"{url!r}: {got.text}. {LOOK_ADMIN}"
+
+
+def test_one_replica_has_one_address() -> None:
+    a = FakeReplica("a")
+    with routed(a) as (url, _, _):
+        for same in (a.url + "/", a.url.replace("http", "HTTP")):
+            got = httpx.post(f"{url}/workers", json={"url": same}, headers=KEY, trust_env=False)
+            assert got.status_code == 409, f"{same} is {a.url}: {got.text}. {LOOK_ADMIN}"
+
+
+def test_a_router_that_is_its_own_replica() -> None:
+    """Its requests come back to it, and go to the other one."""
+    a = FakeReplica("a")
+    with routed(a) as (url, router, _):
+        httpx.post(f"{url}/workers", json={"url": url}, headers=KEY, trust_env=False).raise_for_status()
+        until(lambda: router.pool.find(url).is_healthy, "it to be healthy")
+        got = [ask(url).json()["replica"] for _ in range(10)]
+        assert got == ["a"] * 10, f"got {got}. {LOOK_FAIL}"
+        check_idle(router)
+
+
+# Web pages
+
+
+def test_foreign_pages_may_not_use_it() -> None:
+    a = FakeReplica("a")
+    with routed(a, allowed_origins="http://good.example") as (url, _, _):
+        for headers, status in [
+            ({"Host": "evil.example"}, 403), ({"Origin": "http://evil.example"}, 403), ({}, 200),
+            ({"Origin": "http://good.example"}, 200), ({"Origin": "http://localhost:3000"}, 200),
+        ]:  # fmt: skip
+            got = ask(url, headers=headers)
+            assert got.status_code == status, f"{headers}: {got.status_code} {got.text}. {LOOK}"
+        assert all("origin" not in map(str.lower, sent) for sent in a.headers), f"the router has decided. {LOOK}"
+        preflight = httpx.options(
+            f"{url}/v1/completions", trust_env=False,
+            headers={"Origin": "http://good.example", "Access-Control-Request-Method": "POST"},
+        )  # fmt: skip
+        assert preflight.headers["access-control-allow-origin"] == "http://good.example", f"{preflight.headers}. {LOOK}"
 
 
 # Too many requests

@@ -30,6 +30,12 @@ def of_ranks(m: dict[str, Any]) -> list[str]:
     return [f"{two:.0f} output", f"{one:.0f} ", f"({two / one:.1f}×)"]
 
 
+def of_routing(m: dict[str, Any]) -> list[str]:
+    found = m["policies"]["long prefixes"]
+    few, many = (found[f"this part's, {name}"]["computed_tokens"] for name in ("cache_aware", "round_robin"))
+    return [f"{few:,.0f} prompt tokens", f"{many:,.0f} ", f"({few / many:.1f}×)"]
+
+
 def of_health(m: dict[str, Any]) -> list[str]:
     answer, health = m["answers"][-1], m["health"]
     p99 = [f"{health[part]['p99_ms']:.0f} ms" for part in ("part 2", "part 1")]
@@ -52,6 +58,7 @@ EXPECTED: dict[int, Callable[[dict[str, Any]], list[str]]] = {
     7: lambda m: [f"{m['ttft']['tiny']['shared prefix'][name]['ttft_ms']:.0f} ms" for name in ("on", "off")],
     8: of_speculation,
     9: of_ranks,
+    10: of_routing,
 }  # fmt: skip
 
 

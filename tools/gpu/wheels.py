@@ -27,14 +27,15 @@ LEFT_OUT = {
     "watchfiles": "only for the workshop",
 }
 PACKAGES = """
-annotated-doc annotated-types anyio blinker certifi click fastapi filelock flask fsspec h11 hf-xet httpcore httpcore2
-httpx httpx2 huggingface-hub hypothesis idna iniconfig itsdangerous jinja2 markdown-it-py markupsafe mdurl msgspec
-opentelemetry-api packaging pluggy prometheus-client pydantic pydantic-core pygments pytest pyyaml pyzmq regex rich
-shellingham sniffio sortedcontainers starlette tqdm transformers truststore typer typing-extensions typing-inspection
-uvicorn werkzeug
+aiohappyeyeballs aiohttp aiosignal annotated-doc annotated-types anyio attrs blinker certifi click fastapi filelock
+flask frozenlist fsspec h11 hf-xet httpcore httpcore2 httpx httpx2 huggingface-hub hypothesis idna iniconfig
+itsdangerous jinja2 markdown-it-py markupsafe mdurl msgspec multidict opentelemetry-api packaging pluggy
+prometheus-client propcache pydantic pydantic-core pygments pytest pyyaml pyzmq regex rich shellingham sniffio
+sortedcontainers starlette tqdm transformers truststore typer typing-extensions typing-inspection uvicorn werkzeug yarl
 """.split()
 NEEDED_MODULES = """
-fastapi flask httpx huggingface_hub hypothesis jinja2 msgspec prometheus_client pytest rich transformers uvicorn zmq
+aiohttp fastapi flask httpx huggingface_hub hypothesis jinja2 msgspec prometheus_client pytest rich transformers uvicorn
+zmq
 """.split()
 
 

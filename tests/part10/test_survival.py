@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -227,6 +228,42 @@ def test_no_cookie_of_a_replica_reaches_another_client() -> None:
         got = [ask(url) for _ in range(2)]
         assert got[1].json() == {"got": None}, f"{got[1].text}. {LOOK_BODY}"
         assert "secret" in got[1].headers["set-cookie"], f"{got[1].headers}. {LOOK_BODY}"
+
+
+def test_a_replica_that_is_killed_while_it_drains() -> None:
+    a, b = FakeReplica("a", answer_stream, gate=1), FakeReplica("b")
+    with routed(a, b) as (url, router, servers), ThreadPoolExecutor(1) as threads:
+        stream = threads.submit(ask, url, stream=True)
+        until(lambda: a.num_requests == 1, "the stream to begin")
+        httpx.request("DELETE", f"{url}/workers", json={"url": a.url}, headers=KEY, trust_env=False).raise_for_status()
+        servers.stop(a)
+        events = stream.result(TIMEOUT_S).text.split("\n\n")
+        assert '"error"' in events[-3] and events[-2] == "data: [DONE]", f"{events}. {LOOK_FAIL}"
+        until(lambda: len(router.pool.replicas) == 1, f"it to be removed, not {router.pool.replicas}. {LOOK_FAIL}")
+        assert ask(url).json()["replica"] == "b", LOOK_FAIL
+        check_idle(router)
+
+
+def test_a_replica_that_is_killed_during_a_health_check() -> None:
+    """It has not answered yet. Requests go elsewhere, before the next check as well as after it."""
+
+    class Slow(FakeReplica):
+        num_checks = 0
+
+        async def handle(self, request: web.Request) -> web.StreamResponse:
+            if request.path == "/health":
+                self.num_checks += 1
+                await asyncio.sleep(TIMEOUT_S)
+            return await super().handle(request)
+
+    a, b = Slow("a"), FakeReplica("b")
+    with routed(a, b, health_timeout=60.0) as (url, router, servers):
+        until(lambda: a.num_checks == 1, "a health check")
+        servers.stop(a)
+        assert [ask(url).json()["replica"] for _ in range(4)] == ["b"] * 4, LOOK_FAIL
+        until(lambda: not router.pool.replicas[0].is_healthy, f"the health checks to notice. {LOOK_FAIL}")
+        assert [ask(url).json()["replica"] for _ in range(4)] == ["b"] * 4, LOOK_FAIL
+        check_idle(router)
 
 
 # Clients that misbehave

@@ -1,4 +1,4 @@
-"""Check the learner's exercises, each alone with its own tests, then the whole part; once, or after every save."""
+"""Check the learner's exercises with their own tests, then the whole part; once, or after every save."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Cancelled = Callable[[], bool]
 class Checker:
     """Checks the named exercises of one part, or all if none is named; what is still blank is not run.
 
-    num_checks counts the runs of an exercise's tests. rest: the outcome of the rest of the part's tests.
+    num_checks counts how often an exercise was checked. rest: the outcome of the rest of the part's tests.
     """
 
     part: Part
@@ -72,10 +72,13 @@ class Checker:
         prints = fingerprints(self.part)
         self.recall(started, prints)
         todo = [exercise for exercise in started if self.checked.get(exercise.name) != prints[exercise.name]]
+        self.rest = None if todo else self.rest
+        together = self.run_together(todo, cancelled)
         for number, exercise in enumerate(todo, 1):
-            self.rest = None
-            with self.report.working(f"{exercise.name}: its own tests ({number} of {len(todo)})"):
-                result = self.runner.run_exercise(exercise, cancelled=cancelled)
+            result = together.of(exercise) if together is not None else None
+            if result is None:
+                with self.report.working(f"{exercise.name}: its own tests ({number} of {len(todo)})"):
+                    result = self.runner.run_exercise(exercise, cancelled=cancelled)
             self.num_checks += 1
             if result is None:
                 return None
@@ -90,6 +93,15 @@ class Checker:
                     return None
                 mistakes[exercise.name] = found
         return mistakes
+
+    def run_together(self, exercises: list[Exercise], cancelled: Cancelled) -> Result | None:
+        """Run the tests of several exercises at once, so that the model is loaded once. None if they don't all pass:
+        then each is run alone, which shows whose fault it is."""
+        if len(exercises) < 2:
+            return None
+        with self.report.working(f"{len(exercises)} exercises: their own tests"):
+            result = self.runner.run_together(exercises, cancelled)
+        return result if result is not None and result.passes else None
 
     def run_rest(self, started: list[Exercise], cancelled: Cancelled) -> Result | None:
         """Run all tests of the part on the learner's copy as it is, with only what is not asked for from the

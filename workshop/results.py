@@ -31,15 +31,27 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The outcome of one exercise's tests. num_tests: tests to run, 0 if none could run."""
+    """The outcome of one exercise's tests. num_tests: tests to run, 0 if none could run. passed: the ids of those that
+    have passed."""
 
     num_tests: int
     num_passed: int
     failures: tuple[Failure, ...] = ()
+    passed: frozenset[str] = frozenset()
 
     @property
     def passes(self) -> bool:
         return not self.failures and self.num_passed > 0
+
+    def of(self, exercise: Exercise) -> Result:
+        """The part of a run without failures that belongs to one exercise."""
+        own = frozenset(test for test in self.passed if any(is_in(test, place) for place in exercise.tests))
+        return Result(len(own), len(own), (), own)
+
+
+def is_in(test: str, place: str) -> bool:
+    """Whether a test is the named one, one of its cases, or in the named file."""
+    return test == place or test.startswith((f"{place}::", f"{place}["))
 
 
 def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float) -> Result:
@@ -70,7 +82,7 @@ def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float
         failures[test] = Failure(test, f"pytest ended early, with status {status}: {last_line(text)}", traceback=text)
     passed -= failures.keys()
     tests |= {test for test in failures if "::" in test}
-    return Result(len(tests | passed), len(passed), tuple(failures.values()))
+    return Result(len(tests | passed), len(passed), tuple(failures.values()), frozenset(passed))
 
 
 def timed_out(test: str, text: str, copy: Path, limit_s: float) -> Failure:

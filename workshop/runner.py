@@ -135,6 +135,12 @@ class Runner:
             max_failures=max_failures, cancelled=cancelled,
         )  # fmt: skip
 
+    def run_together(self, exercises: list[Exercise], cancelled: Callable[[], bool]) -> Result | None:
+        """Run the tests of several exercises on the learner's copy as it is, up to the first failure."""
+        tests = list(dict.fromkeys(test for exercise in exercises for test in exercise.tests))
+        names = [exercise.name for exercise in exercises]
+        return self.run(tests, self._all_but(names), marks="not slow", max_failures=1, cancelled=cancelled)
+
     def run_rest(self, names: list[str], cancelled: Callable[[], bool]) -> Result | None:
         """Run all tests of the part, with every body but the named ones lent."""
         tests = [str(path.relative_to(self.part.root)) for path in sorted(self.part.tests.glob("test_*.py"))]

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.console import Console
 from workshop import runner as runner_module
 from workshop import workspace
 from workshop.check import Checker, watch
-from workshop.course import Part, WorkshopError
+from workshop.course import Exercise, Part, WorkshopError
 from workshop.report import Report
 from workshop.results import Result, State
 from workshop.runner import Runner
@@ -298,6 +299,29 @@ def test_what_has_passed_and_not_changed_is_not_run_again(runner: Runner, part: 
     test = next(iter(sorted(part.tests.glob("test_*.py"))))
     test.write_text(test.read_text() + "\n\ndef test_more() -> None: ...\n")
     assert num_checks() == 2, "the tests have changed"
+
+
+def test_exercises_that_pass_are_run_together(
+    runner: Runner, part: Part, solve: Solve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the model is loaded once. If one fails, each is run alone: only then is it known which."""
+    alone, run_alone = list[str](), runner.run_exercise
+
+    def run_exercise(exercise: Exercise, **options: Any) -> Result | None:
+        alone.append(exercise.name)
+        return run_alone(exercise, **options)
+
+    monkeypatch.setattr(runner, "run_exercise", run_exercise)
+    solve(add="return a + b", total="return 5")
+    checker, _ = make_checker(part, runner)
+    assert not checker.check() and alone[:2] == ["add", "total"], f"total fails, each is run alone: {alone}"
+    alone.clear()
+    solve(add="return b + a", total=GOOD_TOTAL)
+    checker, console = make_checker(part, runner)
+    assert checker.check() and not alone, f"both pass together, so none is run alone: {alone}"
+    text = console.export_text()
+    assert "add    passes: 4 of 4 tests pass" in text, f"each has its own tests: {text}"
+    assert State.load(part).saved["add"].num_tests == 4, "and they are recorded"
 
 
 def test_a_named_exercise_that_is_blank_is_not_run(runner: Runner, part: Part) -> None:

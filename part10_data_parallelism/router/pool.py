@@ -1,4 +1,4 @@
-"""The replicas that the router knows: who is chosen for a request, who comes and goes."""
+"""The replicas that the router knows: which one gets a request, which ones are added and removed."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class RayRouter(RouterProcess):
         return {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in self.replicas()}
 
     @contextlib.contextmanager
-    def a_replica_is_replaced(self) -> Iterator[None]:
+    def check_a_replica_is_replaced(self) -> Iterator[None]:
         """The block ends one of the two replicas. Then another actor starts another one. No request fails meanwhile."""
         before, actors, self.answers = self.workers(), self.actors(), []
         self._stop.clear()
@@ -123,17 +123,17 @@ def test_each_node_has_a_replica(router: RayRouter) -> None:
 
 def test_a_server_that_is_killed_is_replaced(router: RayRouter) -> None:
     """Its actor ends too: it has the CPU that the new one needs."""
-    with router.a_replica_is_replaced():
+    with router.check_a_replica_is_replaced():
         os.kill(router.replicas()[0], signal.SIGKILL)
 
 
 def test_an_actor_that_is_killed_is_replaced(router: RayRouter) -> None:
-    with router.a_replica_is_replaced():
+    with router.check_a_replica_is_replaced():
         os.kill(router.actors().pop(), signal.SIGKILL)
 
 
 def test_the_replica_of_a_lost_node_starts_on_a_new_one(router: RayRouter, cluster: Cluster) -> None:
-    with router.a_replica_is_replaced():
+    with router.check_a_replica_is_replaced():
         [node] = cluster.worker_nodes
         cluster.remove_node(node, allow_graceful=False)
         until(lambda: router.hosts() == [HEAD], f"the lost replica to be removed: {router.workers()}. {LOOK}")

@@ -21,7 +21,7 @@ def prefix_index() -> Drawing:
         "is out of balance, the replica with the fewest pending requests gets it; else, since more than half matches, "
         "replica 1; else again the replica with the fewest pending requests.",
     )
-    top = drawing.heading("A node stands for a chunk and all text before it, and knows who was sent that.")
+    top = drawing.heading("A node stands for a chunk and all text before it, and lists the replicas that got it.")
     rows = [top + 8, top + 74, top + 140]
     drawing.text(MARGIN, rows[0] + 14, "Index", BOLD)
     drawing.text(MARGIN, rows[0] + 32, "64 characters a node", SMALL, "muted")
@@ -63,9 +63,11 @@ def _decide(drawing: Drawing, y: float) -> None:
     drawing.box(balance, "Load out of balance?", ["most − fewest > 32, and > 1.1 ×"], "purple")
     drawing.box(match, "More than half?", ["of the prompt matches"], "purple")
     drawing.box(holder, "replica 1", ["has the prefix"], "orange", strong=True)
-    drawing.box(fewest, "the replica with the fewest pending requests; of several, any", [], "grey")
+    drawing.box(fewest, "the replica with the fewest pending requests; ties: at random", [], "grey")
     drawing.arrow([balance.right_center, match.left_center], "no", "above")
     drawing.arrow([match.right_center, holder.left_center], "yes", "above")
     drawing.arrow([balance.bottom_center, (balance.cx, fewest.y)], "yes", "right")
     drawing.arrow([match.bottom_center, (match.cx, fewest.y)], "no", "right")
-    drawing.text(MARGIN, fewest.bottom + 28, "Whoever is chosen: the prompt's chunks are noted for it.", ink="muted")
+    drawing.text(
+        MARGIN, fewest.bottom + 28, "Whichever is chosen: the index lists the prompt's chunks for it.", ink="muted"
+    )

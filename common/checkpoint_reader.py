@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,17 +77,31 @@ class RandomReader:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
         self.source = checkpoint.name
-        self._parameters = dict(load_model(checkpoint, dtype, device).named_parameters())
+        parameters = load_model(checkpoint, dtype, device).named_parameters()
+        self._parameters = dict(each for named in parameters for each in as_stored(*named))
         self.unread, self.num_bytes_read = set(self._parameters), 0
 
     def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
         """Return each tensor once and drop it, so that memory never holds two copies of the model."""
-        parameter = self._parameters.pop(name).data
+        parameter = self._parameters.pop(name)
         check_shape(self.source, name, tuple(parameter.shape), shape)
         self.unread.discard(name)
         part = parameter[index]
         self.num_bytes_read += part.nbytes
         return part
+
+
+def as_stored(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint has for a parameter: transformers stacks the experts of a layer, and stores each by itself."""
+    owner, _, kind = name.rpartition(".")
+    if not owner.endswith(".experts"):
+        yield name, parameter.data
+        return
+    for expert, weight in enumerate(parameter.data):
+        parts = weight.chunk(2) if kind == "gate_up_proj" else (weight,)
+        names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for part_name, part in zip(names, parts, strict=True):
+            yield f"{owner}.{expert}.{part_name}.weight", part
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -90,9 +90,9 @@ def label_line(axes: Axes, line: Line2D, text: str) -> None:
     )
 
 
-def label_bars(axes: Axes, bars: BarContainer, fmt: str = "{:,.0f}") -> None:
-    """Write each bar's value above it and remove the vertical grid lines."""
-    axes.bar_label(bars, fmt=fmt, padding=3)
+def label_bars(axes: Axes, bars: BarContainer, fmt: str = "{:,.0f}", fontsize: float | None = None) -> None:
+    """Write each bar's value above it and remove the vertical grid lines. fontsize: in points; None: the plot's."""
+    axes.bar_label(bars, fmt=fmt, padding=3, fontsize=fontsize)
     axes.grid(visible=False, axis="x")
 
 

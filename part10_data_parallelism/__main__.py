@@ -45,6 +45,8 @@ def serve(server: ServerConfig, config: EngineConfig) -> None:
 def main() -> None:
     server, config = parse_configs((ServerConfig, EngineConfig), DESCRIPTION, prog=PROG)
     torchrun = Torchrun.from_environment()
+    if torchrun is not None:
+        exit_on_error(PROG, lambda: torchrun.check(config))
     if torchrun is not None and torchrun.rank > 0:
         exit_on_error(PROG, lambda: run_torchrun_rank(torchrun, config))
     else:

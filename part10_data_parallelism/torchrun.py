@@ -36,7 +36,10 @@ class Torchrun:
 
     def check(self, config: EngineConfig) -> None:
         """Raises FieldError if torchrun started another number of ranks than the engine has, and for links that anyone
-        could join."""
+        could join. What torchrun starts are the ranks of one engine core."""
+        if config.data_parallel_size > 1:
+            size = config.data_parallel_size
+            raise FieldError("data_parallel_size", f"expected 1 under torchrun, got {size}: put a router in front")
         if self.world_size != config.num_ranks:
             raise FieldError(
                 "tensor_parallel_size",

@@ -69,7 +69,7 @@ class CoreGate(Permits):
         self.must_hear = self.num_heard = self.num_sent = 0
         self._receive, self._send = part.engine_core.EngineCore.receive, part.core_client.CoreClient.send
 
-    def make_engine(self, config: Any) -> Any:
+    def make_engine(self, config: Any, *_: Any) -> Any:
         if self.start_error is not None:
             raise self.start_error
         return self.engine

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,6 +57,26 @@ def classes_of(part: str) -> tuple[type[Any], type[Any]]:
             self.calls.append(("all_gather", tuple(shard.shape)))
             return torch.cat(self.meeting.exchange(self.rank, shard), dim=-1)
 
+        def exchange_counts(self, counts: Tensor) -> list[list[int]]:
+            self.calls.append(("exchange_counts", tuple(counts.shape)))
+            return torch.stack([each[:, self.rank] for each in self.meeting.exchange(self.rank, counts)], 1).tolist()
+
+        def all_to_all(self, rows: Tensor, counts: list[int], num_received: list[int]) -> Any:
+            self.calls.append(("all_to_all", tuple(rows.shape)))
+            self.num_bytes_sent += (len(rows) - counts[self.rank]) * rows[:1].nbytes
+            all_rows = self.meeting.exchange(self.rank, rows)
+            all_counts = self.meeting.exchange(self.rank, torch.tensor(counts))
+            parts = [each.split(sizes.tolist())[self.rank] for each, sizes in zip(all_rows, all_counts, strict=True)]
+            assert [len(part) for part in parts] == num_received, f"rank {self.rank} expects {num_received} rows"
+            return SimpleNamespace(wait=functools.partial(torch.cat, parts))
+
+        def all_gather_rows(self, share: Tensor, num_rows: int) -> Tensor:
+            self.calls.append(("all_gather_rows", tuple(share.shape)))
+            return torch.cat(self.meeting.exchange(self.rank, share))[:num_rows]
+
+        def any(self, is_so: bool, device: str) -> bool:
+            return bool(torch.stack(self.meeting.exchange(self.rank, torch.tensor(is_so))).any())
+
     @dataclass
     class LocalStage(parallel.PipelineStage):  # type: ignore[name-defined,misc]
         """links[i]: from stage i to stage i + 1."""
@@ -85,6 +106,52 @@ def make_grid(part: str, tp_size: int, num_stages: int) -> list[tuple[Any, Any]]
     ]
 
 
+def make_expert_grid(part: str, tp_size: int, num_cores: int, **fields: int) -> list[Any]:
+    """The groups of each rank, core by core: all share the experts, and those of a core its layers. fields: further
+    ones of Groups."""
+    group, stage = classes_of(part)
+    groups = importlib.import_module(f"{part}.worker.parallel").Groups
+    everyone, size = Meeting(tp_size * num_cores), tp_size * num_cores
+    cores = [Meeting(tp_size) for _ in range(num_cores)]
+    return [
+        groups(
+            group(rank, tp_size, meeting=cores[core]), group(core * tp_size + rank, size, meeting=everyone), stage(),
+            **fields,
+        )
+        for core in range(num_cores)
+        for rank in range(tp_size)
+    ]  # fmt: skip
+
+
+def on_expert_ranks(
+    part: str, tp_size: int, num_cores: int, work: Callable[[Any, int], Any], **fields: int
+) -> list[Any]:
+    """What work(groups, core) returns on each rank, core by core. Raises the first rank's error."""
+
+    @torch.inference_mode()
+    def run(number: int, groups: Any) -> Any:
+        try:
+            return work(groups, number // tp_size)
+        except BaseException:
+            for each in (groups.tensor, groups.experts):
+                each.meeting.barrier.abort()
+            raise
+
+    return _results(
+        [functools.partial(run, *each) for each in enumerate(make_expert_grid(part, tp_size, num_cores, **fields))]
+    )
+
+
+def _results(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What they return, each in a thread. Raises the first one's error."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        futures = [threads.submit(call) for call in calls]
+    errors = [future.exception() for future in futures]
+    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]
+
+
 def on_all_ranks(part: str, size: int, work: Callable[[Any], Any]) -> list[Any]:
     """What work(group) returns on each rank of a group."""
     return on_a_grid(part, size, 1, lambda group, _: work(group))
@@ -101,21 +168,26 @@ def on_a_grid(part: str, tp_size: int, num_stages: int, work: Callable[[Any, Any
             group.meeting.barrier.abort()  # the others must not wait
             raise
 
-    with ThreadPoolExecutor(tp_size * num_stages) as threads:
-        futures = [threads.submit(run, *rank) for rank in make_grid(part, tp_size, num_stages)]
-    errors = [future.exception() for future in futures]
-    for error in sorted(filter(None, errors), key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-        raise error
-    return [future.result() for future in futures]
+    return _results([functools.partial(run, *rank) for rank in make_grid(part, tp_size, num_stages)])
+
+
+def with_experts(part: str, config: Any, group: Any, stage: Any) -> Any:
+    """The groups of a rank; the ranks that share its layers also share its experts, if the config says so."""
+    parallel = importlib.import_module(f"{part}.worker.parallel")
+    experts = group if config.enable_expert_parallel else parallel.ParallelGroup()
+    return parallel.Groups(group, experts, stage, config.num_redundant_experts, 2 if config.enable_dbo else 1)
 
 
 class LocalExecutor:
     """An executor whose ranks are threads of this process. worker: the one that answers."""
 
-    def __init__(self, part: str, config: Any) -> None:
+    def __init__(self, part: str, config: Any, cores: Any = None) -> None:
         worker_class = importlib.import_module(f"{part}.worker.worker").Worker
         tp_size, num_stages = config.tensor_parallel_size, config.pipeline_parallel_size
-        self.workers = [worker_class(config, *rank, seed=0) for rank in make_grid(part, tp_size, num_stages)]
+        ranks = make_grid(part, tp_size, num_stages)
+        if hasattr(config, "enable_expert_parallel"):  # from part 11 on, a rank has its groups in one object
+            ranks = [(with_experts(part, config, *rank),) for rank in ranks]
+        self.workers = [worker_class(config, *rank, seed=0) for rank in ranks]
         self.answering = self.workers[-tp_size:]
         self.worker = self.answering[0]
         self.num_blocks = min(worker.num_blocks_available() for worker in self.workers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import importlib.util
@@ -333,7 +332,7 @@ def make_scripted_engine(
         eos_token_ids=frozenset({END}), max_model_len=max_model_len, config=SimpleNamespace(vocab_size=VOCAB_SIZE)
     )
     name = "make_executor" if hasattr(part.engine, "make_executor") else "Executor"  # from part 9 on there are two
-    places = {name: functools.partial(executor, part), "resolve_checkpoint": lambda _: checkpoint}
+    places = {name: lambda config, *_: executor(part, config), "resolve_checkpoint": lambda _: checkpoint}
     with mock.patch.multiple(part.engine, **places):
         engine = part.engine.LLMEngine(part.config.EngineConfig(**{"device": "cpu", "num_kv_blocks": 1_000, **flags}))
     scripted, schedule = executor_of(engine), engine.scheduler.schedule

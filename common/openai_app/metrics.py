@@ -20,6 +20,7 @@ GAUGES = {
     "num_requests_running": "Requests that the engine is computing now.",
     "num_requests_waiting": "Requests that wait in the queue now.",
     "kv_cache_usage_perc": "Fraction of the KV cache blocks that requests use now, from 0 to 1.",
+    "expert_balance_perc": "Mean of the ranks' loads from experts, divided by the largest, before experts last moved.",
 }
 COUNTERS = {
     "num_preemptions": "Preemptions: how often a running request had to give up its KV cache blocks.",

@@ -35,11 +35,12 @@ def paged_decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, context_
     assert kv_cache.stride(4) == block_tables.stride(1) == context_lens.stride(0) == 1, "rows must be contiguous"
     query, output = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     group_size = num_heads // num_kv_heads
-    _paged_decode_kernel[(num_seqs, num_kv_heads)](
-        query, kv_cache, block_tables, context_lens, output, scale, *kv_cache.stride()[:4], block_tables.stride(0),
-        GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_SIZE=TILE_SIZE,
-        PADDED_GROUP_SIZE=dot_size(group_size), PADDED_HEAD_DIM=dot_size(head_dim),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _paged_decode_kernel[(num_seqs, num_kv_heads)](
+            query, kv_cache, block_tables, context_lens, output, scale, *kv_cache.stride()[:4], block_tables.stride(0),
+            GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_SIZE=TILE_SIZE,
+            PADDED_GROUP_SIZE=dot_size(group_size), PADDED_HEAD_DIM=dot_size(head_dim),
+        )  # fmt: skip
     return output
 
 

@@ -71,7 +71,7 @@ class MultiprocExecutor:
     def __init__(self, config: EngineConfig) -> None:
         model_config = resolve_checkpoint(config.model).config
         check_divisible(model_config, config.tensor_parallel_size, config.pipeline_parallel_size)
-        self.is_traced = config.trace is not None
+        self.is_traced, self.is_on_cpu = config.trace is not None, config.device == "cpu"
         try:
             self.ranks = Ranks(config, rank_process.run_rank, launcher.publish_addresses)
             self._load()
@@ -91,7 +91,8 @@ class MultiprocExecutor:
         except BaseException:
             self.ranks.shutdown()
             raise
-        self.ranks.remove_directory()
+        if self.is_on_cpu:  # NCCL looks into the directory once more, at the first exchange between two ranks
+            self.ranks.remove_directory()
 
     def launch(self, step: StepInput) -> StepHandle:
         self.ranks.send(step)

@@ -51,11 +51,12 @@ def paged_attention(
     max_rows = max(MAX_TILE_ROWS[query.element_size()], dot_size(group_size))
     tile_rows = min(dot_size(max_query_len * group_size), max_rows)  # few if every sequence decodes
     grid = (len(context_lens), num_kv_heads, triton.cdiv(max_query_len, tile_rows // group_size))
-    _paged_attention_kernel[grid](
-        query, kv_cache, block_tables, query_start_loc, context_lens, output, scale, *kv_cache.stride()[:4],
-        block_tables.stride(0), GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_SIZE=TILE_SIZE,
-        TILE_ROWS=tile_rows, PADDED_HEAD_DIM=dot_size(head_dim),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _paged_attention_kernel[grid](
+            query, kv_cache, block_tables, query_start_loc, context_lens, output, scale, *kv_cache.stride()[:4],
+            block_tables.stride(0), GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+            TILE_SIZE=TILE_SIZE, TILE_ROWS=tile_rows, PADDED_HEAD_DIM=dot_size(head_dim),
+        )  # fmt: skip
     return output
 
 

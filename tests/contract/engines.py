@@ -29,17 +29,27 @@ MAX_STEPS = 1_000  # far more than any of these tests needs
 class SmallModels:
     """Two random models with the same vocabulary, on disk: a target, and a draft model that seldom agrees with it."""
 
-    def __init__(self, directory: Path) -> None:
-        self.reference = small_model("llama", seed=1, vocab_size=VOCAB_SIZE)
+    def __init__(self, directory: Path, family: str = "llama") -> None:
+        self.directory, self.family = directory, family
+        self.reference = small_model(family, seed=1, vocab_size=VOCAB_SIZE)
         self._answers: dict[tuple[int, ...], list[int]] = {}
         self._decoders: list[tuple[str, Any, Any]] = []
         self.target, self.draft = str(directory / "target"), str(directory / "draft")
         self.reference.save_pretrained(self.target)
         small_model("llama", seed=2, vocab_size=VOCAB_SIZE).save_pretrained(self.draft)
+        self._mixture: SmallModels | None = None
         for path in (MODELS_DIR / "tiny").iterdir():
             if path.name.startswith(("tokenizer", "chat_template")):
                 for folder in (self.target, self.draft):
                     shutil.copy(path, folder)
+
+    def of(self, flags: dict[str, Any]) -> SmallModels:
+        """Those that an engine with these flags is to have: mixtures of experts, if ranks share experts."""
+        if not flags.get("enable_expert_parallel"):
+            return self
+        if self._mixture is None:
+            self._mixture = SmallModels(self.directory / "mixture", "qwen3_moe")
+        return self._mixture
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """What transformers answers; it is asked once."""
@@ -82,7 +92,7 @@ class SmallEngine:
     """One part's LLMEngine over a small model, and what it has answered so far."""
 
     def __init__(self, part: str, models: SmallModels, **flags: Any) -> None:
-        self.part = part
+        self.part, models = part, models.of(flags)
         self.config = self.module("config").EngineConfig(**{**DEFAULTS, "model": models.target, **flags})
         with models.loaded_once(part), self.ranks_in_threads():
             self.core = self.module("core.engine").LLMEngine(self.config)
@@ -175,6 +185,7 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
     """
     drafted = {"speculative_method": "draft_model", "speculative_model": models.draft}
     small, two = {"max_num_batched_tokens": 8}, {"tensor_parallel_size": 2}
+    ep = {**two, "enable_expert_parallel": True}
     since: list[tuple[int, str, dict[str, Any]]] = [
         (5, "async", {}),
         (5, "sync", {"async_scheduling": False}),
@@ -190,6 +201,8 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
         (9, "2 stages", {"pipeline_parallel_size": 2}),
         (9, "2 stages, n-gram lookup", {**LOOKUP, "pipeline_parallel_size": 2}),
         (9, "tp 2, 2 stages, small chunks", {**small, **two, "pipeline_parallel_size": 2}),
+        (11, "ep 2", ep),
+        (11, "ep 2, 2 stages, n-gram lookup, small chunks", {**ep, **small, **LOOKUP, "pipeline_parallel_size": 2}),
     ]
     number = number_of(part)
     newest = max(number_of(path.name) for path in ROOT.glob("part[0-9][0-9]_*") if (path / "__init__.py").is_file())

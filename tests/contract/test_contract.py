@@ -390,7 +390,7 @@ def test_the_core_leaves_a_core_to_the_api(part: str, monkeypatch: pytest.Monkey
     core = importlib.import_module(f"{part}.core.engine_core")
     calls: list[str] = []
 
-    def load(config: Any) -> None:
+    def load(*_: Any) -> None:
         calls.append("load")
         raise OSError("no such model")
 

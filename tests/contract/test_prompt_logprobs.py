@@ -56,14 +56,17 @@ def test_they_are_the_models_own(part: str, small_models: SmallModels, flags: di
     """In a batch, in chunks, behind cached blocks, after preemption, beside drafts; and no answer changes by them."""
     preempted, hits = set[str](), list[int | None]()
     for kind, kind_flags in kinds_of(part, small_models).items():
-        engine = SmallEngine(part, small_models, **{"max_num_seqs": 8, **kind_flags, **flags})
+        engine, models = (
+            SmallEngine(part, small_models, **{"max_num_seqs": 8, **kind_flags, **flags}),
+            small_models.of(kind_flags),
+        )
         where = f"{part}, {kind}, {flags}"
         for prefix in ("first ", "again "):
             ask(engine, prefix, max_tokens=9)
             for name, answer in engine.finish().items():
                 number = int(name.split()[1])
-                check(f"{where}, {name}", small_models, PROMPTS[number], NUM_TOP[number % 4], answer)
-                expected = small_models.greedy(PROMPTS[number], 9)
+                check(f"{where}, {name}", models, PROMPTS[number], NUM_TOP[number % 4], answer)
+                expected = models.greedy(PROMPTS[number], 9)
                 assert answer.token_ids == expected, (
                     f"{where}, {name}: expected the answer {expected}, got {answer.token_ids}. {LOOK}"
                 )

@@ -8,8 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +15,10 @@ import pytest
 
 from common.trace import read_trace
 from part09_tensor_parallelism import config
-from tests.contract.test_process import processes_with
 from tests.forked_servers import GREEDY, READY, until
 from tests.http_checks import COMPLETIONS
-from tests.process_checks import ServerProcess, check_command_lines, course_environment, refuses, serve
+from tests.left_behind import Traces, tracing
+from tests.process_checks import ServerProcess, check_command_lines, refuses, serve
 
 PART_DIR = Path(config.__file__).parent
 PART = PART_DIR.name
@@ -41,43 +39,10 @@ except OSError as error:
 """
 
 
-class Traces:
-    """What a server has left: its processes have a mark in their environment, its files are in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.mark, self.folder = uuid.uuid4().hex, folder
-
-    @property
-    def env(self) -> dict[str, str]:
-        return course_environment(PART_DIR) | {"TMPDIR": str(self.folder), "LLM_ENGINE_TEST": self.mark}
-
-    def processes(self, name: str = "") -> list[int]:
-        """Those whose command line has this in it, oldest first."""
-        found = []
-        for pid in processes_with(self.mark):
-            with contextlib.suppress(OSError):
-                if name in Path(f"/proc/{pid}/cmdline").read_text():
-                    found.append((int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]), pid))
-        return [pid for _, pid in sorted(found)]
-
-    def ranks(self) -> list[int]:
-        """The children of the process that forks them, oldest first."""
-        return self.processes("forkserver")[1:]
-
-    def check_nothing_is_left(self) -> None:
-        until(lambda: not self.processes(), f"all processes to end, {self.processes()}. {LOOK}")
-        left = [str(path) for pattern in ("llm-*", "pymp-*") for path in self.folder.glob(pattern)]
-        assert not left, f"files are left: {left}. {LOOK}"
-
-
 @pytest.fixture
 def traces() -> Iterator[Traces]:
-    with tempfile.TemporaryDirectory(prefix="t-") as folder:  # short: a socket's path has about 100 characters
-        found = Traces(Path(folder))
+    with tracing(PART_DIR, LOOK) as found:
         yield found
-        for pid in found.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import FieldError
 from common.sampling_params import SamplingParams
+from part10_data_parallelism.__main__ import main
 from part10_data_parallelism.api import data_parallel_client as module
 from part10_data_parallelism.api.async_engine import AsyncLLM
 from part10_data_parallelism.api.data_parallel_client import DataParallelClient, config_of
@@ -24,6 +25,7 @@ from part10_data_parallelism.messages import (
     ResetPrefixCache,
 )
 
+LOOK_TORCHRUN = "Look at torchrun.py::Torchrun.check and __main__.py::main."
 LOOK = 'Look at api/data_parallel_client.py::DataParallelClient; README "Replicas inside one server".'
 LIMITS = EngineLimits(max_model_len=64, vocab_size=256, num_kv_tokens=1_000)
 
@@ -197,3 +199,19 @@ def test_answers_of_two_real_cores() -> None:
     one = LLM(EngineConfig(device="cpu", num_threads=1, num_kv_blocks=64))
     expected = [output.outputs[0].token_ids for output in one.generate(prompts, params)]
     assert answers == expected, f"expected {expected}, got {answers}. {LOOK}"
+
+
+def test_torchrun_starts_the_ranks_of_one_core(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else each core would take torchrun's other ranks for its own. No process is started."""
+    told = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=1)
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", **told}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("sys.argv", ["part10", "--data-parallel-size", "2"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "data_parallel_size" in said and "torchrun" in said, (
+        f"expected an error that names the flag, got {exit_info.value.code}: {said}. {LOOK_TORCHRUN}"
+    )

@@ -36,6 +36,14 @@ def of_routing(m: dict[str, Any]) -> list[str]:
     return [f"{few:,.0f} prompt tokens", f"{many:,.0f} ", f"({few / many:.1f}×)"]
 
 
+def of_experts(m: dict[str, Any]) -> list[str]:
+    found = m["models"]["random:moe-small"]
+    shared, whole = found["dp 2, ep 2"], found["dp 2"]
+    memory = [f"{each['expert_parameters'] / 1e6:.0f}M" for each in (shared, whole)]
+    ratio = shared["tokens_per_s"]["64"] / whole["tokens_per_s"]["64"]
+    return [f"{memory[0]} expert parameters on each of two engine cores", f"{memory[1]} ", f"({ratio:.0%}"]
+
+
 def of_health(m: dict[str, Any]) -> list[str]:
     answer, health = m["answers"][-1], m["health"]
     p99 = [f"{health[part]['p99_ms']:.0f} ms" for part in ("part 2", "part 1")]
@@ -45,6 +53,14 @@ def of_health(m: dict[str, Any]) -> list[str]:
 def of_chunks(m: dict[str, Any]) -> list[str]:
     budgets = m["budgets"]["random:llama-110m"]
     return [f"{budgets[name]['itl_p99_ms'] / 1e3:.1f} s" for name in ("256", "whole")]
+
+
+NUMBER_WORDS = ("Ten", "Eleven", "Twelve", "Thirteen", "Fourteen", "Fifteen")
+
+
+def test_the_number_of_parts_that_are_ready() -> None:
+    expected = f"{NUMBER_WORDS[len(PARTS) - 10]} of the fifteen parts are ready"
+    assert expected in README, f"README must say {expected!r}"
 
 
 # What a part's row of the table has to say, from the measurements in its result file.
@@ -59,6 +75,7 @@ EXPECTED: dict[int, Callable[[dict[str, Any]], list[str]]] = {
     8: of_speculation,
     9: of_ranks,
     10: of_routing,
+    11: of_experts,
 }  # fmt: skip
 
 

@@ -78,6 +78,8 @@ PIECES = {
         0, 464, "purple", Version(3, "Executor", "runs a StepInput"), Version(5, "Executor", "launches a StepInput"),
         Version(9, "Executor", "a process per rank"),
     ),
+    "eplb": _piece(2, 464, "purple", Version(11, "EPLB", "places experts")),
+    "lockstep": _piece(3, 464, "purple", Version(11, "Lockstep", "cores in step")),
     "speculation": _piece(1, 464, "purple", Version(8, "Speculation", "n-gram lookup, limits")),
     "runner": _piece(
         0, 562, "green", Version(3, "Model runner", "one flat batch"),
@@ -86,7 +88,7 @@ PIECES = {
     ),
     "model": _piece(
         1, 562, "green", Version(1, "Model", "transformers"), Version(3, "Model", "our own, plain torch"),
-        Version(9, "Model", "a part of each layer"),
+        Version(9, "Model", "a part of each layer"), Version(11, "Model", "dense, or experts"),
     ),
     "attention": _piece(
         2, 562, "green", Version(3, "Attention kernel", "paged decode"),
@@ -145,6 +147,7 @@ SUBTITLES = {
     8: "Draft tokens are proposed, and verified by the target model.",
     9: "The worker runs once per rank, each in a process of its own, with a part of every layer.",
     10: "A router sends each request to one of several whole engines.",
+    11: "Experts are spread over ranks, also over those of several engine cores.",
 }
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from . import (
     architecture,
     batches,
+    experts,
     kv_blocks,
     one_request,
     overview,
@@ -36,5 +37,6 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "tensor_parallel": ranks.tensor_parallel,
     "pipeline": ranks.pipeline,
     "prefix_index": router.prefix_index,
+    "expert_dispatch": experts.expert_dispatch,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

@@ -31,7 +31,7 @@ def expert_dispatch() -> Drawing:
         (OWN, "The gate chooses", "each token's experts"),
         (SENT, "Dispatch", "all-to-all: counts, then rows"),
         (EXPERTS, "Experts compute", "one product for each"),
-        (SUMS, "Combine", "weighted sums, back home"),
+        (SUMS, "Combine", "weighted sums"),
     ):
         drawing.text(x, top + 16, label, BOLD)
         drawing.text(x, top + 34, line, SMALL, "muted")
@@ -72,5 +72,6 @@ def expert_dispatch() -> Drawing:
     for rank in (0, 1):
         drawing.arrow([(own[rank].right + 30, own[rank].cy), sent[rank].left_center])
     drawing.arrow([(own[0].right + 30, own[0].bottom), (sent[1].x + 20, sent[1].y)], "t1, t2", "right")
-    drawing.arrow([(EXPERTS + 150, sent[1].y), (SUMS - 14, sent[0].bottom + 30)], "sums of t1, t2", "left")
+    drawing.arrow([(EXPERTS + 150, sent[1].y), (SUMS - 14, sent[0].bottom + 30)])
+    drawing.text(EXPERTS + 178, sent[1].y - 12, "sums of t1, t2", SMALL, "muted")
     return drawing

@@ -105,7 +105,9 @@ def balance(console: Console, model: str) -> None:
         with Live(table, console=console, auto_refresh=False) as live:
             for number in range(NUM_ROUNDS):
                 answers.append([output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)])
-                before, after = executor.balance_experts()
+                balance = executor.balance_experts()
+                assert balance is not None, "experts have got tokens"
+                before, after = balance
                 table.add_row(str(number + 1), f"{before:.2f}", f"{after:.2f}")
                 live.refresh()
     finally:

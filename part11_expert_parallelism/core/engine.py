@@ -144,7 +144,7 @@ class LLMEngine:
 
     def _launch(self, scheduled: SchedulerOutput) -> StepInFlight:
         if self.num_steps and self.num_steps % self.eplb_step_interval == 0:
-            self.expert_balance = self.executor.balance_experts()
+            self.expert_balance = self.executor.balance_experts() or self.expert_balance
         self.num_steps += 1
         if self.lockstep is not None:
             scheduled.step.has_requests = self.lockstep.begin_step(self.scheduler.has_unfinished_requests)

@@ -47,10 +47,10 @@ class Executor(Protocol):
         """Start a step and return before it is done."""
         ...
 
-    def balance_experts(self) -> tuple[float, float]:
+    def balance_experts(self) -> tuple[float, float] | None:
         """Measure how many tokens each expert has got, and move experts so that all ranks have about equal loads.
 
-        Returns the balancedness of these loads, before and after.
+        Returns the balancedness of these loads, before and after; None if no expert has got any, and nothing was moved.
         """
         ...
 
@@ -74,7 +74,7 @@ class UniProcExecutor:
     def launch(self, step: StepInput) -> StepHandle:
         return self.worker.launch(step)
 
-    def balance_experts(self) -> tuple[float, float]:
+    def balance_experts(self) -> tuple[float, float] | None:
         raise AssertionError("one rank has all experts")
 
     def wait_for(self, requests: zmq.Socket[bytes]) -> None:
@@ -127,10 +127,12 @@ class MultiprocExecutor:
         self.ranks.send(step)
         return RankHandle(self.ranks, self.is_traced)
 
-    def balance_experts(self) -> tuple[float, float]:
+    def balance_experts(self) -> tuple[float, float] | None:
         """All engine cores do this before the same step, and get the same loads, so they agree on the placement."""
         self.ranks.send(MeasureExperts())
         loads, num_ranks = self.ranks.expert_loads(), self.num_expert_ranks
+        if not any(map(any, loads)):
+            return None  # since the last time, there were only dummy steps
         num_experts, num_slots = len(loads[0]), len(loads[0]) + self.num_redundant_experts
         before = self.placements or [Placement.in_order(num_slots, num_experts).experts] * len(loads)
         self.placements = [place_experts(each, num_slots, num_ranks) for each in loads]

@@ -251,6 +251,9 @@ class StoredModel:
     def __init__(self, target: str) -> None:
         self.target = target
 
+    def of(self, flags: dict[str, Any]) -> StoredModel:
+        return self
+
     def loaded_once(self, part: str) -> AbstractContextManager[None]:
         return nullcontext()
 

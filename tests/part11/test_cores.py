@@ -11,9 +11,18 @@ from common.errors import FieldError
 from part11_expert_parallelism.api import data_parallel_client as module
 from part11_expert_parallelism.config import EngineConfig
 from part11_expert_parallelism.core.engine_core import EngineCore
-from part11_expert_parallelism.messages import AbortRequests, CoreGroup, EngineCoreOutputs, decode_from_core
+from part11_expert_parallelism.core.executor import MultiprocExecutor
+from part11_expert_parallelism.messages import (
+    AbortRequests,
+    CoreGroup,
+    EngineCoreOutputs,
+    MeasureExperts,
+    PlaceExperts,
+    decode_from_core,
+)
 
 LOOK_CORE = "Look at core/engine_core.py::EngineCore.run."
+LOOK_EXECUTOR = "Look at core/executor.py::MultiprocExecutor.balance_experts."
 LOOK_CLIENT = "Look at api/data_parallel_client.py::DataParallelClient.__init__."
 
 
@@ -93,3 +102,30 @@ def test_the_error_of_the_core_that_fails_is_reported(monkeypatch: pytest.Monkey
     with pytest.raises(FieldError, match="num_kv_blocks: expected less"):
         module.DataParallelClient(EngineConfig(device="cpu", data_parallel_size=2, enable_expert_parallel=True))
     assert (StartingCore.num_made, StartingCore.num_shut_down) == (2, 2), f"all must end. {LOOK_CLIENT}"
+
+
+def test_nothing_moves_if_no_expert_got_a_token() -> None:
+    """Between two placements, there may be only dummy steps."""
+    executor: Any = MultiprocExecutor.__new__(MultiprocExecutor)
+    executor.num_expert_ranks, executor.num_redundant_experts, executor.placements = 2, 0, None
+    executor.ranks = Ranks([[[0, 0, 0, 0]] * 2, [[9, 5, 1, 1], [0, 0, 0, 0]]])
+    assert executor.balance_experts() is None and executor.placements is None, f"nothing to go by. {LOOK_EXECUTOR}"
+    assert executor.ranks.sent == [MeasureExperts()], f"got {executor.ranks.sent}. {LOOK_EXECUTOR}"
+    before, after = executor.balance_experts()
+    assert (before, after) == (8 / 14, 8 / 10), (
+        f"experts 0 and 1 have 14 of 16 tokens, then 0 and 2 10: {before}, {after}"
+    )
+    assert executor.ranks.sent[-1] == PlaceExperts(executor.placements), LOOK_EXECUTOR
+
+
+class Ranks:
+    """loads: what the ranks answer."""
+
+    def __init__(self, loads: list[list[list[int]]]) -> None:
+        self.loads, self.sent = loads, list[Any]()
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def expert_loads(self) -> list[list[int]]:
+        return self.loads.pop(0)

@@ -109,7 +109,10 @@ class EngineConfig:
                 if getattr(self, name):
                     raise FieldError(name, "expected enable_expert_parallel as well")
         elif self.tensor_parallel_size * self.data_parallel_size == 1:
-            raise FieldError("enable_expert_parallel", "expected several ranks: see tensor_ and data_parallel_size")
+            raise FieldError(
+                "enable_expert_parallel",
+                "expected several ranks for each layer: tensor_parallel_size or data_parallel_size",
+            )
         elif self.data_parallel_size > 1 and self.pipeline_parallel_size > 1:
             raise FieldError("enable_expert_parallel", "with several engine cores, expected one pipeline stage")
         if self.enable_eplb and self.pipeline_parallel_size > 1:

@@ -267,7 +267,8 @@ class Ranks:
         if self._silent:
             return RankDied(f"rank {min(self._silent)} has not answered for {self.timeout_s:g} s (distributed_timeout)")
         if failed is not None and self._how_far(last) == self._how_far(first):
-            return RankDied(f"rank {failed.rank}: {failed.message}")
+            elsewhere = "" if self.cores is None else "; the cause may be a rank of another core"
+            return RankDied(f"rank {failed.rank}: {failed.message}{elsewhere}")
         return RankDied(
             f"a step has not ended for {self.timeout_s:g} s (distributed_timeout), and rank {last.rank} is behind"
             f"{'' if self.cores is None else ', or one of another core'}: it has finished {last.num_steps} steps and "

@@ -192,6 +192,12 @@ def count(numbers: Tensor, size: int) -> Tensor:
 def split_slots(num_experts: int, groups: Groups) -> Shard:
     """This rank's slots. Raises FieldError if they can't be divided equally."""
     total, num_ranks = num_experts + groups.num_redundant_experts, groups.experts.size
+    if total % num_ranks and not groups.num_redundant_experts:
+        raise FieldError(
+            "enable_expert_parallel",
+            f"{num_experts} experts can't be divided among {num_ranks} ranks (tensor_parallel_size × "
+            "data_parallel_size): expected other sizes, or enable_eplb with num_redundant_experts",
+        )
     if total % num_ranks:
         raise FieldError(
             "num_redundant_experts",

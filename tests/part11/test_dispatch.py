@@ -133,6 +133,10 @@ def test_combine_adds_what_came_back_for_each_token() -> None:
     assert torch.equal(got, expected), (
         f"token 2 came back from two ranks: expected {expected}, got {got}. {LOOK_COMBINE}"
     )
+    half = combine(outputs.bfloat16(), torch.tensor([2, 0, 2]), 4)
+    assert half.dtype == torch.bfloat16, (
+        f"outputs in bfloat16 give a result in bfloat16, got {half.dtype}. {LOOK_COMBINE}"
+    )
     assert combine(outputs[:0], torch.empty(0, dtype=torch.int64), 2).tolist() == [[0.0, 0.0]] * 2, LOOK_COMBINE
 
 

@@ -56,10 +56,8 @@ def test_they_are_the_models_own(part: str, small_models: SmallModels, flags: di
     """In a batch, in chunks, behind cached blocks, after preemption, beside drafts; and no answer changes by them."""
     preempted, hits = set[str](), list[int | None]()
     for kind, kind_flags in kinds_of(part, small_models).items():
-        engine, models = (
-            SmallEngine(part, small_models, **{"max_num_seqs": 8, **kind_flags, **flags}),
-            small_models.of(kind_flags),
-        )
+        engine = SmallEngine(part, small_models, **{"max_num_seqs": 8, **kind_flags, **flags})
+        models = small_models.of(kind_flags)
         where = f"{part}, {kind}, {flags}"
         for prefix in ("first ", "again "):
             ask(engine, prefix, max_tokens=9)

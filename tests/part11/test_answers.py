@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from common.checkpoint import MODELS_DIR
 from common.sampling_params import SamplingParams
 from part11_expert_parallelism.api.async_engine import AsyncLLM
 from part11_expert_parallelism.api.data_parallel_client import DataParallelClient
@@ -55,6 +58,19 @@ def alone() -> Iterator[LLM]:
     llm = LLM(EngineConfig(**BASE))
     yield llm
     llm.engine.shutdown()
+
+
+def test_one_rank_answers_as_transformers_does(alone: LLM) -> None:
+    """The other grids are compared with it."""
+    reference = AutoModelForCausalLM.from_pretrained(MODELS_DIR / "tiny-moe", dtype=torch.float32).eval()
+    outputs = alone.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        expected = list(prompt)
+        with torch.inference_mode():
+            for _ in range(24):
+                expected.append(int(reference(torch.tensor([expected])).logits[0, -1].argmax()))
+        got = output.outputs[0].token_ids
+        assert got == expected[len(prompt) :], f"expected {expected[len(prompt) :]}, got {got}. {LOOK}"
 
 
 @pytest.mark.parametrize("flags", GRIDS, ids=str)

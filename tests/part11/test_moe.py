@@ -97,11 +97,18 @@ def check_logits(logits: Tensor, expected: Tensor, what: str, look: str = LOOK) 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    """On one rank; on two that have a part of each expert; on ranks that have some experts, of one core or several."""
     family, changes = MODELS[name]
-    checkpoint = write_random_model(tmp_path, family, **changes)
+    check_all_grids(name, write_random_model(tmp_path, family, **changes), tmp_path)
+
+
+def test_logits_of_the_shipped_model_equal_transformers() -> None:
+    check_all_grids("tiny-moe", resolve_checkpoint("tiny-moe"), MODELS_DIR / "tiny-moe")
+
+
+def check_all_grids(name: str, checkpoint: Checkpoint, directory: Path) -> None:
+    """On one rank; on two that have a part of each expert; on ranks that have some experts, of one core or several."""
     sequences = [torch.randint(1_010, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 7)]
-    expected = [reference_logits(tmp_path, sequence) for sequence in sequences]
+    expected = [reference_logits(directory, sequence) for sequence in sequences]
 
     def work(groups: Groups, core: int) -> Tensor:
         model = load_decoder(checkpoint, torch.float32, "cpu", groups)

@@ -346,7 +346,8 @@ def test_requests_wait_and_one_too_many_gets_429() -> None:
         a.gate = 100
         for thread in threads:
             thread.join(TIMEOUT_S)
-        assert [result.status_code for result in results] == [200] + [404] * 2, f"{results}. {LOOK}"
+        statuses = sorted(result.status_code for result in results)  # a client's thread may be late to note its answer
+        assert statuses == [200, 404, 404], f"{results}. {LOOK}"
         check_idle(router)
 
 

@@ -248,7 +248,7 @@ def server_process(
     command = [sys.executable, "-m", part, "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=cwd, preexec_fn=_end_with_parent
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=cwd, preexec_fn=end_with_parent
         )  # fmt: skip
         try:
             assert process.stdout is not None
@@ -268,7 +268,7 @@ def server_process(
                 process.wait()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child, before exec: ask Linux for SIGTERM when the parent dies."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

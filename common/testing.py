@@ -12,7 +12,7 @@ TOP_2_TOLERANCE = 1e-4
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
-def small_model(family: str, seed: int, vocab_size: int = 320) -> Any:
+def small_model(family: str, seed: int, vocab_size: int = 320, num_layers: int = 2) -> Any:
     """A random model of a few thousand parameters, in float32: fast, with the real code paths.
 
     The shapes are odd on purpose: 3 query heads per KV head, for qwen3 a head_dim that is not hidden_size / heads, and
@@ -21,7 +21,8 @@ def small_model(family: str, seed: int, vocab_size: int = 320) -> Any:
     torch.manual_seed(seed)
     experts = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2} if family == "qwen3_moe" else {}
     config = AutoConfig.for_model(
-        family, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        family, hidden_size=48, intermediate_size=96, num_hidden_layers=num_layers, num_attention_heads=6,
+        num_key_value_heads=2,
         head_dim=16 if family == "qwen3" else 8, vocab_size=vocab_size, max_position_embeddings=256,
         tie_word_embeddings=seed % 2 == 0, initializer_range=0.3,
         eos_token_id=None, bos_token_id=None, pad_token_id=None, **experts,

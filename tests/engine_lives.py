@@ -28,6 +28,7 @@ class EngineLife(RuleBasedStateMachine):
     LOOK: str
     LOOK_LENGTH: str
     LOOK_FAIL = "Look at core/engine.py::LLMEngine.fail and core/scheduler.py::Scheduler.reset."
+    LAST_STEPS = 6  # enough for a request of four tokens that is alone
 
     def begin(self, engine: Any, watermark_blocks: int) -> None:
         self.engine = engine
@@ -188,7 +189,7 @@ class EngineLife(RuleBasedStateMachine):
         executor.launch_error = executor.result_error = executor.preemption_error = None
         last = str(len(self.expected))
         self.ask([100], 3, True, 0)
-        for _ in range(6):  # whatever has happened, the engine can be used
+        for _ in range(self.LAST_STEPS):  # whatever has happened, the engine can be used
             self.step()
         self.check_answer(last)
         self.check_empty("after one more request", self.LOOK)

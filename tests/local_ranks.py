@@ -5,6 +5,7 @@ For part 9 and later: the classes are made for a part, on top of its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import queue
@@ -191,8 +192,31 @@ class LocalExecutor:
         self.answering = self.workers[-tp_size:]
         self.worker = self.answering[0]
         self.num_blocks = min(worker.num_blocks_available() for worker in self.workers)
+        self.num_host_blocks = 0
+        self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers: dict[int, list[Any]] = {}
+        if getattr(config, "kv_offload_gib", 0):  # from part 12 on
+            executor = importlib.import_module(f"{part}.core.executor")
+            self.num_host_blocks = executor.num_host_blocks(config, sum(each.bytes_per_block for each in self.workers))
         for worker in self.workers:
-            worker.allocate_cache(self.num_blocks)
+            rest = (self.num_host_blocks, self._done.put) if self.num_host_blocks else ()
+            worker.allocate_cache(self.num_blocks, *rest)
+
+    def transfer(self, transfer: Any) -> None:
+        for worker in self.workers:
+            worker.transfer(transfer)
+
+    def finished_transfers(self, timeout_s: float) -> list[Any]:
+        """Those that all ranks have finished, as the rank that has the fewest blocks says."""
+        finished = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                done = self._done.get(timeout=timeout_s) if timeout_s and not finished else self._done.get_nowait()
+                answers = self._answers.setdefault(done.transfer_id, [])
+                answers.append(done)
+                if len(answers) == len(self.workers):
+                    finished.append(min(self._answers.pop(done.transfer_id), key=lambda each: each.num_blocks))
+        return finished
 
     def launch(self, step: Any) -> LocalHandle:
         return LocalHandle(self, [worker.launch(step) for worker in self.workers])

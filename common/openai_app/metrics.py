@@ -21,6 +21,10 @@ GAUGES = {
     "num_requests_waiting": "Requests that wait in the queue now.",
     "kv_cache_usage_perc": "Fraction of the KV cache blocks that requests use now, from 0 to 1.",
     "expert_balance_perc": "Mean of the ranks' loads from experts, divided by the largest, before experts last moved.",
+    "kv_offload_usage_perc": "Fraction of the blocks in host memory that are in use now, from 0 to 1.",
+    "kv_offload_host_tokens_per_s": "How fast KV blocks were last loaded from host memory, in tokens per second.",
+    "kv_offload_tier_tokens_per_s": "How fast KV blocks were last loaded from disk or Redis, in tokens per second.",
+    "prompt_tokens_per_s": "How fast prompts were last computed, in tokens per second.",
 }
 COUNTERS = {
     "num_preemptions": "Preemptions: how often a running request had to give up its KV cache blocks.",
@@ -29,6 +33,10 @@ COUNTERS = {
     "spec_decode_num_drafts": "Drafts that were verified, each with one or more draft tokens of one request.",
     "spec_decode_num_draft_tokens": "Draft tokens that were verified.",
     "spec_decode_num_accepted_tokens": "Draft tokens that were accepted.",
+    "kv_offload_saved_tokens": "Tokens whose KV blocks were copied to host memory.",
+    "kv_offload_host_tokens": "Tokens whose KV blocks were loaded from host memory.",
+    "kv_offload_tier_tokens": "Tokens whose KV blocks were loaded from disk or Redis.",
+    "kv_offload_recomputed_tokens": "Tokens that could have been loaded, but computing them was expected to be faster.",
 }
 
 

@@ -186,6 +186,7 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
     drafted = {"speculative_method": "draft_model", "speculative_model": models.draft}
     small, two = {"max_num_batched_tokens": 8}, {"tensor_parallel_size": 2}
     ep = {**two, "enable_expert_parallel": True}
+    offload = {"kv_offload_gib": 0.001}
     since: list[tuple[int, str, dict[str, Any]]] = [
         (5, "async", {}),
         (5, "sync", {"async_scheduling": False}),
@@ -203,6 +204,13 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
         (9, "tp 2, 2 stages, small chunks", {**small, **two, "pipeline_parallel_size": 2}),
         (11, "ep 2", ep),
         (11, "ep 2, 2 stages, n-gram lookup, small chunks", {**ep, **small, **LOOKUP, "pipeline_parallel_size": 2}),
+        (12, "offload", offload),
+        (12, "offload, sync", {**offload, "async_scheduling": False}),
+        (12, "offload, a draft model, small chunks", {**offload, **drafted, **small}),
+        (12, "offload, n-gram lookup", {**offload, **LOOKUP}),
+        (12, "offload, tp 2", {**offload, **two}),
+        (12, "offload, 2 stages, small chunks", {**offload, **small, "pipeline_parallel_size": 2}),
+        (12, "weight offload", {"cpu_offload_gb": 1.0}),
     ]
     number = number_of(part)
     newest = max(number_of(path.name) for path in ROOT.glob("part[0-9][0-9]_*") if (path / "__init__.py").is_file())

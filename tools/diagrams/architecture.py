@@ -103,6 +103,9 @@ PIECES = {
         Version(8, "Sampler", "verifies draft tokens"),
     ),
     "draft_model": _piece(2, 628, "green", Version(8, "Draft model", "proposes draft tokens")),
+    "offloader": _piece(2, 352, "purple", Version(12, "Offloader", ""), height=PILL_HEIGHT),
+    "fetcher": _piece(1, 694, "green", Version(12, "Layer fetcher", "weights that don't fit")),
+    "copier": _piece(3, 694, "green", Version(12, "Block copier", "host, disk, Redis")),
 }  # fmt: skip
 
 SPINE = (
@@ -124,7 +127,8 @@ ARROWS = (
     ("core_client", "engine_core"), ("engine_core", "engine"), ("engine", "scheduler"), ("scheduler", "blocks"),
     ("blocks", "prefix"), ("engine", "executor"), ("scheduler", "speculation"), ("executor", "runner"),
     ("runner", "model"), ("model", "attention"), ("attention", "kv_cache"), ("runner", "tokens"), ("model", "sampler"),
-    ("sampler", "tokens"), ("sampler", "draft_model"), ("draft_model", "kv_cache"),
+    ("sampler", "tokens"), ("sampler", "draft_model"), ("draft_model", "kv_cache"), ("offloader", "blocks"),
+    ("kv_cache", "copier"),
 )  # fmt: skip
 EARLY_ARROWS = (  # (from, to, part in which a piece between them makes the arrow obsolete)
     ("client", "server", 10), ("server", "engine", 2), ("async_llm", "engine", 5), ("engine", "output", 3),
@@ -134,7 +138,7 @@ LATE_ARROWS = {("async_llm", "output"): 3}  # the first part that has the arrow;
 ROOMS = (  # (name, what it does, its rectangle)
     ("api", "serves clients", "blue", Rect(MARGIN, 134, RIGHT - MARGIN, 184)),
     ("core", "decides", "purple", Rect(MARGIN, 338, RIGHT - MARGIN, 186)),
-    ("worker", "computes", "green", Rect(MARGIN, 548, RIGHT - MARGIN, 140)),
+    ("worker", "computes", "green", Rect(MARGIN, 548, RIGHT - MARGIN, 206)),
 )
 SUBTITLES = {
     1: "One process, one thread, one request at a time.",
@@ -148,6 +152,7 @@ SUBTITLES = {
     9: "The worker runs once per rank, each in a process of its own, with a part of every layer.",
     10: "A router sends each request to one of several whole engines.",
     11: "Experts are spread over ranks, also over those of several engine cores.",
+    12: "KV blocks and weights that the device has no room for are kept in slower memory.",
 }
 
 

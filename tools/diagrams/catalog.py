@@ -10,6 +10,7 @@ from . import (
     batches,
     experts,
     kv_blocks,
+    offload,
     one_request,
     overview,
     processes,
@@ -38,5 +39,7 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "pipeline": ranks.pipeline,
     "prefix_index": router.prefix_index,
     "expert_dispatch": experts.expert_dispatch,
+    "kv_tiers": offload.kv_tiers,
+    "weight_prefetch": offload.weight_prefetch,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

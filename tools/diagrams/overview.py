@@ -8,7 +8,7 @@ from .geometry import Rect
 from .metrics import HEAD, SMALL
 from .svg import MARGIN, PANEL_RADIUS, WIDTH, Drawing
 
-NEWEST_PART = 11  # boxes of later parts are dashed
+NEWEST_PART = 12  # boxes of later parts are dashed
 RIGHT = WIDTH - MARGIN
 REPLICA_RIGHT, SIDE_LEFT = 648.0, 690.0
 INNER_LEFT, INNER_RIGHT = 50.0, 622.0

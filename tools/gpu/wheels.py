@@ -30,7 +30,7 @@ PACKAGES = """
 aiohappyeyeballs aiohttp aiosignal annotated-doc annotated-types anyio attrs blinker certifi click fastapi filelock
 flask frozenlist fsspec h11 hf-xet httpcore httpcore2 httpx httpx2 huggingface-hub hypothesis idna iniconfig
 itsdangerous jinja2 markdown-it-py markupsafe mdurl msgspec multidict opentelemetry-api packaging pluggy
-prometheus-client propcache pydantic pydantic-core pygments pytest pyyaml pyzmq regex rich shellingham sniffio
+prometheus-client propcache pydantic pydantic-core pygments pytest pyyaml pyzmq redis regex rich shellingham sniffio
 sortedcontainers starlette tqdm transformers truststore typer typing-extensions typing-inspection uvicorn werkzeug yarl
 """.split()
 NEEDED_MODULES = """

@@ -238,7 +238,7 @@ def measure_weights(config: BenchConfig, batch_sizes: tuple[int, ...] = (1, 16))
     with on_disk(config.weights_model) as directory:
         total = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors")) / 2**30
         rows = []
-        for share in (0.0, 0.2, 0.4, 0.6, 1.0):
+        for share in (0.0, 0.2, 0.4, 0.6):
             engine = LLMEngine(
                 EngineConfig(model=directory, num_threads=1, max_model_len=512, cpu_offload_gb=share * total)
             )
@@ -315,25 +315,25 @@ def crossing(found: dict[str, dict[str, float]], source: str) -> int | None:
 
 
 def plot(m: dict[str, Any], path: Path) -> None:
-    models = list(m["ttft_ms"])
+    models = sorted(m["ttft_ms"], key=lambda model: max(m["ttft_ms"][model]["recompute"].values()))
     labels = [(f"TTFT, {model.removeprefix('random:')}", "prefix (tokens)", "ms") for model in models]
-    fig, axes = plotting.panels(
-        [*labels, ("Weights that don't fit", "share resident (%)", "tokens/s, all resident = 1")]
-    )
+    fig, axes = plotting.panels([*labels, ("Weights offloaded", "share resident (%)", "tokens/s, all resident = 1")])
     for ax, model in zip(axes, models, strict=False):
         for source, color in zip(SOURCES, (plotting.BASELINE_COLOR, *plotting.COLORS), strict=False):
             if source in m["ttft_ms"][model]:
-                points = m["ttft_ms"][model][source]
-                ax.plot([int(length) for length in points], list(points.values()), "o-", color=color, label=source)
+                points = sorted((int(length), ms) for length, ms in m["ttft_ms"][model][source].items())
+                ax.plot(*zip(*points, strict=True), "o-", color=color, label=source)
         ax.set_yscale("log")
-        ax.set_xscale("log")
-        ax.legend(fontsize=9)
-    for size in m["weights"][0]["tokens_per_s"]:
+        ax.set_ylim(4, 6_000)
+        ax.set_xscale("log", base=4)
+        ax.set_xticks([16, 64, 256, 1_024], ["16", "64", "256", "1,024"])
+        ax.set_yticks([10, 100, 1_000], ["10", "100", "1,000"])
+    axes[0].legend(fontsize=9, loc="upper left")
+    for size in sorted(m["weights"][0]["tokens_per_s"], key=int):
         base = m["weights"][0]["tokens_per_s"][size]
-        shares = [100 * row["resident_share"] for row in m["weights"]]
-        axes[-1].plot(
-            shares, [row["tokens_per_s"][size] / base for row in m["weights"]], "o-", label=f"{size} requests"
-        )
+        ratios = {100 * row["resident_share"]: row["tokens_per_s"][size] / base for row in m["weights"]}
+        label = "1 request" if size == "1" else f"{size} requests"
+        axes[-1].plot(list(ratios), list(ratios.values()), "o-", label=label)
     axes[-1].set_ylim(0, 1.1)
     axes[-1].legend(fontsize=9)
     plotting.save(fig, path)

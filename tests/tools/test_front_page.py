@@ -44,6 +44,11 @@ def of_experts(m: dict[str, Any]) -> list[str]:
     return [f"{memory[0]} expert parameters on each of two engine cores", f"{memory[1]} ", f"({ratio:.0%}"]
 
 
+def of_offloading(m: dict[str, Any]) -> list[str]:
+    host, again = (m["ttft_ms"]["random:llama-110m"][source]["1900"] for source in ("host", "recompute"))
+    return [f"TTFT {host:.0f} ms", f"{again / 1e3:.1f} s", f"({again / host:.0f}×"]
+
+
 def of_health(m: dict[str, Any]) -> list[str]:
     answer, health = m["answers"][-1], m["health"]
     p99 = [f"{health[part]['p99_ms']:.0f} ms" for part in ("part 2", "part 1")]
@@ -76,6 +81,7 @@ EXPECTED: dict[int, Callable[[dict[str, Any]], list[str]]] = {
     9: of_ranks,
     10: of_routing,
     11: of_experts,
+    12: of_offloading,
 }  # fmt: skip
 
 

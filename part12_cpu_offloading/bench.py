@@ -238,7 +238,7 @@ def measure_weights(config: BenchConfig, batch_sizes: tuple[int, ...] = (1, 16))
     with on_disk(config.weights_model) as directory:
         total = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors")) / 2**30
         rows = []
-        for share in (0.0, 0.2, 0.4, 0.6):
+        for share in (0.0, 0.2, 0.4, 0.6, 1.0):
             engine = LLMEngine(
                 EngineConfig(model=directory, num_threads=1, max_model_len=512, cpu_offload_gb=share * total)
             )
@@ -331,9 +331,10 @@ def plot(m: dict[str, Any], path: Path) -> None:
     axes[0].legend(fontsize=9, loc="upper left")
     for size in sorted(m["weights"][0]["tokens_per_s"], key=int):
         base = m["weights"][0]["tokens_per_s"][size]
-        ratios = {100 * row["resident_share"]: row["tokens_per_s"][size] / base for row in m["weights"]}
+        shares = [100 * row["resident_share"] for row in m["weights"]]
+        ratios = [row["tokens_per_s"][size] / base for row in m["weights"]]
         label = "1 request" if size == "1" else f"{size} requests"
-        axes[-1].plot(list(ratios), list(ratios.values()), "o-", label=label)
+        axes[-1].plot(shares, ratios, "o-", label=label)
     axes[-1].set_ylim(0, 1.1)
     axes[-1].legend(fontsize=9)
     plotting.save(fig, path)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 DECAY = 0.8  # how much of a rate's earlier measurements remains when a new one comes
-RISE = (
-    1.05  # how much faster a source is assumed to be each time that it isn't used, so that it's tried again some time
-)
+# How much faster a source is assumed to be each time that it isn't used, so that it's eventually tried again.
+RISE = 1.05
 
 
 @dataclass(slots=True)

@@ -60,7 +60,7 @@ class HostBlocks:
 
     def prepare_store(self, hashes: Sequence[BlockHash], prefix: Sequence[BlockHash] = ()) -> HostStore | None:
         """Give a slot to each block that has none, and evict others if necessary: none of `hashes`, and none of
-        `prefix`, without which they can't be found.
+        `prefix`, the request's other blocks.
 
         Returns None, and evicts nothing, if there is not enough room.
         """

@@ -138,9 +138,12 @@ class Offloader:
         """How many blocks to load after the first num_on_device ones. 0: none, or computing them is faster. None: this
         isn't known yet; ask again when the request no longer is_waiting()."""
         hashes = request.block_hashes[num_on_device : (request.num_tokens - 1) // self.blocks.block_size]
-        if not self.host.num_slots or not hashes:
+        if not self.host.num_slots:
             return 0
         search = self._searches.setdefault(request.request_id, Search())
+        search.num_host = search.num_found = search.num_to_load = 0
+        if not hashes:
+            return 0
         self.host.touch(request.block_hashes)
         search.transfer_id = next((self._loading[each] for each in hashes if each in self._loading), None)
         if search.transfer_id is not None:  # another request loads some of them

@@ -171,13 +171,13 @@ class Scheduler:
 
     def _sort_loading(self) -> None:
         """Requests whose transfer has ended: those that have blocks run next, the others look again for theirs."""
-        for request in reversed([each for each in self.loading if not self.offloader.is_waiting(each)]):
+        done = [request for request in self.loading if not self.offloader.is_waiting(request)]
+        for request in done:
             self.loading.remove(request)
-            if request.request_id in self.blocks.block_tables:
-                self.loaded.appendleft(request)
-            else:
-                request.status = RequestStatus.WAITING
-                self.waiting.appendleft(request)
+        self.loaded += [request for request in done if request.request_id in self.blocks.block_tables]
+        for request in reversed([request for request in done if request.request_id not in self.blocks.block_tables]):
+            request.status = RequestStatus.WAITING
+            self.waiting.appendleft(request)
 
     def _schedule_loaded(self, output: SchedulerOutput) -> None:
         """Requests whose blocks have been loaded. They have room for all their tokens already."""

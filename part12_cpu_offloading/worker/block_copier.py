@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -19,7 +20,7 @@ from .device import pin
 from .kv_tiers import KVTiers
 from .stream import Mark
 
-MAX_PENDING_BYTES = 64 * 2**20  # while blocks of this size wait for the tiers, others are not written there
+MAX_PENDING_BYTES = 64 * 2**20  # once so many wait for the tiers, further blocks are not written there
 LOAD_BATCH = 16  # blocks
 FLUSH_TIMEOUT_S = 2.0
 
@@ -64,7 +65,8 @@ def copy(target: Tensor, source: Tensor) -> None:
 
 
 class BlockCopier:
-    """Does what core orders, in threads: one for saves, one for loads, one for lookups, one for writes to the tiers.
+    """Does what core orders, in threads: for saves, loads from host memory, loads from the tiers, lookups, and writes
+    to the tiers. So nothing that only needs host memory waits for a tier.
 
     A copy between the device and host memory begins when all steps launched before the order have run. On a GPU, each
     direction has a stream of its own, and host memory is pinned, so that copies in both directions and the model run at
@@ -86,6 +88,7 @@ class BlockCopier:
         self.max_pending_writes = max(1, MAX_PENDING_BYTES // self.blocks.bytes_per_block)
         self._saves: Jobs[tuple[Transfer, Mark]] = Jobs("kv-save", self._do, self.device)
         self._loads: Jobs[tuple[Transfer, Mark]] = Jobs("kv-load", self._do, self.device)
+        self._reads: Jobs[tuple[Transfer, Mark]] = Jobs("kv-read", self._do, self.device)
         self._lookups: Jobs[tuple[Transfer, Mark]] = Jobs("kv-lookup", self._do, self.device)
         self._writes: Jobs[tuple[bytes, bytes]] = Jobs("kv-write", self._write, self.device)
 
@@ -98,7 +101,7 @@ class BlockCopier:
             case Save():
                 return self._saves
             case Load():
-                return self._loads
+                return self._reads if None in transfer.slots else self._loads
             case LookUp():
                 return self._lookups
 
@@ -116,7 +119,8 @@ class BlockCopier:
         except Exception as error:
             logger.warning("cannot copy KV blocks: %s: %s", type(error).__name__, error)
             done = TransferDone(transfer.transfer_id, 0)
-            self._jobs_for(transfer).synchronize()  # copies that were started still read and write
+            with contextlib.suppress(Exception):  # the device may be lost
+                self._jobs_for(transfer).synchronize()  # copies that were started still read and write
         self.report(done)
 
     def _save(self, save: Save, mark: Mark) -> TransferDone:
@@ -150,7 +154,7 @@ class BlockCopier:
             start_s = time.perf_counter()
             for (_, block_id, _), block in zip(batch, blocks, strict=False):
                 self.blocks.write(block_id, block)
-            self._loads.synchronize()
+            self._jobs_for(load).synchronize()
             copy_s, share = time.perf_counter() - start_s, sum(slot is None for *_, slot in batch) / len(batch)
             done.num_blocks += len(blocks)
             done.host_s += (1 - share) * copy_s
@@ -176,12 +180,14 @@ class BlockCopier:
 
     def flush(self) -> None:
         """Give the tiers a moment for what they haven't got yet."""
-        self._writes.wait(FLUSH_TIMEOUT_S)
+        deadline_s = time.monotonic() + FLUSH_TIMEOUT_S
+        for jobs in (self._saves, self._writes):
+            jobs.wait(deadline_s)
 
     def close(self) -> None:
         """End the threads, which keep host memory alive. Nothing may be ordered afterwards."""
         self.flush()
-        for jobs in (self._saves, self._loads, self._lookups, self._writes):
+        for jobs in (self._saves, self._loads, self._reads, self._lookups, self._writes):
             jobs.end()
 
 
@@ -206,9 +212,8 @@ class Jobs(Generic[Job]):
         """After the jobs that are there."""
         self._jobs.put(None)
 
-    def wait(self, timeout_s: float) -> None:
-        """Until all jobs are done, or for so long."""
-        deadline_s = time.monotonic() + timeout_s
+    def wait(self, deadline_s: float) -> None:
+        """Until all jobs are done, or until then (time.monotonic)."""
         while self._jobs.unfinished_tasks and time.monotonic() < deadline_s:
             time.sleep(0.005)
 
@@ -222,3 +227,4 @@ class Jobs(Generic[Job]):
             while (job := self._jobs.get()) is not None:
                 self._work(job)
                 self._jobs.task_done()
+            self._jobs.task_done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -21,5 +22,7 @@ def to_device(
 def pin(tensor: Tensor) -> Tensor:
     """Pin a tensor's memory where it is, and return it. (pin_memory() makes a copy, and rounds its size up to a power
     of two.) Raises RuntimeError if the system refuses."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    cudart, address = torch.cuda.cudart(), tensor.data_ptr()
+    torch.cuda.check_error(cudart.cudaHostRegister(address, tensor.nbytes, 0))
+    weakref.finalize(tensor, cudart.cudaHostUnregister, address).atexit = False  # when the tensor is no longer used
     return tensor

@@ -19,8 +19,8 @@ class DiskTier:
     """One file for each block. The files' times of modification say when they were last used.
 
     num_bytes: the limit for all files together, whichever engine has written them. When it is exceeded, the least
-    recently used files are deleted. Of several engines that write at once, each knows what the others have written only
-    when it counts again, so they may exceed the limit by a few percent.
+    recently used files are deleted. Several engines, and several ranks of one, may use the directory. Each counts all
+    files after it has written a tenth of the limit, so each may exceed the limit by that much.
     """
 
     def __init__(self, directory: str, num_bytes: int) -> None:
@@ -31,7 +31,8 @@ class DiskTier:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < time.time() - LEFT_OVER_S:
                     path.unlink()
-        self._num_bytes = self.limit + 1  # not known: the first write counts
+        self._num_bytes = self.limit + 1  # of all files, as far as is known: _make_room() counts
+        self._num_written = 0  # bytes since they were last counted
         self._make_room(0)
 
     def contains(self, keys: Sequence[str]) -> list[bool]:
@@ -65,20 +66,22 @@ class DiskTier:
                 temporary.unlink()
             raise
         self._num_bytes += len(data)
+        self._num_written += len(data)
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> None:
         """If a file of num_bytes exceeds the limit, count what is there, and delete the least recently used files."""
-        if self._num_bytes + num_bytes <= self.limit:
+        is_recent = self._num_written + num_bytes <= (1 - SLACK) * self.limit  # others write, too
+        if is_recent and self._num_bytes + num_bytes <= self.limit:
             return
         files = list[tuple[float, int, Path]]()
         for path in self.directory.glob(f"*{SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):  # another engine may delete it
                 stat = path.stat()
                 files.append((stat.st_mtime, stat.st_size, path))
-        self._num_bytes = sum(size for _, size, _ in files)
+        self._num_bytes, self._num_written = sum(size for _, size, _ in files), 0
         if self._num_bytes + num_bytes <= self.limit:
             return
         for _, size, path in sorted(files):

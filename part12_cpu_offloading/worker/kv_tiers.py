@@ -69,6 +69,8 @@ class KVTiers:
         blocks: list[bytes | None] = [None] * len(hashes)
         for tier in self.tiers:
             missing = [number for number, block in enumerate(blocks) if block is None]
+            if not missing:
+                break
             keys = [self._key(hashes[number]) for number in missing]
             nothing: list[bytes | None] = [None] * len(keys)
             found = self._try(tier, "read", nothing, self._read_from, tier, keys)
@@ -80,7 +82,7 @@ class KVTiers:
     def _read_from(self, tier: KVTier, keys: Sequence[str]) -> list[bytes | None]:
         """Blocks that are what was written. Others are deleted."""
         blocks: list[bytes | None] = []
-        for key, data in zip(keys, tier.read(keys) if keys else [], strict=True):
+        for key, data in zip(keys, tier.read(keys), strict=True):
             block = None if data is None else open_sealed(key, data)
             if data is not None and (block is None or len(block) != self.num_bytes):
                 logger.warning("%s: block %s is damaged, and deleted", tier.name, key)
@@ -113,9 +115,8 @@ class KVTiers:
                 logger.warning("%s: cannot %s KV blocks: %s. Requests go on without it.", tier.name, what, error)
             self._paused_until_s[tier.name, what] = time.monotonic() + RETRY_S
             return otherwise
-        if paused_until_s is not None:
+        if paused_until_s is not None and self._paused_until_s.pop((tier.name, what), None) is not None:
             logger.warning("%s: can %s KV blocks again", tier.name, what)
-            del self._paused_until_s[tier.name, what]
         return result
 
 

@@ -98,10 +98,11 @@ class LayerFetcher:
         """Start to fetch a layer's weights into a buffer. The layer that used it before has computed, or will have when
         the device comes to this fetch."""
         self.num_fetched += 1
-        self._held[buffer] = index
+        self._held[buffer] = None
         layer, source = self.layers[index], self.sources[index]
         set_parameters(layer, self._parameters[index][buffer])
         self._fetches[buffer] = self._start(lambda: source.fill(layer))
+        self._held[buffer] = index  # not if it could not be started
 
     def wait(self, buffer: int) -> None:
         """Until the buffer's weights have arrived. Raises what fetching them has raised."""
@@ -165,7 +166,8 @@ def start_on_stream(device: str) -> Callable[[Callable[[], None]], Fetch]:
 
 def choose_layers(sizes: Sequence[int], num_bytes: int) -> list[int]:
     """Which layers to offload, so that the device needs num_bytes less, buffers included: as few as possible, evenly
-    spread. So between two of them others compute, and there is more time to fetch the next.
+    spread. So between two of them others compute, and there is more time to fetch the next. If that's more than is
+    possible, all layers.
 
     sizes: of all layers, in bytes. Raises FieldError if there are not more layers than buffers.
     """

@@ -29,27 +29,31 @@ MAX_STEPS = 1_000  # far more than any of these tests needs
 class SmallModels:
     """Two random models with the same vocabulary, on disk: a target, and a draft model that seldom agrees with it."""
 
-    def __init__(self, directory: Path, family: str = "llama") -> None:
+    def __init__(self, directory: Path, family: str = "llama", num_layers: int = 2) -> None:
         self.directory, self.family = directory, family
-        self.reference = small_model(family, seed=1, vocab_size=VOCAB_SIZE)
+        self.reference = small_model(family, seed=1, vocab_size=VOCAB_SIZE, num_layers=num_layers)
         self._answers: dict[tuple[int, ...], list[int]] = {}
         self._decoders: list[tuple[str, Any, Any]] = []
         self.target, self.draft = str(directory / "target"), str(directory / "draft")
         self.reference.save_pretrained(self.target)
         small_model("llama", seed=2, vocab_size=VOCAB_SIZE).save_pretrained(self.draft)
-        self._mixture: SmallModels | None = None
+        self._others: dict[str, SmallModels] = {}
         for path in (MODELS_DIR / "tiny").iterdir():
             if path.name.startswith(("tokenizer", "chat_template")):
                 for folder in (self.target, self.draft):
                     shutil.copy(path, folder)
 
     def of(self, flags: dict[str, Any]) -> SmallModels:
-        """Those that an engine with these flags is to have: mixtures of experts, if ranks share experts."""
-        if not flags.get("enable_expert_parallel"):
+        """Those that an engine with these flags is to have: mixtures of experts, if ranks share experts; more layers,
+        if some of them are offloaded."""
+        kind = {"enable_expert_parallel": "qwen3_moe", "cpu_offload_gb": "deep"}
+        name = next((kind[flag] for flag in kind if flags.get(flag)), "")
+        if not name:
             return self
-        if self._mixture is None:
-            self._mixture = SmallModels(self.directory / "mixture", "qwen3_moe")
-        return self._mixture
+        if name not in self._others:
+            family, num_layers = ("llama", 5) if name == "deep" else (name, 2)
+            self._others[name] = SmallModels(self.directory / name, family, num_layers)
+        return self._others[name]
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """What transformers answers; it is asked once."""

@@ -188,7 +188,7 @@ def test_the_limit_holds_whoever_wrote_the_files(tmp_path: Path) -> None:
     for number in range(100):
         engines[number % 2].write(bytes([number]), block_of(number))
     total = sum(path.stat().st_size for path in tmp_path.glob("*.kv"))
-    assert total <= 2 * 20 * size, f"two engines write at once: {total} bytes, the limit is {20 * size}. {LOOK_DISK}"
+    assert total <= 1.2 * 20 * size, f"two engines: {total} bytes, the limit is {20 * size}. {LOOK_DISK}"
     DiskTier(str(tmp_path), 20 * size)
     total = sum(path.stat().st_size for path in tmp_path.glob("*.kv"))
     assert total <= 20 * size, f"a new engine counts what is there: {total} bytes. {LOOK_DISK}"

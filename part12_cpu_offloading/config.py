@@ -137,6 +137,8 @@ class EngineConfig:
             if not 0 <= getattr(self, name) <= MAX_GIB:
                 raise FieldError(name, f"expected 0 to {MAX_GIB:,} GiB, got {getattr(self, name)}")
         for name in ("kv_offload_dir", "kv_offload_url"):
+            if getattr(self, name) == "":
+                raise FieldError(name, "expected a place, got an empty string")
             if getattr(self, name) is not None and not self.kv_offload_gib:
                 raise FieldError(name, "expected kv_offload_gib as well: blocks go through host memory")
         if self.kv_offload_dir is not None and not self.kv_offload_disk_gib:

@@ -55,6 +55,7 @@ class DiskTier:
         if len(data) > self.limit:
             return
         self._make_room(len(data))
+        self.directory.mkdir(parents=True, exist_ok=True)  # it may have been deleted
         descriptor, name = tempfile.mkstemp(TEMPORARY, dir=self.directory)
         temporary = Path(name)
         try:

@@ -54,6 +54,7 @@ class KVTiers:
     def __init__(self, tiers: Sequence[KVTier], namespace: str, num_bytes: int) -> None:
         self.tiers, self.namespace, self.num_bytes = tiers, namespace, num_bytes
         self._paused_until_s: dict[tuple[str, str], float] = {}
+        self._damaged = set[str]()  # names of tiers that had a damaged block
 
     def lookup(self, hashes: Sequence[bytes]) -> int:
         """How many of the first blocks are in a tier, without a gap."""
@@ -85,7 +86,9 @@ class KVTiers:
         for key, data in zip(keys, tier.read(keys), strict=True):
             block = None if data is None else open_sealed(key, data)
             if data is not None and (block is None or len(block) != self.num_bytes):
-                logger.warning("%s: block %s is damaged, and deleted", tier.name, key)
+                if tier.name not in self._damaged:
+                    logger.warning("%s: block %s is damaged, and deleted, as all others will be", tier.name, key)
+                self._damaged.add(tier.name)
                 tier.delete(key)
                 block = None
             blocks.append(block)
@@ -112,7 +115,9 @@ class KVTiers:
             result = call(*args, **kwargs)
         except OSError as error:
             if paused_until_s is None:
-                logger.warning("%s: cannot %s KV blocks: %s. Requests go on without it.", tier.name, what, error)
+                logger.warning(
+                    "%s: cannot %s KV blocks: %s. Requests go on without it.", tier.name, what, str(error).rstrip(".")
+                )
             self._paused_until_s[tier.name, what] = time.monotonic() + RETRY_S
             return otherwise
         if paused_until_s is not None and self._paused_until_s.pop((tier.name, what), None) is not None:
@@ -153,6 +158,8 @@ def make_tiers(config: EngineConfig, checkpoint: Checkpoint, groups: Groups, num
     if config.kv_offload_dir is not None:
         try:
             tiers.append(DiskTier(config.kv_offload_dir, int(config.kv_offload_disk_gib * 2**30)))
+        except (FileExistsError, NotADirectoryError) as error:
+            raise FieldError("kv_offload_dir", f"{config.kv_offload_dir!r} is not a directory") from error
         except OSError as error:
             raise FieldError("kv_offload_dir", f"can't use {config.kv_offload_dir!r}: {error.strerror}") from error
     if config.kv_offload_url is not None:
@@ -161,7 +168,7 @@ def make_tiers(config: EngineConfig, checkpoint: Checkpoint, groups: Groups, num
         try:
             tiers.append(RedisTier(config.kv_offload_url))
         except ValueError as error:
-            raise FieldError("kv_offload_url", f"expected redis://host:port, got {config.kv_offload_url!r}") from error
+            raise FieldError("kv_offload_url", f"expected redis://host:port: {error}") from error  # has no password
     return KVTiers(tiers, namespace_of(config, checkpoint, groups, num_bytes) if tiers else "", num_bytes)
 
 

@@ -365,3 +365,33 @@ def test_a_server_that_does_not_answer_costs_one_timeout(
 def test_no_password_in_a_message() -> None:
     tier = RedisTier("redis://user:secret@127.0.0.1:1/3")
     assert "secret" not in tier.name and "127.0.0.1:1" in tier.name, tier.name
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "http://x", "redis://127.0.0.1:99999", "redis://127.0.0.1:0", "redis://h:1?foo=bar", "redis://h:1?retry=5",
+     "redis://h:1?decode_responses=1", "redis://h:x"],
+)  # fmt: skip
+def test_urls_that_can_not_work_are_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        RedisTier(url)
+
+
+def test_a_url_is_not_repeated_in_an_error() -> None:
+    config = config_for(kv_offload_url="redis://:secret@127.0.0.1:99999")
+    with pytest.raises(FieldError, match="Port out of range") as caught:
+        make_tiers(config, resolve_checkpoint("tiny"), Groups(), 1)
+    assert "secret" not in str(caught.value), f"it has a password: {caught.value}"
+
+
+def test_a_host_that_is_no_name_is_a_failure_of_the_tier(caplog: pytest.LogCaptureFixture) -> None:
+    tiers = tiers_over(RedisTier("redis://a..b:1"))
+    assert tiers.lookup([b"a"]) == 0 and tiers.read([b"a"]) == [], LOOK_TIERS
+    assert len(caplog.records) == 1, f"expected one warning, got {caplog.messages}. {LOOK_TIERS}"
+
+
+def test_a_directory_that_was_deleted_is_made_again(tmp_path: Path) -> None:
+    tiers = tiers_over(DiskTier(str(tmp_path / "kv"), MIB))
+    (tmp_path / "kv").rmdir()
+    tiers.write(b"a", BLOCK)
+    assert tiers.read([b"a"]) == [BLOCK], LOOK_DISK

@@ -234,6 +234,8 @@ def test_no_thread_is_left_that_keeps_python_alive() -> None:
         ({"cpu_offload_gb": float("nan")}, "cpu_offload_gb"),
         ({"kv_offload_gib": float("inf")}, "kv_offload_gib"),
         ({"kv_offload_dir": "x"}, "kv_offload_dir"),
+        ({"kv_offload_gib": 1.0, "kv_offload_dir": ""}, "kv_offload_dir"),
+        ({"kv_offload_gib": 1.0, "kv_offload_url": ""}, "kv_offload_url"),
         ({"kv_offload_url": "redis://x"}, "kv_offload_url"),
         ({"kv_offload_gib": 1.0, "enable_prefix_caching": False}, "kv_offload_gib"),
         (

@@ -31,6 +31,7 @@ class CoreClient:
 
     def __init__(self, config: EngineConfig) -> None:
         self._context = zmq.Context()
+        self._context.linger = 0  # however this process ends, it does not wait for a message that nobody takes
         self._requests, self._outputs = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         with tempfile.TemporaryDirectory(prefix="llm-engine-", ignore_cleanup_errors=True) as directory:  # mode 0700
             self.process: BaseProcess = multiprocessing.get_context("spawn").Process(
@@ -94,7 +95,7 @@ class CoreClient:
             if self.process.is_alive():
                 self.process.kill()
                 self.process.join()
-        self._context.destroy(linger=0)
+        self._context.destroy()
 
     def _wait_until_ready(self) -> Ready:
         while not self._outputs.poll(POLL_MS):

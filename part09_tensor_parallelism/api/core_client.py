@@ -32,6 +32,7 @@ class CoreClient:
 
     def __init__(self, config: EngineConfig) -> None:
         self._context = zmq.Context()
+        self._context.linger = 0  # however this process ends, it does not wait for a message that nobody takes
         self._requests, self._outputs = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         with tempfile.TemporaryDirectory(prefix="llm-engine-", ignore_cleanup_errors=True) as directory:  # mode 0700
             self.process: BaseProcess = multiprocessing.get_context("spawn").Process(
@@ -90,14 +91,14 @@ class CoreClient:
 
     def shutdown(self) -> None:
         """Stop the process with SIGTERM, and with SIGKILL after SHUTDOWN_TIMEOUT_S. A second call does nothing."""
-        atexit.unregister(self.shutdown)
         if self.process.pid is not None:
             self.process.terminate()
             self.process.join(SHUTDOWN_TIMEOUT_S)
             if self.process.is_alive():
                 self.process.kill()
                 self.process.join()
-        self._context.destroy(linger=0)
+        self._context.destroy()
+        atexit.unregister(self.shutdown)  # now: a second signal may have ended the first call
 
     def _wait_until_ready(self) -> Ready:
         while not self._outputs.poll(POLL_MS):

@@ -33,6 +33,7 @@ class CoreClient:
     def __init__(self, config: EngineConfig, waits: bool = True, cores: CoreGroup | None = None) -> None:
         """waits: until it is ready. Otherwise the caller does, with wait_until_ready()."""
         self._context = zmq.Context()
+        self._context.linger = 0  # however this process ends, it does not wait for a message that nobody takes
         self._requests, self._outputs = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         self._directory = tempfile.TemporaryDirectory(prefix="llm-engine-", ignore_cleanup_errors=True)  # mode 0700
         directory = self._directory.name
@@ -118,12 +119,12 @@ class CoreClient:
 
     def shutdown(self) -> None:
         """Stop the process with SIGTERM, and with SIGKILL after SHUTDOWN_TIMEOUT_S. A second call does nothing."""
-        atexit.unregister(self.shutdown)
         if self.process.pid is not None:
             self.process.terminate()
             self.process.join(SHUTDOWN_TIMEOUT_S)
             if self.process.is_alive():
                 self.process.kill()
                 self.process.join()
-        self._context.destroy(linger=0)
+        self._context.destroy()
         self._directory.cleanup()
+        atexit.unregister(self.shutdown)  # now: a second signal may have ended the first call

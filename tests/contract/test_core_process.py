@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import zmq
 
 from common.errors import FieldError
 from common.sampling_params import SamplingParams
@@ -198,6 +199,39 @@ def test_ctrl_c_while_the_core_loads(part: str, temporary: Path, monkeypatch: py
         pytest.fail("not interrupted")
     assert not processes[0].is_alive(), f"{part}: the core still runs. {LOOK_START}"
     assert not list(temporary.iterdir()), f"{part}: left behind: {list(temporary.iterdir())}. {LOOK_START}"
+
+
+@pytest.mark.since(5)
+def test_a_second_signal_while_it_shuts_down(part: str, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` sends SIGTERM twice. The process must still end: with a message that nobody takes in its socket, and
+    with a core that multiprocessing would wait for."""
+    gate, clients, at_exit = CoreGate(Part(part), None), list[Any](), list[Any]()
+    module = gate.part.core_client
+
+    def interrupt(self: Any) -> None:
+        clients.append(self)
+        raise SystemExit("the first signal")
+
+    def interrupt_again(self: CoreThread, timeout: float | None = None) -> None:
+        monkeypatch.setattr(CoreThread, "join", join)
+        raise SystemExit("the second signal")
+
+    join, gate.start_error = CoreThread.join, OSError("never asked for")
+    if hasattr(module, "atexit"):
+        monkeypatch.setattr(module, "atexit", SimpleNamespace(register=at_exit.append, unregister=at_exit.remove))
+    wait = "wait_until_ready" if hasattr(module.CoreClient, "wait_until_ready") else "_wait_until_ready"
+    monkeypatch.setattr(module.CoreClient, wait, interrupt)
+    monkeypatch.setattr(CoreThread, "join", interrupt_again)
+    with pytest.raises(SystemExit, match="the second signal"), gated_engine(gate):
+        pytest.fail("not interrupted")
+    (client,) = clients
+    lingers = [socket.getsockopt(zmq.LINGER) for socket in (client._requests, client._outputs)]
+    assert lingers == [0, 0], f"{part}: the process waits {lingers} ms for messages to be taken. {LOOK_SHUTDOWN}"
+    if hasattr(module, "atexit"):
+        assert at_exit == [client.shutdown], f"{part}: expected a second try at the process's end. {LOOK_SHUTDOWN}"
+    client.shutdown()
+    assert not client.process.is_alive(), f"{part}: the core still runs. {LOOK_SHUTDOWN}"
+    assert not at_exit, f"{part}: shut down, and still registered with atexit. {LOOK_SHUTDOWN}"
 
 
 @pytest.mark.since(5)

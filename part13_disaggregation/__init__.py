@@ -1,0 +1,1 @@
+"""Part 13: disaggregated prefill and decode."""

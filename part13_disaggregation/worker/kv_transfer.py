@@ -1,0 +1,140 @@
+"""KV that goes from engine to engine, beside the model: a thread that sends and receives."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import zmq
+
+from ..config import EngineConfig
+from ..messages import Confirm, Fetch, KVSource, Notice, Offer, Publish, Release, TransferDone, Watch, Withdraw
+from ..torchrun import encrypt
+from .kv_receiver import KVReceiver
+from .kv_sender import KVSender
+from .kv_shard import KVShard
+from .stream import Mark
+
+HEARTBEATS = 6  # in the time of a lease (vLLM: one in 5 of 30 s)
+logger = logging.getLogger(__name__)
+
+
+class KVTransferAgent:
+    """A rank's side of all transfers with other engines. An engine may send and receive at the same time.
+
+    mark: of the stream of steps, see Stream.mark(). report: called in another thread with the answer to each transfer.
+    """
+
+    def __init__(
+        self, shard: KVShard, config: EngineConfig, mark: Callable[[], Mark], report: Callable[[TransferDone], None]
+    ) -> None:
+        assert config.kv_transfer_secret is not None, "EngineConfig asks for it"
+        self.mark, self.report, self.is_on_gpu = mark, report, shard.cache.data.device.type == "cuda"
+        self.device = shard.cache.data.device
+        self._work: deque[Callable[[], None]] = deque()
+        self._wake_end, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        os.set_blocking(self._wake_end, False)
+        self._is_ending = False
+        self.receiver = KVReceiver(
+            shard, config.kv_transfer_secret, config.num_ranks, config.kv_transfer_timeout,
+            config.kv_connector == "shm", report,
+        )  # fmt: skip
+        socket = self.receiver.context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        encrypt(socket, config.kv_transfer_secret, is_server=True)
+        socket.bind(f"tcp://{config.kv_transfer_host}:*")
+        self.source: KVSource = shard.source(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        self.sender = KVSender(socket, shard, config.kv_lease, report)
+        self.heartbeat_s = config.kv_lease / HEARTBEATS
+        self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
+        self._thread.start()
+
+    def start(self, order: Offer | Watch | Fetch | Notice) -> None:
+        """Returns before it is done. (A Publish is for note_layer().)"""
+        match order:
+            case Offer():
+                self._soon(lambda: self.sender.offer(order))
+            case Confirm():
+                self._soon(lambda: self.sender.confirm(order.name))
+            case Withdraw():
+                self._soon(lambda: self.sender.withdraw(order.name))
+            case Watch():
+                self._soon(lambda: self._answer(order, lambda: self.receiver.watch(order)))
+            case Fetch():
+                mark = self.mark()
+                self._soon(lambda: self._answer(order, lambda: self.receiver.fetch(order, mark)))
+            case Release():
+                self._soon(lambda: self.receiver.release(order.name))
+
+    def _answer(self, order: Watch | Fetch, work: Callable[[], None]) -> None:
+        """Begin an order, or say that it can't be done: core waits for it."""
+        try:
+            work()
+        except (zmq.ZMQError, OSError) as error:
+            self.report(TransferDone(order.transfer_id, error=f"{type(error).__name__}: {error}"))
+
+    def note_layer(self, published: Sequence[Publish], layer: int) -> None:
+        """The model has computed a layer of a step, in which these prompts got further. Called where the step runs."""
+        mark = self.mark() if self.is_on_gpu else None  # there, it will be computed
+
+        def publish() -> None:
+            if mark is not None:
+                mark.wait()
+            for each in published:
+                self.sender.publish(each.name, each.block_ids, layer, each.num_tokens)
+
+        self._soon(publish)
+
+    def close(self) -> None:
+        """End the thread. Other engines notice that the connection is lost."""
+        self._is_ending = True
+        self._soon(lambda: None)
+        self._thread.join()
+
+    def _soon(self, work: Callable[[], None]) -> None:
+        """Let the thread do something, in the order of the calls."""
+        self._work.append(work)
+        with contextlib.suppress(BlockingIOError):  # it was woken already
+            os.write(self._wake, b"x")
+
+    def _run(self) -> None:
+        stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.is_on_gpu else nullcontext()
+        with torch.inference_mode(), stream:
+            poller, socket = self.receiver.poller, self.sender.socket
+            poller.register(self._wake_end, zmq.POLLIN)
+            poller.register(socket, zmq.POLLIN)
+            next_s = time.monotonic() + self.heartbeat_s
+            while not self._is_ending:
+                ready = dict(poller.poll(int(1e3 * max(0.0, next_s - time.monotonic())) + 1))
+                if self._wake_end in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_end, 65_536)
+                while self._work:
+                    self._try(self._work.popleft())
+                if socket in ready:
+                    self._try(self.sender.receive)
+                self._try(partial(self.receiver.handle, ready))
+                if time.monotonic() >= next_s:
+                    self._try(self.sender.check_leases)
+                    self._try(self.receiver.send_heartbeats)
+                    next_s = time.monotonic() + self.heartbeat_s
+            self.sender.socket.close(linger=0)
+            self.receiver.close()
+            os.close(self._wake)
+            os.close(self._wake_end)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """One transfer that goes wrong must not end the others."""
+        try:
+            work()
+        except Exception:
+            logger.exception("a transfer of KV failed")

@@ -198,9 +198,11 @@ class LocalExecutor:
         if getattr(config, "kv_offload_gib", 0):  # from part 12 on
             executor = importlib.import_module(f"{part}.core.executor")
             self.num_host_blocks = executor.num_host_blocks(config, sum(each.bytes_per_block for each in self.workers))
+        has_transfers = self.num_host_blocks or getattr(config, "kv_connector", "none") != "none"  # from part 13 on
         for worker in self.workers:
-            rest = (self.num_host_blocks, self._done.put) if self.num_host_blocks else ()
-            worker.allocate_cache(self.num_blocks, *rest)
+            worker.allocate_cache(self.num_blocks, *((self.num_host_blocks, self._done.put) if has_transfers else ()))
+        agents = [getattr(worker, "agent", None) for worker in self.workers]
+        self.kv_sources = [agent.source for agent in agents if agent is not None]
 
     def transfer(self, transfer: Any) -> None:
         for worker in self.workers:
@@ -215,7 +217,9 @@ class LocalExecutor:
                 answers = self._answers.setdefault(done.transfer_id, [])
                 answers.append(done)
                 if len(answers) == len(self.workers):
-                    finished.append(min(self._answers.pop(done.transfer_id), key=lambda each: each.num_blocks))
+                    worst = min(answers, key=lambda each: (each.num_blocks, getattr(each, "num_tokens", 0)))
+                    finished.append(worst)
+                    del self._answers[done.transfer_id]
         return finished
 
     def launch(self, step: Any) -> LocalHandle:

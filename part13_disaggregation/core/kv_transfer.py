@@ -124,6 +124,7 @@ class KVTransfer:
         if name in self.offered and not request.status.is_finished:
             self._withdraw(name)
         self._stop_using(request)
+        self._names.pop(request.request_id, None)
 
     def _withdraw(self, name: bytes) -> None:
         if not self.offered[name].is_withdrawn:
@@ -167,15 +168,12 @@ class KVTransfer:
 
     def _stop_using(self, request: Request) -> None:
         """When the last request has what it needs, or ends, the other engine may free its blocks."""
-        watched = self._watched_by(request)
-        if watched is not None:
+        if (watched := self._watched_by(request)) is not None:
+            name = self._names.pop(request.request_id)
             watched.users.discard(request.request_id)
             if not watched.users:
-                name = self._names[request.request_id]
                 del self.watched[name]
                 self.orders.new.append(Release(name))
-        if watched is not None or request.status.is_finished:
-            self._names.pop(request.request_id, None)
 
     # Both
 

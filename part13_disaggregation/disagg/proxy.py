@@ -83,12 +83,10 @@ class Proxy(Router):
     async def is_healthy(self, replica: Replica) -> bool:
         """Also finds out where its KV can be fetched. It may have been started again, and listen elsewhere."""
         is_healthy = await super().is_healthy(replica)
-        replica.kv_sources = await self._kv_sources(replica) if is_healthy else ()
+        session, timeout_s = self.forwarder.session, self.config.health_timeout
+        assert session is not None, "start() was called"
+        replica.kv_sources = await fetch_kv_sources(session, replica.url, self.api_key, timeout_s) if is_healthy else ()
         return is_healthy
-
-    async def _kv_sources(self, replica: Replica) -> tuple[Any, ...]:
-        assert self.forwarder.session is not None, "start() was called"
-        return await fetch_kv_sources(self.forwarder.session, replica.url, self.api_key, self.config.health_timeout)
 
     def headers_for_replica(self, headers: Headers) -> Headers:
         """Only the proxy may say where an engine fetches KV."""
@@ -107,12 +105,12 @@ class Proxy(Router):
         if isinstance(prefill, str):
             self.metrics.local_prefills.labels(prefill).inc()
             return await send(attempt, headers=headers, body=body)
+        self.metrics.remote_prefills.inc()
         try:
             answer = await send(attempt, headers=[*headers, prefill.header], body=body)
         except BaseException:
             prefill.cancel()
             raise
-        self.metrics.remote_prefills.inc()
         self.prefills[answer.response] = prefill
         return answer
 
@@ -134,11 +132,13 @@ class Proxy(Router):
             return "other"
         tried = list[Replica]()
         while (replica := self.pool.choose_prefill(request, tried)) is not None:
+            if tried and not self.pool.retries.allows_retry():
+                break
             try:
                 return await self._ask(replica, request, scope, headers, body_for_prefill)
             except ReplicaError as error:
                 tried.append(replica)
-                if not error.may_retry or len(tried) == MAX_PREFILL_TRIES or not self.pool.retries.allows_retry():
+                if not error.may_retry or len(tried) == MAX_PREFILL_TRIES:
                     break
         return "failed" if tried else "no_engine"
 

@@ -142,13 +142,13 @@ class KVReceiver:
     def watch(self, watch: Watch) -> None:
         """Every rank talks to every source: each holds a prompt's blocks until all ranks have released it."""
         assert watch.name not in self.watched, "core watches a prompt once"
-        if any(source.layout != self.shard.layout for source in watch.sources):
-            self.report(TransferDone(watch.transfer_id, error="the other engine has another model"))
-            return
         watched = Watched(watch.name, [self._connect(source) for source in watch.sources], watch, self.now())
         self.watched[watch.name] = watched
+        if any(source.layout != self.shard.layout for source in watch.sources):
+            self._end_watch(watched, "the other engine has another model")
+            return  # core releases it next
         for connection in watched.connections:
-            self._ask(connection, WatchPrompt(watch.name, self.num_ranks, connection.memory))
+            self._ask(connection, WatchPrompt(watch.name, connection.memory))
 
     def fetch(self, fetch: Fetch, mark: Mark) -> None:
         """mark: before it is reached, steps may still use the blocks."""
@@ -172,7 +172,7 @@ class KVReceiver:
         if (watched := self.watched.pop(name, None)) is not None:
             self._end_watch(watched, "released")
             for connection in watched.connections:
-                self._tell(connection, ReleasePrompt(name))
+                self._tell(connection, ReleasePrompt(name, self.num_ranks))
 
     # What sources say
 
@@ -312,7 +312,7 @@ class KVReceiver:
             self._end_watch(watched, error)
             for other in watched.connections:
                 if other is not connection:
-                    self._tell(other, ReleasePrompt(watched.name))
+                    self._tell(other, ReleasePrompt(watched.name, self.num_ranks))
         connection.close()
 
     def send_heartbeats(self) -> None:

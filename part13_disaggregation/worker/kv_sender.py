@@ -40,15 +40,13 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True)
 class Offered:
     """A prompt that other engines may fetch. block_ids: once it has started. ready: how many of its first tokens each
-    layer has. released: the receivers that want no more of it. lease_end_s: once it is confirmed, when it is given up
+    layer has. lease_end_s: once it is confirmed, when it is given up
     unless a receiver is heard of."""
 
     offer: Offer
     num_layers: int
     block_ids: Sequence[int] = ()
     ready: list[int] = field(default_factory=list)
-    released: set[bytes] = field(default_factory=set)
-    num_receivers: int = 0  # 0: not known yet
     lease_end_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +94,15 @@ class Receiver:
     heard_s: float = 0.0
 
 
+@dataclass(slots=True)
+class Releases:
+    """Who wants no more of a prompt: the ranks of one engine, of num_ranks."""
+
+    num_ranks: int
+    since_s: float
+    identities: set[bytes] = field(default_factory=set)
+
+
 class KVSender:
     """One side of the transfer: it holds a prompt's blocks until each rank of the other engine has released it, or
     until the lease ends.
@@ -110,7 +117,9 @@ class KVSender:
         self.socket, self.shard, self.lease_s, self.report, self.now = socket, shard, lease_s, report, now
         self.offered: dict[bytes, Offered] = {}
         self.receivers: dict[bytes, Receiver] = {}
-        self.watchers: dict[bytes, dict[bytes, int]] = {}  # of each prompt: receivers, and the ranks of their engine
+        self.watchers: dict[bytes, set[bytes]] = {}  # of each prompt
+        self.releases: dict[bytes, Releases] = {}  # of each prompt, offered or to be offered
+        self.ended: dict[bytes, float] = {}  # when the latest offers have ended: who asks too late shall not wait
         self.num_bytes_sent = self.num_refused = self.num_expired = 0
 
     @property
@@ -121,9 +130,9 @@ class KVSender:
 
     def offer(self, offer: Offer) -> None:
         assert offer.name not in self.offered, "core offers a prompt once"
-        offered = self.offered[offer.name] = Offered(offer, len(self.shard.layers))
-        offered.num_receivers = max(self.watchers.get(offer.name, {}).values(), default=0)
+        self.offered[offer.name] = Offered(offer, len(self.shard.layers))
         self._tell_watchers(offer.name)
+        self._end_if_released(offer.name)
 
     def publish(self, name: bytes, block_ids: Sequence[int], layer: int, num_tokens: int) -> None:
         """A layer has the first num_tokens tokens of a prompt now. layer: among this rank's."""
@@ -173,14 +182,12 @@ class KVSender:
                     self._extend_lease(name)
                     self._tell(identity, self._status(name))
             case ReleasePrompt():
-                self._release(receiver, message.name)
+                self._release(receiver, message)
 
     def _watch(self, receiver: Receiver, watch: WatchPrompt) -> None:
         if receiver.memory is None and watch.memory is not None:
             receiver.memory = map_memory(watch.memory)
-        self.watchers.setdefault(watch.name, {})[receiver.identity] = watch.num_ranks
-        if (offered := self.offered.get(watch.name)) is not None:
-            offered.num_receivers = watch.num_ranks
+        self.watchers.setdefault(watch.name, set()).add(receiver.identity)
         self._extend_lease(watch.name)
         self._tell(receiver.identity, self._status(watch.name))
 
@@ -196,16 +203,19 @@ class KVSender:
         receiver.sendings.append(Sending(fetch, layers, heads, dict.fromkeys(layers, fetch.start)))
         self._send_pieces(receiver)
 
-    def _release(self, receiver: Receiver, name: bytes) -> None:
+    def _release(self, receiver: Receiver, release: ReleasePrompt) -> None:
+        """It may come before the offer, if a client leaves early."""
+        self._stop_sending(receiver, release.name)
+        self._drop_watcher(release.name, receiver.identity)
+        releases = self.releases.setdefault(release.name, Releases(release.num_ranks, self.now()))
+        releases.identities.add(receiver.identity)
+        self._end_if_released(release.name)
+
+    def _end_if_released(self, name: bytes) -> None:
         """The offer ends when all ranks of the other engine have said so."""
-        self._stop_sending(receiver, name)
-        self.watchers.get(name, {}).pop(receiver.identity, None)
-        if not self.watchers.get(name):
-            self.watchers.pop(name, None)
-        if (offered := self.offered.get(name)) is not None:
-            offered.released.add(receiver.identity)
-            if offered.num_receivers and len(offered.released) >= offered.num_receivers:
-                self._end(name, "released")
+        releases = self.releases.get(name)
+        if releases is not None and name in self.offered and len(releases.identities) >= releases.num_ranks:
+            self._end(name, "released")
 
     # Sending
 
@@ -260,6 +270,8 @@ class KVSender:
     def _end(self, name: bytes, error: str) -> None:
         """From here on, nothing reads the prompt's blocks."""
         offered = self.offered.pop(name)
+        self.releases.pop(name, None)
+        self.ended[name] = self.now()
         for identity in self.watchers.get(name, ()):
             self._stop_sending(self.receivers[identity], name, error)
             self._tell(identity, Status(name, "gone"))
@@ -285,17 +297,22 @@ class KVSender:
         for identity, receiver in list(self.receivers.items()):
             if now > receiver.heard_s + self.lease_s and not receiver.sendings:
                 del self.receivers[identity]
-                for name in [name for name, watchers in self.watchers.items() if identity in watchers]:
+                for name in list(self.watchers):
                     self._drop_watcher(name, identity)
+        for name, releases in list(self.releases.items()):
+            if now > releases.since_s + self.lease_s:
+                del self.releases[name]
+        self.ended = {name: end_s for name, end_s in self.ended.items() if now <= end_s + self.lease_s}
 
     def _drop_watcher(self, name: bytes, identity: bytes) -> None:
-        del self.watchers[name][identity]
-        if not self.watchers[name]:
-            del self.watchers[name]
+        watchers = self.watchers.get(name, set())
+        watchers.discard(identity)
+        if not watchers:
+            self.watchers.pop(name, None)
 
     def _status(self, name: bytes) -> Status:
         if (offered := self.offered.get(name)) is None:
-            return Status(name, "unknown")
+            return Status(name, "gone" if name in self.ended else "unknown")
         return Status(name, offered.state, offered.offer.num_tokens)
 
     def _tell_watchers(self, name: bytes) -> None:

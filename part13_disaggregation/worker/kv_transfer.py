@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import socket
 import threading
 import time
 from collections import deque
@@ -40,20 +40,20 @@ class KVTransferAgent:
         self.mark, self.report, self.is_on_gpu = mark, report, shard.cache.data.device.type == "cuda"
         self.device = shard.cache.data.device
         self._work: deque[Callable[[], None]] = deque()
-        self._wake_end, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
-        os.set_blocking(self._wake_end, False)
+        self._wake_end, self._wake = socket.socketpair()
+        self._wake_end.setblocking(False)
+        self._wake.setblocking(False)
         self._is_ending = False
         self.receiver = KVReceiver(
             shard, config.kv_transfer_secret, config.num_ranks, config.kv_transfer_timeout,
             config.kv_connector == "shm", report,
         )  # fmt: skip
-        socket = self.receiver.context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        encrypt(socket, config.kv_transfer_secret, is_server=True)
-        socket.bind(f"tcp://{config.kv_transfer_host}:*")
-        self.source: KVSource = shard.source(socket.getsockopt_string(zmq.LAST_ENDPOINT))
-        self.sender = KVSender(socket, shard, config.kv_lease, report)
+        requests = self.receiver.context.socket(zmq.ROUTER)
+        requests.setsockopt(zmq.SNDHWM, 0)
+        encrypt(requests, config.kv_transfer_secret, is_server=True)
+        requests.bind(f"tcp://{config.kv_transfer_host}:*")
+        self.source: KVSource = shard.source(requests.getsockopt_string(zmq.LAST_ENDPOINT))
+        self.sender = KVSender(requests, shard, config.kv_lease, report)
         self.heartbeat_s = config.kv_lease / HEARTBEATS
         self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
         self._thread.start()
@@ -103,24 +103,23 @@ class KVTransferAgent:
     def _soon(self, work: Callable[[], None]) -> None:
         """Let the thread do something, in the order of the calls."""
         self._work.append(work)
-        with contextlib.suppress(BlockingIOError):  # it was woken already
-            os.write(self._wake, b"x")
+        with contextlib.suppress(OSError):  # it was woken already, or has ended
+            self._wake.send(b"x")
 
     def _run(self) -> None:
         stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.is_on_gpu else nullcontext()
         with torch.inference_mode(), stream:
-            poller, socket = self.receiver.poller, self.sender.socket
+            poller, requests = self.receiver.poller, self.sender.socket
             poller.register(self._wake_end, zmq.POLLIN)
-            poller.register(socket, zmq.POLLIN)
+            poller.register(requests, zmq.POLLIN)
             next_s = time.monotonic() + self.heartbeat_s
             while not self._is_ending:
                 ready = dict(poller.poll(int(1e3 * max(0.0, next_s - time.monotonic())) + 1))
-                if self._wake_end in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._wake_end, 65_536)
+                if self._wake_end.fileno() in ready:
+                    self._wake_end.recv(65_536)
                 while self._work:
                     self._try(self._work.popleft())
-                if socket in ready:
+                if requests in ready:
                     self._try(self.sender.receive)
                 self._try(partial(self.receiver.handle, ready))
                 if time.monotonic() >= next_s:
@@ -129,8 +128,8 @@ class KVTransferAgent:
                     next_s = time.monotonic() + self.heartbeat_s
             self.sender.socket.close(linger=0)
             self.receiver.close()
-            os.close(self._wake)
-            os.close(self._wake_end)
+            self._wake.close()
+            self._wake_end.close()
 
     def _try(self, work: Callable[[], None]) -> None:
         """One transfer that goes wrong must not end the others."""

@@ -30,10 +30,9 @@ class SharedMemory(msgspec.Struct, array_like=True, frozen=True):
 
 
 class WatchPrompt(msgspec.Struct, array_like=True, tag=True):
-    """I want the KV of this prompt, and so do my engine's other ranks: num_ranks in all. Is answered with Status."""
+    """I want the KV of this prompt. Is answered with Status."""
 
     name: bytes
-    num_ranks: int
     memory: SharedMemory | None
 
 
@@ -63,9 +62,10 @@ class Heartbeat(msgspec.Struct, array_like=True, tag=True):
 
 
 class ReleasePrompt(msgspec.Struct, array_like=True, tag=True):
-    """I want no more of it."""
+    """I want no more of it. My engine has num_ranks ranks, and each says so."""
 
     name: bytes
+    num_ranks: int
 
 
 # From the sender to the receiver

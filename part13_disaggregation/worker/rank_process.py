@@ -149,7 +149,18 @@ class Rank:
                 self.send(CacheAllocated(self.rank, None if worker.agent is None else worker.agent.source))
             case StepInput():
                 self._handles.put(worker.launch(message))
-            case Save() | Load() | LookUp() | Offer() | Watch() | Fetch() | Publish() | Confirm() | Withdraw() | Release():
+            case (
+                Save()
+                | Load()
+                | LookUp()
+                | Offer()
+                | Watch()
+                | Fetch()
+                | Publish()
+                | Confirm()
+                | Withdraw()
+                | Release()
+            ):
                 worker.transfer(message)
             case MeasureExperts():
                 loads = worker.measure_experts()

@@ -110,7 +110,7 @@ def proxied(
         config = DisaggConfig(
             prefill_urls=",".join(engine.url for engine in prefill),
             decode_urls=",".join(engine.url for engine in decode),
-            **{"policy": "round_robin", "kv_transfer_secret": SECRET, **FAST, **flags},
+            **{"policy": "round_robin", "kv_transfer_secret": SECRET, **FAST, "request_timeout": 600.0, **flags},
         )
         app = create_app(config, ListenConfig(api_key=api_key))
         with running_app(app) as url:

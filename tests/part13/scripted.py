@@ -210,10 +210,10 @@ class Checks(StagedChecks):
 
     def check_hit(self, scheduler: Any, request: Any, num_cached: int, what: str) -> None:
         """What was fetched need not be whole blocks, but one token is left to compute."""
-        if request.num_found_tokens:
+        if num_cached % scheduler.blocks.block_size:
             assert 0 <= num_cached == min(request.num_found_tokens, request.num_tokens - 1), (
-                f"{what}: request {request.request_id} has {request.num_tokens} tokens, {request.num_found_tokens} were "
-                f"found or fetched, it starts with {num_cached}. {LOOK_FETCH}"
+                f"{what}: request {request.request_id} has {request.num_tokens} tokens, of which "
+                f"{request.num_found_tokens} were found or fetched; it starts with {num_cached}. {LOOK_FETCH}"
             )
         else:
             super().check_hit(scheduler, request, num_cached, what)

@@ -318,7 +318,9 @@ def test_another_prefill_engine_is_asked(handler: Any, num_failures: int) -> Non
 def test_without_another_one_the_decode_engine_does_it(handler: Any) -> None:
     p, d = FakeEngine("p", prefill=handler), FakeEngine("d")
     with proxied([p], [d]) as (url, proxy, _):
+        before = proxy.pool.retries.balance
         got = ask(url)
+        assert proxy.pool.retries.balance >= before, f"nothing was tried again. {LOOK}"
         assert got.status_code == 200 and got.json()["body"] == BODY, f"{got.text}. {LOOK}"
         assert (d.params, p.num_requests) == ([None], 1), f"{d.params}, {p.num_requests} tries. {LOOK}"
         assert local_prefills(proxy) == {"failed": 1} and remote_prefills(proxy) == 0, (

@@ -120,12 +120,13 @@ class Host:
 
     def start(
         self, part: str, *flags: str, slow: float = 0, step_s: float = 0, grace_s: float | None = None,
-        counts_threads: bool = False, sigterm_after: str = "",
+        counts_threads: bool = False, sigterm_after: str = "", forks_ranks: bool = False,
     ) -> ForkedServer:  # fmt: skip
         """slow: seconds that the core takes to load; step_s: that each step takes, so that a stream stays open;
         grace_s: for how long it serves after the engine's death; counts_threads: it loads the model itself, and prints
         how many threads that has started instead of serving; sigterm_after: SIGTERM comes as soon as it has made the
-        core's "directory" or "process"."""
+        core's "directory" or "process"; forks_ranks: the core forks its ranks, and no fork server has to import
+        everything again."""
         directory = self.directory / str(self.num_servers)
         self.num_servers += 1
         (directory / "tmp").mkdir(parents=True)
@@ -135,7 +136,7 @@ class Host:
         pid = self.ask(
             part=part, argv=["--port", "0", "--device", "cpu", "--no-log-stats", *flags], slow=slow,
             step_s=step_s, grace_s=grace_s, counts_threads=counts_threads, sigterm_after=sigterm_after,
-            timeout=TIMEOUT_S, **{name: str(path) for name, path in paths.items()},
+            forks_ranks=forks_ranks, timeout=TIMEOUT_S, **{name: str(path) for name, path in paths.items()},
         )["pid"]  # fmt: skip
         return ForkedServer(self, part, pid, **paths)
 

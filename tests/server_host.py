@@ -142,7 +142,7 @@ def serve(order: dict[str, Any]) -> None:
         if order["counts_threads"]:
             count_threads(part, stack)
         else:
-            use_what_is_loaded(part, stack)
+            use_what_is_loaded(part, order["forks_ranks"], stack)
             change_steps(part, order["step_s"], stack)
         if order["grace_s"] is not None:
             stack.enter_context(mock.patch.object(common.serve, "DEATH_GRACE_S", order["grace_s"]))
@@ -163,7 +163,7 @@ def count_threads(part: str, stack: contextlib.ExitStack) -> None:
     stack.enter_context(mock.patch.object(module(part, "__main__"), "serve_app", count))
 
 
-def use_what_is_loaded(part: str, stack: contextlib.ExitStack) -> None:
+def use_what_is_loaded(part: str, forks_ranks: bool, stack: contextlib.ExitStack) -> None:
     decoders, worker = decoders_of(part), module(part, "worker.worker")
     load = worker.load_decoder
 
@@ -173,7 +173,8 @@ def use_what_is_loaded(part: str, stack: contextlib.ExitStack) -> None:
     def find(model: str) -> Any:
         return CHECKPOINTS.get(model) or resolve_checkpoint(model)
 
-    stack.enter_context(mock.patch.object(worker, "load_decoder", load_decoder))
+    if not forks_ranks:  # which load their shares
+        stack.enter_context(mock.patch.object(worker, "load_decoder", load_decoder))
     for name in ("api.async_engine", "core.engine", "worker.worker"):
         stack.enter_context(mock.patch.object(module(part, name), "resolve_checkpoint", find))
     stack.enter_context(mock.patch.object(module(part, "api.async_engine"), "load_tokenizer", lambda _: TOKENIZER))
@@ -187,12 +188,12 @@ def change_steps(part: str, step_s: float, stack: contextlib.ExitStack) -> None:
         owner, name = module(part, "worker.worker").Worker, "execute"
     run = getattr(owner, name)
 
-    def poisoned(self: Any, step: Any) -> Any:
+    def poisoned(self: Any, step: Any, *rest: Any) -> Any:
         new = [ids for _, ids in step.new_rows] if runs_a_core(part) else [new.token_ids for new in step.new_requests]
         if any(POISON in token_ids for token_ids in new):
             raise ZeroDivisionError("the cat sat on it")
         time.sleep(step_s)
-        return run(self, step)
+        return run(self, step, *rest)
 
     stack.enter_context(mock.patch.object(owner, name, poisoned))
 
@@ -209,6 +210,8 @@ def change_core(part: str, order: dict[str, Any], stack: contextlib.ExitStack) -
 
     stack.enter_context(mock.patch.object(core_client.multiprocessing, "get_context", lambda _: FORK))
     stack.enter_context(mock.patch.object(core_client, "SHUTDOWN_TIMEOUT_S", order["timeout"]))
+    if order["forks_ranks"]:
+        stack.enter_context(mock.patch.object(module(part, "core.ranks"), "_FORKSERVER", FORK))
     if order["sigterm_after"]:
         owner = tempfile.TemporaryDirectory if order["sigterm_after"] == "directory" else FORK.Process
         name = "__init__" if order["sigterm_after"] == "directory" else "start"

@@ -37,6 +37,12 @@ COUNTERS = {
     "kv_offload_host_tokens": "Tokens whose KV blocks were loaded from host memory.",
     "kv_offload_tier_tokens": "Tokens whose KV blocks were loaded from disk or Redis.",
     "kv_offload_recomputed_tokens": "Tokens that could have been loaded, but computing them was expected to be faster.",
+    "kv_transfer_offered": "Prompts that were computed for another engine to fetch.",
+    "kv_transfer_expired": "Prompts that no other engine has fetched in time.",
+    "kv_transfer_fetched_tokens": "Tokens whose KV was fetched from another engine.",
+    "kv_transfer_fetched_bytes": "Bytes of KV that were fetched from another engine.",
+    "kv_transfer_fetch_seconds": "Seconds from the start of each fetch to its end, all fetches together.",
+    "kv_transfer_failed": "Transfers from another engine that failed, in whole or in part.",
 }
 
 

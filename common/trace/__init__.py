@@ -66,6 +66,16 @@ class RankTrace(msgspec.Struct, frozen=True, kw_only=True):
     collectives: list[CollectiveTrace] = []
 
 
+class TransferTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """KV that has come from another engine, for one request."""
+
+    id: str
+    num_tokens: int
+    num_bytes: int
+    start_s: float
+    duration_s: float
+
+
 class StepTrace(msgspec.Struct, kw_only=True):
     """One engine step. start_s counts from the start of the trace; num_running and num_waiting are after scheduling.
 
@@ -73,7 +83,7 @@ class StepTrace(msgspec.Struct, kw_only=True):
     this step; aborted: since the previous step. discarded: ids of requests in this step that ended before it did.
     execute_s: from scheduling until the results arrive; forward_s: the model's share of it, from forward_start_s on.
     An engine that runs ahead launches a step while the previous one runs; the launch counts as scheduling. ranks: the
-    step on each rank, if there are several.
+    step on each rank, if there are several. transfers: those that have ended since the previous step.
     """
 
     step: int
@@ -93,6 +103,7 @@ class StepTrace(msgspec.Struct, kw_only=True):
     forward_s: float | None = None
     discarded: list[str] = []
     ranks: list[RankTrace] = []
+    transfers: list[TransferTrace] = []
 
     @property
     def end_s(self) -> float:
@@ -131,7 +142,8 @@ class TraceWriter:
         self._lock = threading.Lock()
         self._is_open = True
         date = time.strftime("%Y-%m-%d", time.gmtime())
-        self._lines = [self._encoder.encode({"trace": SCHEMA_VERSION, "part": part, "model": model, "date": date})]
+        header = {"trace": SCHEMA_VERSION, "part": part, "model": model, "date": date, "began_s": self._began}
+        self._lines = [self._encoder.encode(header)]
         self._flush()
         self._closing = threading.Event()
         self._flusher = threading.Thread(target=self._flush_each_interval, name="trace-writer", daemon=True)

@@ -104,10 +104,11 @@ class Orders:
         self.pending[transfer.transfer_id] = Pending(transfer, connector, request, time.monotonic())
         return transfer.transfer_id
 
-    def note_done(self, done: TransferDone) -> None:
-        """A transfer has ended."""
+    def note_done(self, done: TransferDone) -> Pending:
+        """A transfer has ended. Returns what was ordered."""
         pending = self.pending.pop(done.transfer_id)
         pending.connector.note_done(pending.transfer, pending.request, done)
+        return pending
 
     def drop_copies(self) -> None:
         """Copies that the worker hasn't got need not begin."""

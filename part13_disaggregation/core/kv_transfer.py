@@ -241,6 +241,4 @@ LEASE_ENDED = "the lease has ended"
 def name_of(transfer_id: str, token_ids: Sequence[int]) -> bytes:
     """What both engines call a prompt. If they have other tokens for what should be one prompt, the names differ, and
     nothing is fetched."""
-    # exercise: name_of
     return hashlib.sha256(transfer_id.encode() + b"\0" + array("I", token_ids).tobytes()).digest()
-    # exercise: end

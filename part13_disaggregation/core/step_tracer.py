@@ -6,9 +6,9 @@ import time
 
 from msgspec.structs import replace
 
-from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter
+from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter, TransferTrace
 
-from ..messages import EngineCoreOutput, RankTimes, StepOutput
+from ..messages import EngineCoreOutput, RankTimes, StepOutput, TransferDone
 from .scheduler import Scheduler, SchedulerOutput
 
 PART = __name__.partition(".")[0]
@@ -22,6 +22,7 @@ class StepTracer:
 
     def __init__(self, path: str | None, scheduler: Scheduler, model: str) -> None:
         self.scheduler, self.aborted = scheduler, list[str]()
+        self._transfers: list[TransferTrace] = []  # that have ended since the last step that was written
         self._writer = None if path is None else TraceWriter(path, part=PART, model=model)
         self._zero_s = 0.0 if self._writer is None else time.perf_counter() - self._writer.elapsed_s()
         self._start_s = 0.0
@@ -75,6 +76,16 @@ class StepTracer:
             collectives=collectives,
         )  # fmt: skip
 
+    def fetched(self, request_id: str, done: TransferDone) -> None:
+        """KV has come from another engine."""
+        if self._writer is not None:
+            self._transfers.append(
+                TransferTrace(
+                    id=request_id, num_tokens=done.num_tokens, num_bytes=done.num_bytes,
+                    start_s=done.start_s - self._zero_s, duration_s=done.end_s - done.start_s,
+                )
+            )  # fmt: skip
+
     def updated(self, trace: StepTrace | None, outputs: list[EngineCoreOutput]) -> None:
         """The step is over."""
         aborted, self.aborted = self.aborted, []
@@ -85,6 +96,7 @@ class StepTracer:
         delivered = {output.request_id: len(output.token_ids) for output in outputs}
         trace.requests = [replace(r, num_sampled=delivered.get(r.id, 1)) if r.num_drafts else r for r in trace.requests]
         trace.aborted, trace.finished = aborted, [output.request_id for output in outputs if output.finish_reason]
+        trace.transfers, self._transfers = self._transfers, []
         trace.discarded = [r.id for r in trace.requests if r.num_sampled and r.id not in delivered]
         self._writer.write(trace)
 

@@ -54,7 +54,7 @@ class KVTransferAgent:
         requests.bind(f"tcp://{config.kv_transfer_host}:*")
         self.source: KVSource = shard.source(requests.getsockopt_string(zmq.LAST_ENDPOINT))
         self.sender = KVSender(requests, shard, config.kv_lease, report)
-        self.heartbeat_s = config.kv_lease / HEARTBEATS
+        self.heartbeat_s = min(config.kv_lease / HEARTBEATS, config.kv_transfer_timeout / 2)
         self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
         self._thread.start()
 

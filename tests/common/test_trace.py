@@ -87,7 +87,7 @@ def test_the_header_and_the_lines(path: Path) -> None:
     assert len(lines) == 1 + len(STEPS), f"expected a header and a line for each step, got {len(lines)} lines"
     header = json.loads(lines[0])
     assert header == read_trace(path).header
-    assert list(header) == ["trace", "part", "model", "date"]
+    assert list(header) == ["trace", "part", "model", "date", "began_s"]
     assert (header["trace"], header["part"], header["model"]) == (1, "part04_continuous_batching", "tiny")
     assert json.loads(lines[2]) == msgspec.to_builtins(STEPS[1])
 

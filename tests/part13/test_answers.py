@@ -42,7 +42,8 @@ class PairLife(RuleBasedStateMachine):
     @initialize(
         connector=st.sampled_from(["tcp", "shm"]),
         prefill_ranks=st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2), (2, 2)]),
-        decode_ranks=st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]), blocks=st.sampled_from([(4, 4), (4, 8), (16, 2)]),
+        decode_ranks=st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]),
+        blocks=st.sampled_from([(4, 4), (4, 8), (16, 2)]),
         budget=st.sampled_from([8, 16, 64]), pool=st.sampled_from([60, 60, 200]), is_async=st.booleans(),
         method=st.sampled_from(["none", "ngram", "draft", "target"]), has_host=st.booleans(),
     )  # fmt: skip
@@ -56,12 +57,13 @@ class PairLife(RuleBasedStateMachine):
         if has_host:
             decode_flags["kv_offload_gib"] = 1e-3
         names = ("tensor_parallel_size", "pipeline_parallel_size")
+        prefill_flags, decode_flags = (
+            {**dict(zip(names, ranks, strict=True)), "block_size": size, "num_kv_blocks": 1 + pool // size, **flags}
+            for ranks, size, flags in ((prefill_ranks, blocks[0], {}), (decode_ranks, blocks[1], decode_flags))
+        )
         self.pair = Pair(
-            self.models,
-            {**dict(zip(names, prefill_ranks, strict=True)), "block_size": blocks[0], "num_kv_blocks": 1 + pool // blocks[0]},
-            {**dict(zip(names, decode_ranks, strict=True)), "block_size": blocks[1], "num_kv_blocks": 1 + pool // blocks[1],
-             **decode_flags},
-            kv_connector=connector, max_num_batched_tokens=budget, max_num_seqs=4, async_scheduling=is_async, kv_lease=1.0,
+            self.models, prefill_flags, decode_flags, kv_connector=connector, max_num_batched_tokens=budget,
+            max_num_seqs=4, async_scheduling=is_async, kv_lease=1.0,
         )  # fmt: skip
         self.asked: dict[str, tuple[list[int], int]] = {}
         self.aborted = set[str]()
@@ -127,10 +129,10 @@ class PairLife(RuleBasedStateMachine):
 def test_random_lives(models: SmallModels) -> None:
     """Transfers × ranks × stages × block sizes × chunks × drafts × offloading × aborts × lost engines."""
     PairLife.models, PairLife.counts = models, Counter[str]()
-    run_lives(PairLife, max_examples=40, stateful_step_count=24, seed=SEED)
+    run_lives(PairLife, max_examples=30, stateful_step_count=24, seed=SEED)
     wanted = {
-        "fetched tokens": 1_500, "aborts while fetching": 5, "aborts at the prefill engine": 5, "lost engines": 8,
-        "failed transfers": 8, "accepted draft tokens": 50,
+        "fetched tokens": 800, "aborts while fetching": 3, "aborts at the prefill engine": 5, "lost engines": 8,
+        "failed transfers": 8, "accepted draft tokens": 30,
     }  # fmt: skip
     got = {name: PairLife.counts[name] for name in wanted}
     assert all(got[name] >= count for name, count in wanted.items()), f"too few to prove anything: {got}"
@@ -189,8 +191,6 @@ def test_other_dtypes(models: SmallModels, dtypes: tuple[str, str]) -> None:
         got = two.answer(PROMPT, max_tokens=4)
         assert len(got) == 4 and two.stats.num_fetched_tokens == 100, f"{two.stats}. {LOOK}"
         pools = [engine.worker.runner.pools[0].float() for engine in (two.prefill, two.decode)]
-        tables = [each.core for each in (two.prefill, two.decode)]
-        del tables
         used = [pool.flatten(1, 2).abs().amax(dim=(0, 2, 3, 4)) > 0 for pool in pools]
         assert all(each.sum() >= 100 for each in used), f"100 tokens are in both pools. {LOOK}"
 
@@ -250,7 +250,7 @@ def test_another_model_or_another_prompt(models: SmallModels, tmp_path_factory: 
 
 
 def test_a_failed_step_is_not_used(models: SmallModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prefill engine fails after some layers were sent. The other one computes the prompt itself, and both go on."""
+    """The prefill engine fails after some layers were sent. The other one computes the prompt, and both go on."""
     with pair(models, block_size=16, prefill_flags={"max_num_batched_tokens": 64}) as two:
         run, count = two.prefill.worker.runner.run, 0
 

@@ -22,7 +22,7 @@ from common.serve import ListenConfig
 from ..api.kv_params import HEADER, sign
 from ..config import SECRET_VARIABLE
 from ..messages import KVTransferParams
-from ..router.app import ANSWERS, Router, app_of, text_of
+from ..router.app import ANSWERS, SHUTTING_DOWN, Router, app_of, text_of
 from ..router.fleet import Fleet
 from ..router.forward import BUSY, Answer, Headers, ReplicaError
 from ..router.policies import RoutedRequest
@@ -102,6 +102,10 @@ class Proxy(Router):
         if scope["path"] not in ANSWERS:
             return await send(attempt, headers=headers, body=body)
         prefill = await self.begin_prefill(attempt.replica, request, scope, headers, body)
+        if self.is_ending:  # meanwhile
+            if isinstance(prefill, RemotePrefill):
+                prefill.cancel()
+            raise ReplicaError(SHUTTING_DOWN, may_retry=False)
         if isinstance(prefill, str):
             self.metrics.local_prefills.labels(prefill).inc()
             return await send(attempt, headers=headers, body=body)

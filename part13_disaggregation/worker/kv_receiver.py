@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -330,13 +331,14 @@ class KVReceiver:
 
     def _tell(self, connection: Connection, message: ToSender) -> None:
         if not connection.socket.closed:
-            connection.socket.send(encode(message), zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # the source is lost, which its monitor will say
+                connection.socket.send(encode(message), zmq.NOBLOCK)
 
     def close(self) -> None:
         for connection in self.connections.values():
             connection.close()
         self.connections.clear()
-        self.context.term()
+        self.context.destroy(linger=0)
 
 
 def plan_shares(connections: Sequence[Connection], shard: KVShard, start: int) -> list[Share]:
@@ -350,7 +352,7 @@ def plan_shares(connections: Sequence[Connection], shard: KVShard, start: int) -
     for connection in connections:
         source = connection.source
         layers = overlap(shard.layers, range(source.first_layer, source.first_layer + source.num_layers))
-        heads = overlap(shard.heads, range(source.first_head, source.first_head + source.num_heads))
+        heads = range(source.first_head, source.first_head + source.num_heads)
         wanted = [head for head in heads if layers and (layers.start, head) in missing]
         if wanted:
             heads = range(wanted[0], wanted[-1] + 1)

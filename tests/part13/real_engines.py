@@ -189,16 +189,14 @@ class Client(ServerClient):
             text += "".join(chunks)
         return read_events(text)
 
-    def begin_and_leave(self, until_then: Callable[[], object], **fields: Any) -> None:
-        """Send a request, and close the connection once something has happened."""
+    def begin(self, **fields: Any) -> socket.socket:
+        """Send a request, and read nothing."""
         content = json.dumps({**GREEDY, **fields}).encode()
-        head = (
-            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nAuthorization: {KEY['Authorization']}\r\n"
-        )
-        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", self.port)) as connection:
-            connection.sendall(head.encode() + content)
-            until(until_then, "it to happen before the client leaves")
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n"
+        head += f"Authorization: {KEY['Authorization']}\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        connection.sendall(head.encode() + content)
+        return connection
 
 
 @dataclass(frozen=True)

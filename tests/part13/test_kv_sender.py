@@ -195,6 +195,7 @@ def test_nothing_is_sent_after_a_release() -> None:
     world.say(ReleasePrompt(NAME, 2), identity=b"d0")
     world.heard(b"d0"), world.heard(b"d1")
     world.publish(layers=[1])
+    world.say(Ack(0), identity=b"d0")
     assert world.messages(b"d0") == [], f"a rank that has released a prompt gets more of it. {LOOK_RELEASE}"
     assert [each.layer for each in world.messages(b"d1")] == [1], f"the other one goes on. {LOOK_RELEASE}"
 
@@ -240,7 +241,10 @@ def test_statuses() -> None:
     assert world.messages() == [Status(NAME, "gone")], LOOK_STATUS
     world.heartbeat()
     assert world.messages() == [Status(NAME, "gone")], f"who asks too late should not wait. {LOOK_STATUS}"
-    world.pass_s(30.1)
+    world.pass_s(30.0)
+    world.heartbeat()
+    assert world.messages() == [Status(NAME, "gone")], f"nor who asks within a lease. {LOOK_STATUS}"
+    world.pass_s(0.1)
     world.heartbeat()
     assert world.messages() == [Status(NAME, "unknown")], f"after a lease, it is forgotten. {LOOK_STATUS}"
 

@@ -416,6 +416,7 @@ def test_one_of_several_is_aborted() -> None:
     each.engine.abort_requests(["a"])
     each.step()
     assert not each.orders(Release), f"b still wants it. {LOOK_RELEASE}"
+    assert not each.engine.connector.has_leaving_blocks, f"the fetch is not cut short: it may take long. {LOOK_FREE}"
     each.end(Fetch, num_tokens=100)
     each.step(2)
     assert len(each.orders(Fetch)) == 2, f"a's blocks are gone: b fetches for itself. {each.seen}. {LOOK_FIND}"
@@ -435,6 +436,16 @@ def test_the_same_prompt_is_offered_once() -> None:
     assert len(each.orders(Offer)) == 1 and each.engine.transfers.stats.num_offered == 1, f"{each.seen}. {LOOK_OFFER}"
     for name in "ab":
         each.check_answer(name, PROMPT, 1)
+
+
+def test_the_second_request_of_an_offer_withdraws_nothing() -> None:
+    """The first one offers the prompt, and goes on."""
+    each = Engine()
+    for name in "ab":
+        each.ask(name, PROMPT, max_tokens=1, is_fetched=False, transfer_id="one")
+    each.engine.abort_requests(["b"])
+    each.run()
+    assert not each.orders(Withdraw) and len(each.orders(Confirm)) == 1, f"{each.seen}. {LOOK_OFFER}"
 
 
 # What does not arrive
@@ -754,6 +765,9 @@ def test_find_orders_nothing() -> None:
     for num_on_device, expected in ((0, 100), (48, 52), (80, 20), (96, 0)):
         got = world.transfers.find(request, num_on_device)
         assert got == expected, f"{num_on_device} of 100 tokens are here: expected {expected}, got {got}. {LOOK_FIND}"
+    world.transfers.watched[watch.name].num_tokens = 1_000
+    got = world.transfers.find(request, 48)
+    assert got == 52, f"the other engine says it has 1,000 tokens of 100: expected 52, got {got}. {LOOK_FIND}"
     assert not world.take() and not world.transfers.is_waiting(request), f"find() has ordered something. {LOOK_FIND}"
     assert world.transfers.find(Request("x", PROMPT, SamplingParams(), 101), 0) == 0, f"no transfer. {LOOK_FIND}"
 
@@ -842,6 +856,18 @@ def test_two_steps_in_flight() -> None:
     assert not world.take(), f"the first step's result confirms nothing. {LOOK_CONFIRM}"
     world.transfers.note_result()
     assert [type(order) for order in world.take()] == [Confirm], LOOK_CONFIRM
+
+
+def test_blocks_for_draft_tokens_are_not_offered() -> None:
+    """The table may have got some before the prompt is published for the first time."""
+    world = World()
+    request = world.request("a", False)
+    world.take()
+    world.blocks.admit("a", 130)
+    request.num_computed_tokens = 100
+    world.transfers.save(request, range(0))
+    [publish] = world.take()
+    assert len(publish.block_ids) == 7, f"100 tokens are in 7 blocks; published are {publish.block_ids}. {LOOK_OFFER}"
 
 
 def test_nothing_is_published_after_a_withdrawal() -> None:

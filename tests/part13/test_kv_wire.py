@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
@@ -248,6 +249,28 @@ def test_the_connection_is_lost(stack: ExitStack) -> None:
     done = receiver.reports[1]
     assert done.num_tokens == 0 and "lost" in (done.error or ""), f"got {done}. {LOOK_LOST}"
     assert not receiver.receiver.connections and receiver.receiver.is_idle, LOOK_LOST
+
+
+def test_all_ranks_are_lost_at_once(stack: ExitStack) -> None:
+    """An engine of two ranks is killed. Nothing can be sent to either (zmq.Again), and all that was expected of them is
+    answered: core would wait for it forever."""
+    senders = [RealSender(make_shard(heads=heads)) for heads in (LOW, HIGH)]
+    receiver = RealReceiver(make_shard(), timeout_s=100.0)
+    for each in [receiver, *senders]:
+        stack.callback(each.close)
+    for number in range(4):
+        receiver.receiver.watch(Watch(number, bytes([number]), [each.source for each in senders]))
+    assert turn_until(lambda: all(len(each.sender.watchers) == 4 for each in senders), receiver, *senders)
+    for each in senders:
+        each.close()
+    for connection in receiver.receiver.connections.values():
+        while connection.socket.poll(1, zmq.POLLOUT):
+            pass
+    for _ in range(20):
+        with contextlib.suppress(zmq.ZMQError):  # as in worker/kv_transfer.py::KVTransferAgent._try
+            receiver.turn()
+    answered = sorted(done.transfer_id for done in receiver.reports)
+    assert answered == [0, 1, 2, 3], f"4 watches, and core has answers to {answered}. {LOOK_LOST}"
 
 
 def test_nobody_listens(stack: ExitStack) -> None:

@@ -10,10 +10,12 @@ import os
 import random
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from part13_disaggregation.router import processes
 from part13_disaggregation.router.replica import Role
 from tests.forked_servers import GREEDY, ForkedServer, Host, until
 from tests.http_checks import CHAT, COMPLETIONS
-from tests.left_behind import tracing
+from tests.left_behind import Traces, tracing
 from tests.part13.real_engines import (
     KEY,
     PART,
@@ -152,7 +154,8 @@ def test_a_client_that_leaves_takes_all_blocks_with_it(pair: Pair) -> None:
             name = "num_requests_waiting" if moment.startswith("the") else "num_requests_running"
             return pair.decode.gauge(name, LOOK) > 0
 
-        pair.client.begin_and_leave(has_come, prompt=prompt_of(50 + number, 1_500), max_tokens=400)
+        with pair.client.begin(prompt=prompt_of(50 + number, 1_500), max_tokens=400):
+            until(has_come, f"that {moment}. {LOOK}")
         check_free(pair.prefill, pair.decode)
 
 
@@ -179,16 +182,36 @@ def test_a_role_may_change_while_requests_run(engines: Engines, alone: Oracle) -
 
 
 @contextlib.contextmanager
-def proxy_process(env: dict[str, str], folder: Path, *flags: str) -> Iterator[tuple[Client, ServerProcess]]:
+def proxy_process(traces: Traces, *flags: str) -> Iterator[tuple[Client, ServerProcess]]:
     command = ["-m", f"{PART}.disagg", "--port", "0", "--api-key", "key", "--remote-prefill-chars", "0", *flags]
-    env = env | {SECRET_VARIABLE: SECRET}
-    with serve(command, ROUTING, folder / "stderr", PART_DIR.parent, env, LOOK_END) as process:
-        client = Client(process.url)
-        urls = f"{process.url}/workers"
-        until(lambda: admin("GET", urls)["workers"], "workers")
-        yield client, process
+    env = traces.env | {SECRET_VARIABLE: SECRET}
+    with serve(command, ROUTING, traces.folder / "stderr", PART_DIR.parent, env, LOOK_END) as process:
+        yield Client(process.url), process
 
 
+@dataclass(frozen=True)
+class StartedProxy:
+    """A proxy that starts one decode engine, beside engines that are there. traces: of the proxy and of that one."""
+
+    client: Client
+    process: ServerProcess
+    traces: Traces
+    prefill: ForkedServer
+    decode: ForkedServer
+
+
+@pytest.fixture(scope="module")
+def started(engines: Engines) -> Iterator[StartedProxy]:
+    """Its engine loads for ten seconds. Whoever asks for it earlier than needed saves most of them."""
+    prefill, decode = engines.start(*POOL, *SENDS, "--kv-lease", "2"), engines.start(*POOL, *SENDS)
+    with tracing(PART_DIR, LOOK_END) as traces:
+        flags = ["--decode", "1", "--prefill-urls", prefill.url, "--decode-urls", decode.url, "--policy", "round_robin",
+                 "--health-interval", "0.5", "--", "--device", "cpu", "--num-threads", "1", *POOL]  # fmt: skip
+        with proxy_process(traces, *flags) as (client, process):
+            yield StartedProxy(client, process, traces, prefill, decode)
+
+
+@pytest.mark.usefixtures("started")  # for a later test
 def test_two_ranks_send_to_one_with_other_blocks_and_sigterm_drains(engines: Engines, alone: Oracle) -> None:
     tcp = ["--kv-connector", "tcp", "--kv-transfer-secret", SECRET]
     two = ["--tensor-parallel-size", "2", "--block-size", "8", "--num-kv-blocks", "300"]
@@ -196,8 +219,8 @@ def test_two_ranks_send_to_one_with_other_blocks_and_sigterm_drains(engines: Eng
     decode = engines.start("--block-size", "32", "--num-kv-blocks", "100", *tcp)
     with tracing(PART_DIR, LOOK_END) as traces:
         flags = ["--prefill-urls", prefill.url, "--decode-urls", decode.url, "--health-interval", "0.1"]
-        with proxy_process(traces.env, traces.folder, *flags) as (client, process):
-            has_sources(client, prefill, decode)
+        with proxy_process(traces, *flags) as (client, process):
+            wait_until_remote(client, prefill, decode)
             before = counter(decode, "kv_transfer_fetched_tokens")
             for number, num_tokens in enumerate((7, 33, 600)):
                 prompt = prompt_of(70 + number, num_tokens)
@@ -205,16 +228,15 @@ def test_two_ranks_send_to_one_with_other_blocks_and_sigterm_drains(engines: Eng
                 alone.check(prompt, 8, got, f"{num_tokens} tokens of two ranks. {LOOK}")
             fetched = counter(decode, "kv_transfer_fetched_tokens") - before
             assert fetched == 633, f"expected 33 and 600 tokens to be fetched, got {fetched}. {LOOK}"
-            prompt, streams = prompt_of(75, 300), []
-            terminate = lambda: process.process.send_signal(signal.SIGTERM)  # noqa: E731
-            streams.append(client.streamed(prompt, 100, after_first=terminate))
-            assert streams[0].error is None, f"{streams}. {LOOK_END}"
-            alone.check(prompt, 100, streams[0].token_ids, f"a stream at the end. {LOOK_END}")
+            prompt, terminate = prompt_of(75, 300), partial(process.process.send_signal, signal.SIGTERM)
+            streamed = client.streamed(prompt, 100, after_first=terminate)
+            assert streamed.error is None, f"{streamed}. {LOOK_END}"
+            alone.check(prompt, 100, streamed.token_ids, f"a stream at the end. {LOOK_END}")
             process.check_ends_after_sigterm(LOOK_END)
     check_free(prefill, decode)
 
 
-def has_sources(client: Client, *engines: ForkedServer) -> None:
+def wait_until_remote(client: Client, *engines: ForkedServer) -> None:
     """The proxy has asked both, as far as one sees from outside: a prompt was computed elsewhere."""
 
     def is_remote() -> bool:
@@ -226,20 +248,6 @@ def has_sources(client: Client, *engines: ForkedServer) -> None:
 
 
 # Engines that are lost
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What becomes of the prefill engine. is_stopped: with SIGSTOP; else it is killed."""
-
-    prefill: ForkedServer
-    is_stopped: bool = False
-
-    def happen(self) -> None:
-        if self.is_stopped:
-            os.kill(self.prefill.core, signal.SIGSTOP)
-        else:
-            kill(self.prefill)
 
 
 def test_a_prefill_engine_is_lost_before_a_transfer(engines: Engines, pair: Pair, alone: Oracle) -> None:
@@ -261,7 +269,10 @@ def test_a_prefill_engine_is_lost_during_a_transfer(engines: Engines, alone: Ora
     with proxied([prefill], [decode]) as (url, _), ThreadPoolExecutor(1) as threads:
         answer = threads.submit(Client(url).ask_for_ids, prompt, 8)
         until(lambda: counter(decode, "kv_cache_usage_perc") > 0, f"the fetch to begin. {LOOK}")
-        Loss(prefill, is_stopped).happen()
+        if is_stopped:
+            os.kill(prefill.core, signal.SIGSTOP)
+        else:
+            kill(prefill)
         [got] = answer.result(TIMEOUT_S)
         alone.check(prompt, 8, got, f"the prefill engine was lost. {LOOK_LOST}")
         failed = counter(decode, "kv_transfer_failed")
@@ -292,6 +303,7 @@ def test_a_decode_engine_is_lost(engines: Engines, alone: Oracle) -> None:
     with proxied([prefill], [stopped, other]) as (url, _), ThreadPoolExecutor(2) as threads:
         os.kill(stopped.core, signal.SIGSTOP)
         prompts = [prompt_of(90 + number, 300) for number in range(2)]
+        began_s = time.monotonic()
         answers = [threads.submit(Client(url).ask_for_ids, prompt, 8) for prompt in prompts]
         until(lambda: any(answer.done() for answer in answers), f"one answer. {LOOK_PROXY}")
         until(lambda: prefill.gauge("kv_transfer_offered", LOOK) == 2, f"both prompts to be offered. {LOOK_PROXY}")
@@ -303,8 +315,9 @@ def test_a_decode_engine_is_lost(engines: Engines, alone: Oracle) -> None:
 
         def is_free() -> bool:
             found = counters(prefill)
-            is_free, num_expired = found["kv_cache_usage_perc"] == 0, found["kv_transfer_expired"]
-            assert num_expired or not is_free, f"its blocks are free, and no lease has ended. {LOOK_LEASE}"
+            is_free, has_ended = found["kv_cache_usage_perc"] == 0, found["kv_transfer_expired"] > 0
+            assert has_ended or not is_free, f"its blocks are free, and no lease has ended. {LOOK_LEASE}"
+            assert not has_ended or time.monotonic() >= began_s + 2, f"a lease of 2 s has ended early. {LOOK_LEASE}"
             return is_free
 
         until(is_free, f"the prompt's blocks to be free, and the lease to end. {LOOK_LEASE}")
@@ -315,38 +328,35 @@ def test_a_decode_engine_is_lost(engines: Engines, alone: Oracle) -> None:
         check_free(prefill)
 
 
-def test_a_proxy_that_is_killed_takes_its_engines_with_it(engines: Engines, alone: Oracle) -> None:
-    """As a user starts it, with a decode engine. Engines that were there before free all blocks."""
-    prefill = engines.start(*POOL, *SENDS, "--kv-lease", "2")
-    decode = engines.start(*POOL, *SENDS)
-    with tracing(PART_DIR, LOOK_END) as traces:
-        flags = ["--decode", "1", "--prefill-urls", prefill.url, "--decode-urls", decode.url, "--policy", "round_robin",
-                 "--health-interval", "0.1", "--", "--device", "cpu", "--num-threads", "1", *POOL]  # fmt: skip
-        with proxy_process(traces.env, traces.folder, *flags) as (client, process):
-            until(lambda: len(admin("GET", f"{client.url}/workers")["workers"]) == 3, f"all to serve. {LOOK_END}")
-            has_sources(client, prefill, decode)
-            before = counter(prefill, "kv_transfer_offered")
-            for number in range(2):
-                prompt = prompt_of(100 + number, 200)
-                [got] = client.ask_for_ids(prompt, 8)
-                alone.check(prompt, 8, got, f"an engine that the proxy has started. {LOOK}")
-            assert counter(prefill, "kv_transfer_offered") == before + 2, LOOK_PROXY
-            started = next(
-                each["url"] for each in admin("GET", f"{client.url}/workers")["workers"]
-                if each["url"] not in (prefill.url, decode.url)
-            )  # fmt: skip
-            fetched = counter(Client(started), "kv_transfer_fetched_tokens")
-            assert fetched >= 200, f"expected it to have fetched a prompt, got {fetched}. {LOOK}"
-            body = {**GREEDY, "max_tokens": 400, "stream": True}
-            with contextlib.ExitStack() as stack:
-                for number in range(4):
-                    given = {**body, "prompt": prompt_of(110 + number, 300)}
-                    response = stack.enter_context(client.stream(COMPLETIONS, given, KEY))
-                    next(response.iter_raw())
-                process.process.send_signal(signal.SIGKILL)
-                process.process.wait()
-                check_free(prefill, decode)
-                traces.check_nothing_is_left()
+def test_a_proxy_that_is_killed_takes_its_engines_with_it(started: StartedProxy, alone: Oracle) -> None:
+    """Engines that were there before free all blocks."""
+    client, prefill, decode = started.client, started.prefill, started.decode
+    workers = f"{client.url}/workers"
+    until(lambda: len(admin("GET", workers)["workers"]) == 3, f"all to serve. {LOOK_END}")
+    [url] = {each["url"] for each in admin("GET", workers)["workers"]} - {prefill.url, decode.url}
+    wait_until_remote(client, prefill, decode)
+    before = counter(prefill, "kv_transfer_offered")
+    for number in range(2):
+        prompt = prompt_of(100 + number, 200)
+        [got] = client.ask_for_ids(prompt, 8)
+        alone.check(prompt, 8, got, f"two decode engines. {LOOK}")
+    num_offered = counter(prefill, "kv_transfer_offered") - before
+    assert num_offered == 2, f"expected both prompts to be computed elsewhere, got {num_offered}. {LOOK_PROXY}"
+    fetched = [counter(engine, "kv_transfer_fetched_tokens") for engine in (decode, Client(url))]
+    assert fetched == [200, 200], f"expected each to have fetched one, got {fetched}. {LOOK}"
+    body = {**GREEDY, "max_tokens": 400, "stream": True}
+    with contextlib.ExitStack() as stack:
+        for number in range(4):
+            given = {**body, "prompt": prompt_of(110 + number, 300)}
+            response = stack.enter_context(client.stream(COMPLETIONS, given, KEY))
+            next(response.iter_raw())
+        offered = prefill.gauge("kv_transfer_offered", LOOK)
+        stack.enter_context(client.begin(prompt=prompt_of(115, 1_900), max_tokens=8))
+        until(lambda: prefill.gauge("kv_transfer_offered", LOOK) > offered, f"one more prompt. {LOOK_PROXY}")
+        started.process.process.send_signal(signal.SIGKILL)
+        started.process.process.wait()
+        check_free(prefill, decode)
+        started.traces.check_nothing_is_left()
 
 
 # Full pools
@@ -372,7 +382,7 @@ def test_full_pools(engines: Engines, alone: Oracle, num_prefill: str, num_decod
 
 # Everything at once
 
-NUM_REQUESTS, NUM_CLIENTS, NUM_KILLS = 500, 16, 6
+NUM_REQUESTS, NUM_CLIENTS, NUM_KILLS = 500, 32, 4
 
 
 @dataclass(frozen=True)
@@ -471,7 +481,7 @@ def test_no_answer_is_wrong_or_lost_while_engines_are_killed(
     monkeypatch.setattr(fleet_module, "RESTART_S", 0.01)
     rng = random.Random(13)
     requests = make_requests(rng)
-    with ThreadPoolExecutor(16) as threads:
+    with ThreadPoolExecutor(NUM_CLIENTS) as threads:
         list(threads.map(lambda each: alone.answer(each.prompt, each.max_tokens), requests))
     with proxied([], [], [*POOL, "--kv-lease", "2"], prefill=2, decode=2, policy="cache_aware") as (url, proxy):
 
@@ -484,7 +494,7 @@ def test_no_answer_is_wrong_or_lost_while_engines_are_killed(
         ends = asyncio.run(ask_all(url, requests, killer.strike, alone))
         bad = {end: count for end, count in ends.items() if end not in ("right", "left", "status 503", "error event")}
         assert not bad and ends.total() == NUM_REQUESTS, f"{bad}, of {ends}. {LOOK_PROXY}"
-        assert ends["right"] >= 0.7 * NUM_REQUESTS, f"too few answers, {ends}, {killer.counts}. {LOOK_PROXY}"
+        assert ends["right"] >= NUM_REQUESTS / 2, f"too few answers, {ends}, {killer.counts}. {LOOK_PROXY}"
         assert min(killer.counts["prefill"], killer.counts["decode"]) >= 2, f"only {killer.counts} were killed"
         until(serves_all, f"engines in place of those that were killed. {LOOK_PROXY}")
         check_free(*(Client(replica.url) for replica in proxy.pool.replicas))

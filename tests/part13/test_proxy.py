@@ -430,6 +430,19 @@ def test_open_requests_end_when_the_proxy_is_in_a_hurry() -> None:
         assert [replica.num_failures for replica in proxy.pool.replicas] == [0, 0], f"none has failed. {LOOK_END}"
 
 
+def test_a_proxy_in_a_hurry_asks_no_engine_after_a_prompt_was_given_up() -> None:
+    p, d = FakeEngine("p", may_admit=False), FakeEngine("d")
+    with proxied([p], [d], health_timeout=30.0) as (url, proxy, _), ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(ask, url)
+        until(lambda: p.num_requests == 1, "a prefill engine to be asked")
+        proxy.end_requests()
+        got = answer.result(TIMEOUT_S)
+        assert (got.status_code, d.num_requests) == (503, 0), f"{got.status_code}: {got.text}. {LOOK}"
+        assert "the server is shutting down" in got.text, f"{got.text}. {LOOK}"
+        check_idle(proxy)
+        assert [replica.num_failures for replica in proxy.pool.replicas] == [0, 0], f"none has failed. {LOOK_END}"
+
+
 def test_a_proxy_that_ends_finishes_its_requests() -> None:
     p, d = FakeEngine("p", may_finish=False), FakeEngine("d", answer_stream, gate=1)
     with ThreadPoolExecutor(2) as threads, contextlib.ExitStack() as stack:

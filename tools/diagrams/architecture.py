@@ -43,8 +43,14 @@ def _piece(column: int, y: float, hue: str, *versions: Version, height: float = 
 
 PIECES = {
     "client": _piece(0, 80, "grey", Version(1, "Client", "curl"), Version(2, "Client", "curl, openai"), height=42),
-    "router": _piece(1, 80, "grey", Version(10, "Router", "chooses a replica"), height=42),
-    "replicas": _piece(2, 80, "grey", Version(10, "Replicas", "each as below"), height=42),
+    "router": _piece(
+        1, 80, "grey", Version(10, "Router", "chooses a replica"), Version(13, "Proxy", "chooses two engines"),
+        height=42,
+    ),
+    "replicas": _piece(
+        2, 80, "grey", Version(10, "Replicas", "each as below"), Version(13, "Engines", "prefill or decode"),
+        height=42,
+    ),
     "server": _piece(
         0, 148, "blue", Version(1, "API server", "Flask, one thread"), Version(2, "API server", "FastAPI, SSE stream"),
     ),
@@ -67,7 +73,7 @@ PIECES = {
         1, 398, "purple", Version(4, "Scheduler", "a new batch each step"),
         Version(5, "Scheduler", "counts placeholders"), Version(6, "Scheduler", "budget, chunks"),
         Version(7, "Scheduler", "looks up cached blocks"), Version(8, "Scheduler", "chunks and draft tokens"),
-        Version(9, "Scheduler", "a step for each stage"),
+        Version(9, "Scheduler", "a step for each stage"), Version(13, "Scheduler", "asks the KV connectors"),
     ),
     "blocks": _piece(
         2, 398, "purple", Version(3, "Block manager", "block tables"),
@@ -84,7 +90,7 @@ PIECES = {
     "runner": _piece(
         0, 562, "green", Version(3, "Model runner", "one flat batch"),
         Version(4, "Model runner", "decodes and prompts"), Version(5, "Model runner", "prepare, then run"),
-        Version(6, "Model runner", "samples if asked"),
+        Version(6, "Model runner", "samples if asked"), Version(13, "Model runner", "reports each layer"),
     ),
     "model": _piece(
         1, 562, "green", Version(1, "Model", "transformers"), Version(3, "Model", "our own, plain torch"),
@@ -103,9 +109,13 @@ PIECES = {
         Version(8, "Sampler", "verifies draft tokens"),
     ),
     "draft_model": _piece(2, 628, "green", Version(8, "Draft model", "proposes draft tokens")),
-    "offloader": _piece(2, 352, "purple", Version(12, "Offloader", ""), height=PILL_HEIGHT),
+    "offloader": _piece(
+        2, 352, "purple", Version(12, "Offloader", ""), Version(13, "Offloader", ""), height=PILL_HEIGHT,
+    ),
+    "transfer": _piece(1, 352, "purple", Version(13, "KVTransfer", ""), height=PILL_HEIGHT),
     "fetcher": _piece(1, 694, "green", Version(12, "Layer fetcher", "weights that don't fit")),
     "copier": _piece(3, 694, "green", Version(12, "Block copier", "host, disk, Redis")),
+    "sender": _piece(2, 694, "green", Version(13, "KV sender, receiver", "from engine to engine")),
 }  # fmt: skip
 
 SPINE = (
@@ -128,13 +138,14 @@ ARROWS = (
     ("blocks", "prefix"), ("engine", "executor"), ("scheduler", "speculation"), ("executor", "runner"),
     ("runner", "model"), ("model", "attention"), ("attention", "kv_cache"), ("runner", "tokens"), ("model", "sampler"),
     ("sampler", "tokens"), ("sampler", "draft_model"), ("draft_model", "kv_cache"), ("offloader", "blocks"),
-    ("kv_cache", "copier"),
+    ("kv_cache", "copier"), ("transfer", "scheduler"), ("kv_cache", "sender"),
 )  # fmt: skip
 EARLY_ARROWS = (  # (from, to, part in which a piece between them makes the arrow obsolete)
     ("client", "server", 10), ("server", "engine", 2), ("async_llm", "engine", 5), ("engine", "output", 3),
     ("engine", "blocks", 4), ("engine", "model", 3), ("model", "kv_cache", 3),
 )  # fmt: skip
 LATE_ARROWS = {("async_llm", "output"): 3}  # the first part that has the arrow; the default is 1
+ROUTES = {("kv_cache", "sender"): [(668.0, 664.0), (654.0, 664.0), (654.0, 717.0), (640.0, 717.0)]}  # around a corner
 ROOMS = (  # (name, what it does, its rectangle)
     ("api", "serves clients", "blue", Rect(MARGIN, 134, RIGHT - MARGIN, 184)),
     ("core", "decides", "purple", Rect(MARGIN, 338, RIGHT - MARGIN, 186)),
@@ -153,6 +164,7 @@ SUBTITLES = {
     10: "A router sends each request to one of several whole engines.",
     11: "Experts are spread over ranks, also over those of several engine cores.",
     12: "KV blocks and weights that the device has no room for are kept in slower memory.",
+    13: "One engine computes the KV of a prompt, another decodes.",
 }
 
 
@@ -233,14 +245,14 @@ def _draw_piece(drawing: Drawing, piece: Piece, version: Version, part: int) -> 
     drawing.box(piece.rect, version.title, lines, "orange" if is_new else piece.hue, strong=is_new)
     if is_new:
         label = "new" if version is piece.versions[0] else "changed"
-        drawing.badge(piece.rect.right - (18 if label == "new" else 30), piece.rect.y - 3, label)
+        drawing.badge(piece.rect.right - (18 if label == "new" else 30), piece.rect.y - 4, label)
 
 
 def _arrows(drawing: Drawing, part: int, present: dict[str, Version]) -> None:
     early = [(start, end) for start, end, until in EARLY_ARROWS if part < until]
     for start, end in (*ARROWS, *early):
         if start in present and end in present and part >= LATE_ARROWS.get((start, end), 1):
-            points = _connect(PIECES[start].rect, PIECES[end].rect)
+            points = ROUTES.get((start, end)) or _connect(PIECES[start].rect, PIECES[end].rect)
             drawing.arrow(points, both=start in SPINE and end in SPINE)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from . import (
     architecture,
     batches,
+    disaggregation,
     experts,
     kv_blocks,
     offload,
@@ -41,5 +42,7 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "expert_dispatch": experts.expert_dispatch,
     "kv_tiers": offload.kv_tiers,
     "weight_prefetch": offload.weight_prefetch,
+    "disaggregation": disaggregation.disaggregation,
+    "kv_transfer": disaggregation.kv_transfer,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

@@ -8,7 +8,7 @@ from .geometry import Rect
 from .metrics import HEAD, SMALL
 from .svg import MARGIN, PANEL_RADIUS, WIDTH, Drawing
 
-NEWEST_PART = 12  # boxes of later parts are dashed
+NEWEST_PART = 13  # boxes of later parts are dashed
 RIGHT = WIDTH - MARGIN
 REPLICA_RIGHT, SIDE_LEFT = 648.0, 690.0
 INNER_LEFT, INNER_RIGHT = 50.0, 622.0
@@ -37,11 +37,11 @@ CORE = (
     (Part("EngineCore", "messages, busy loop", (5,)), Part("Speculation", "draft tokens", (8,)),
      Part("Prefix cache", "block hashes", (7,))),
     (Part("Executor", "one worker, or many", (3, 9)), Part("KV offloading", "which tier, and when", (12,)),
-     Part("KV connector", "KV from other engines", (13,))),
+     Part("KV connector", "what to fetch, and when", (13,))),
 )  # fmt: skip
 WORKER = (
     (Part("Model runner", "flat batch", (3,)), Part("Model", "decoder", (3,)), Part("Attention", "paged", (3,)),
-     Part("KV cache", "blocks", (3,))),
+     Part("KV cache", "blocks", (3,)), Part("KV sender", "and receiver", (13,))),
     (Part("Token buffer", "on the device", (3,)), Part("Parallel layers", "a slice each", (9,)),
      Part("CUDA kernels", "dispatcher", (15,)), Part("Block copier", "between tiers", (12,))),
     (Part("Sampler", "verifies draft tokens", (1, 8)), Part("Experts", "all-to-all", (11,)),
@@ -85,13 +85,13 @@ def _box(drawing: Drawing, rect: Rect, part: Part, hue: str) -> Rect:
     drawing.box(rect, part.title, [part.line] if part.line else [], hue, dashed=part.parts[0] > NEWEST_PART)
     x = rect.right - 14
     for number in reversed(part.parts):
-        x = drawing.badge(x, rect.y - 4, str(number), hue).x - 13
+        x = drawing.badge(x, rect.y - 4, str(number), hue).x - 16
     return rect
 
 
 def _front(drawing: Drawing) -> None:
     clients = drawing.box(Rect(360, 84, 140, 34), "Clients", hue="grey")
-    part = Part("Router", "routing policies, health, draining", (10,))
+    part = Part("Router, proxy", "routing policies, health, draining, prefill and decode roles", (10, 13))
     router = _box(drawing, Rect(MARGIN, 142, RIGHT - MARGIN, BOX_HEIGHT), part, "orange")
     drawing.arrow([clients.bottom_center, router.top_center], both=True)
 
@@ -134,11 +134,12 @@ def _neighbors(drawing: Drawing, api: Rect, core: Rect, worker: Rect) -> None:
     for number, rect in enumerate(replicas, start=2):
         _box(drawing, rect, Part(f"Replica {number}", "the same again", (10,)), "orange")
     drawing.arrow([(replicas[0].cx, 142 + BOX_HEIGHT), replicas[0].top_center], both=True)
-    connector_y = core.y + HEADER + 2 * (BOX_HEIGHT + ROW_GAP) + BOX_HEIGHT / 2
     engines = (("Engine", "computes prompts"), ("Engine", "computes prompts"))
     pool = _side_panel(drawing, core.bottom - HEADER - 2 * (BOX_HEIGHT + ROW_GAP), "Prefill pool", engines, 13)
-    drawing.arrow([(pool.x, connector_y), (INNER_RIGHT, connector_y)])
-    drawing.text((pool.x + REPLICA_RIGHT) / 2, connector_y - 12, "KV", SMALL, "muted", "middle")
+    x, receiver_y = (pool.x + REPLICA_RIGHT) / 2, worker.y + HEADER + BOX_HEIGHT / 2
+    pool_y = pool.bottom - ROW_GAP - BOX_HEIGHT / 2
+    drawing.arrow([(pool.x, pool_y), (x, pool_y), (x, receiver_y), (INNER_RIGHT, receiver_y)])
+    drawing.text(x + 8, (pool.bottom + worker.y) / 2, "KV", SMALL, "muted")
     copier_y = worker.y + HEADER + BOX_HEIGHT + ROW_GAP + BOX_HEIGHT / 2
     tiers = (("CPU memory", ""), ("Disk", ""), ("Redis", ""))
     side = _side_panel(drawing, worker.y, "KV tiers", tiers, 12)

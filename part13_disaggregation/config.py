@@ -11,8 +11,8 @@ from common.cli import check_minimums, option
 from common.errors import FieldError
 from common.threads import check_num_threads
 
-MIN_SECRET_CHARS = 8
-SECRET_VARIABLE = "LLM_KV_TRANSFER_SECRET"
+from .kv_params import MIN_SECRET_CHARS, SECRET_VARIABLE
+
 MAX_GIB, MAX_SECONDS = 1_048_576, 86_400
 LIMITS = {
     "tensor_parallel_size": 1_024, "pipeline_parallel_size": 1_024, "data_parallel_size": 1_024,

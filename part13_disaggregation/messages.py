@@ -12,6 +12,7 @@ from common.outputs import FinishReason, Logprob
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
+from .kv_params import KVSource, KVTransferParams
 
 NULL_BLOCK = 0  # belongs to no request: padding in a block table points here, and nothing reads it
 
@@ -165,18 +166,6 @@ class Withdraw(msgspec.Struct, array_like=True, tag=True):
     name: bytes
 
 
-class KVSource(msgspec.Struct, array_like=True, frozen=True):
-    """A rank that other engines may fetch KV from. address: where it listens. layout: what must be the same on both
-    sides, see worker/kv_shard.py. The rest: the layers and KV heads that it has, numbered as in the whole model."""
-
-    address: str
-    layout: str
-    first_layer: int
-    num_layers: int
-    first_head: int
-    num_heads: int
-
-
 class Watch(msgspec.Struct, array_like=True, tag=True):
     """From core to the worker: wait until another engine has begun to compute a prompt. sources: its ranks. From now
     on, that engine hears that its KV is wanted. The answer says how many tokens there are, or will be."""
@@ -321,14 +310,6 @@ class Start(msgspec.Struct, tag=True):
 
     config: EngineConfig
     cores: CoreGroup | None = None
-
-
-class KVTransferParams(msgspec.Struct, frozen=True):
-    """What the proxy says of a request's KV. transfer_id: the same on both sides. sources: where it is to be fetched;
-    none: this engine computes it, and another one will fetch it."""
-
-    transfer_id: str
-    sources: tuple[KVSource, ...] = ()
 
 
 class AddRequest(msgspec.Struct, tag=True):

@@ -98,6 +98,7 @@ class Router:
     async def _end_requests(self) -> None:
         self.is_ending = True
         self.pool.queue.resize(0)
+        await self.health_checks.stop()  # they use the connections
         await self.forwarder.close()
 
     async def start_fleet(self) -> None:

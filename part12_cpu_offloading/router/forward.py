@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
@@ -97,6 +98,7 @@ class Forwarder:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.session: aiohttp.ClientSession | None = None
+        self.responses: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()  # those that may not have ended
 
     def start(self) -> None:
         timeout = aiohttp.ClientTimeout(
@@ -109,6 +111,9 @@ class Forwarder:
         )  # fmt: skip
 
     async def close(self) -> None:
+        """Whoever reads a response gets an error."""
+        for response in list(self.responses):
+            response.close()
         if self.session is not None:
             await self.session.close()
 
@@ -133,6 +138,7 @@ class Forwarder:
             )
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             raise _as_replica_error(f"{attempt.replica.url} does not answer", error) from error
+        self.responses.add(response)
         answer = Answer(response, attempt, self.config.request_timeout)
         if not answer.is_stream:
             try:

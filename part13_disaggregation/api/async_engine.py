@@ -15,6 +15,7 @@ from common.serving import GenerationError, QueueFullError, ShutdownError
 
 from ..config import EngineConfig
 from ..core.validation import check_request
+from ..kv_params import KV_TRANSFER
 from ..messages import (
     AbortRequests,
     AddRequest,
@@ -26,7 +27,6 @@ from ..messages import (
 )
 from .core_client import SHUTDOWN_TIMEOUT_S
 from .data_parallel_client import make_core_client
-from .kv_params import KV_TRANSFER
 from .output_processor import OutputProcessor
 
 

@@ -13,8 +13,8 @@ from common.openai_app import create_app as create_openai_app
 from common.openai_app.guards import check_api_key
 from common.serve import ServerConfig
 
+from ..kv_params import HEADER, KV_TRANSFER, open_signed
 from .async_engine import AsyncLLM
-from .kv_params import HEADER, KV_TRANSFER, open_signed
 
 
 class KVTransferHeader:

@@ -48,6 +48,7 @@ class EngineCore:
 
     def __init__(self, engine: LLMEngine, requests: zmq.Socket[bytes], outputs: zmq.Socket[bytes]) -> None:
         self.engine, self.requests, self.outputs = engine, requests, outputs
+        self.num_pending = 0  # transfers: blocks may be held without requests
 
     def run(self) -> None:
         """Never returns. Raises SystemExit on SIGTERM, the step's error when two steps in a row fail, and RankDied."""
@@ -56,7 +57,9 @@ class EngineCore:
             refused = [output for message in messages if (output := self.handle(message))]
             self.start_wave()
             outputs = refused + self.step()
-            if outputs or messages or not self.engine.has_unfinished_requests:
+            num_pending, self.num_pending = self.num_pending, len(self.engine.orders.pending)
+            has_news = outputs or messages or num_pending != self.num_pending
+            if has_news or not self.engine.has_unfinished_requests:
                 self.outputs.send(encode(EngineCoreOutputs(outputs, self.stats())))
 
     def receive(self) -> list[ToCore]:

@@ -41,11 +41,11 @@ class Offering:
 @dataclass(slots=True)
 class Watched:
     """A prompt that another engine computes. num_tokens: how many tokens that engine has, or will have; None: it hasn't
-    begun; 0: none, or no more. fetch_id: the fetch that is under way. users: ids of the requests that may use it."""
+    begun; 0: none, or no more. fetch_id: the fetch that is under way. users: the requests that may use it, by id."""
 
     num_tokens: int | None = None
     fetch_id: int | None = None
-    users: set[str] = field(default_factory=set)
+    users: dict[str, Request] = field(default_factory=dict)
 
 
 class KVTransfer:
@@ -89,7 +89,7 @@ class KVTransfer:
             if name not in self.watched:
                 self.watched[name] = Watched()
                 self.orders.add(Watch(self.orders.next_id(), name, list(params.sources)), self, request)
-            self.watched[name].users.add(request.request_id)
+            self.watched[name].users[request.request_id] = request
         elif name in self.offered:
             return  # the same prompt twice in one request: the first one is enough
         else:
@@ -170,7 +170,7 @@ class KVTransfer:
         """When the last request has what it needs, or ends, the other engine may free its blocks."""
         if (watched := self._watched_by(request)) is not None:
             name = self._names.pop(request.request_id)
-            watched.users.discard(request.request_id)
+            del watched.users[request.request_id]
             if not watched.users:
                 del self.watched[name]
                 self.orders.new.append(Release(name))
@@ -183,15 +183,15 @@ class KVTransfer:
                 self.blocks.end_lease(self.offered.pop(transfer.name).block_ids)
                 self.stats.num_expired += done.error == LEASE_ENDED
             case Watch():
-                self._note_watched(transfer, request, done)
+                self._note_watched(transfer, done)
             case Fetch():
                 self._note_fetched(transfer, request, done)
 
-    def _note_watched(self, watch: Watch, request: Request | None, done: TransferDone) -> None:
+    def _note_watched(self, watch: Watch, done: TransferDone) -> None:
         if (watched := self.watched.get(watch.name)) is not None:
             watched.num_tokens = done.num_tokens
             if done.error is not None:
-                self._note_failed(request, done.error)
+                self._note_failed(watched, done.error)
 
     def _note_fetched(self, fetch: Fetch, request: Request | None, done: TransferDone) -> None:
         self.blocks.end_lease(fetch.block_ids)
@@ -204,13 +204,13 @@ class KVTransfer:
         if watched is not None and watched.fetch_id == fetch.transfer_id:
             watched.fetch_id = None
             if done.error is not None:
-                watched.num_tokens = 0  # for other requests, too
-                self._note_failed(request, done.error)
+                watched.num_tokens = 0
+                self._note_failed(watched, done.error)
 
-    def _note_failed(self, request: Request | None, error: str) -> None:
+    def _note_failed(self, watched: Watched, error: str) -> None:
         self.stats.num_failed += 1
-        if self.fails and request is not None:
-            self.failed.append((request, error))
+        if self.fails:
+            self.failed += [(request, error) for request in watched.users.values()]
 
     def note_launch(self) -> None:
         self._completed_in_flight.append(self._completed)

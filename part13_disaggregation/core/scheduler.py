@@ -195,7 +195,7 @@ class Scheduler:
     def _schedule_waiting(self, output: SchedulerOutput) -> None:
         """First come, first served: if the head of the queue does not fit, the requests behind it wait too. A request
         that waits for a transfer leaves the queue meanwhile."""
-        while self.waiting and len(self.running) + len(self.loading) + len(self.loaded) < self.max_num_seqs:
+        while self.waiting and self._num_admitted < self.max_num_seqs:
             request = self.waiting[0]
             if request.num_output_placeholders:
                 break  # it was preempted, and first gets a token from a step in flight
@@ -216,6 +216,13 @@ class Scheduler:
                 continue
             self._start(self.waiting.popleft(), num_cached_tokens, output)
             self._add(request, num_tokens, output)
+
+    @property
+    def _num_admitted(self) -> int:
+        """Requests that have blocks. Those that wait for a transfer without any don't keep others out: if these are
+        what the other engine waits for, nothing would go on."""
+        num_loading = sum(request.request_id in self.blocks.block_tables for request in self.loading)
+        return len(self.running) + num_loading + len(self.loaded)
 
     def _wait_for_transfer(self, request: Request) -> None:
         """Move the head of the queue to those that wait for a transfer."""

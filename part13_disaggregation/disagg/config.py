@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from common.cli import option
 from common.errors import FieldError
 
-from ..config import MIN_SECRET_CHARS, SECRET_VARIABLE
+from ..kv_params import MIN_SECRET_CHARS, SECRET_VARIABLE
 from ..router.config import MAX_COUNT, RouterConfig, check_url
 from ..router.replica import Role
 

@@ -19,9 +19,7 @@ from starlette.types import Scope
 
 from common.serve import ListenConfig
 
-from ..api.kv_params import HEADER, sign
-from ..config import SECRET_VARIABLE
-from ..messages import KVTransferParams
+from ..kv_params import HEADER, SECRET_VARIABLE, KVTransferParams, sign
 from ..router.app import ANSWERS, SHUTTING_DOWN, Router, app_of, text_of
 from ..router.fleet import Fleet
 from ..router.forward import BUSY, Answer, Headers, ReplicaError

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from common.errors import FieldError
 
-from ..messages import KVSource
+from ..kv_params import KVSource
 from ..router.metrics import Metrics
 from ..router.policies import Policy, RoutedRequest, make_policy
 from ..router.pool import Pool

@@ -15,10 +15,9 @@ import msgspec
 
 from common.serve import ListenConfig, running_app, server_process
 
-from ..api.kv_params import HEADER, sign
-from ..config import SECRET_VARIABLE
 from ..disagg.config import DisaggConfig
 from ..disagg.proxy import Proxy, create_app
+from ..kv_params import HEADER, SECRET_VARIABLE, sign
 from ..messages import KVSource, KVTransferParams
 
 PART = __name__.partition(".")[0]

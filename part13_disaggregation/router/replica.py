@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..messages import KVSource  # not at run time: a router needs no torch
+from ..kv_params import KVSource
 
 
 class Circuit(Enum):

@@ -181,7 +181,7 @@ class KVReceiver:
         connection.waiting_since_s = None
         try:
             message = decode_to_receiver(frame.buffer)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self.num_refused += 1
             return
         match message:
@@ -207,7 +207,9 @@ class KVReceiver:
     def _note_piece(self, connection: Connection, piece: Piece, payload: memoryview | None) -> None:
         receiving = self.receiving.get(piece.fetch_id)
         share = None if receiving is None else find_share(receiving, connection)
-        if receiving is None or share is None or not is_expected(piece, share):  # late, foreign, or sent twice
+        if (
+            receiving is None or share is None or not is_expected(piece, share, receiving.fetch)
+        ):  # late, foreign, or sent twice
             self.num_refused += 1
         else:
             share.number = piece.number + 1
@@ -366,17 +368,19 @@ def find_share(receiving: Receiving, connection: Connection) -> Share | None:
     return next((share for share in receiving.shares if share.connection is connection), None)
 
 
-def is_expected(piece: Piece, share: Share) -> bool:
+def is_expected(piece: Piece, share: Share, fetch: Fetch) -> bool:
     """Whether a piece belongs to a share, and has not come before."""
-    heads = range(piece.first_head, piece.first_head + piece.num_heads)
-    return piece.number >= share.number and piece.layer in share.arrived and heads == share.heads
+    heads, is_new = range(piece.first_head, piece.first_head + piece.num_heads), piece.number >= share.number
+    is_wanted = piece.layer in share.arrived and heads == share.heads
+    return is_new and is_wanted and fetch.start <= piece.start < piece.end <= fetch.end
 
 
 def make_memory(piece_bytes: int) -> tuple[SharedMemory, mmap.mmap]:
     """Memory that has no name in the file system, so it is gone when both processes have ended."""
-    descriptor = os.memfd_create("kv-transfer")
+    name = f"kv-{secrets.token_hex(8)}"
+    descriptor = os.memfd_create(name)
     os.ftruncate(descriptor, WINDOW * piece_bytes)
-    return SharedMemory(os.getpid(), descriptor, piece_bytes), mmap.mmap(descriptor, WINDOW * piece_bytes)
+    return SharedMemory(os.getpid(), descriptor, piece_bytes, name), mmap.mmap(descriptor, WINDOW * piece_bytes)
 
 
 def connection_data(connection: Connection, piece: Piece) -> memoryview | None:

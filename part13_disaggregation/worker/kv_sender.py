@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -163,7 +164,7 @@ class KVSender:
         identity, *frames = self.socket.recv_multipart()
         try:
             message = decode_to_sender(frames[0])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self.num_refused += 1
             return
         receiver = self.receivers.setdefault(identity, Receiver(identity))
@@ -179,6 +180,7 @@ class KVSender:
                 self._send_pieces(receiver)
             case Heartbeat():
                 for name in message.names:
+                    self._add_watcher(name, receiver.identity)
                     self._extend_lease(name)
                     self._tell(identity, self._status(name))
             case ReleasePrompt():
@@ -187,7 +189,7 @@ class KVSender:
     def _watch(self, receiver: Receiver, watch: WatchPrompt) -> None:
         if receiver.memory is None and watch.memory is not None:
             receiver.memory = map_memory(watch.memory)
-        self.watchers.setdefault(watch.name, set()).add(receiver.identity)
+        self._add_watcher(watch.name, receiver.identity)
         self._extend_lease(watch.name)
         self._tell(receiver.identity, self._status(watch.name))
 
@@ -196,9 +198,11 @@ class KVSender:
         layers = range(fetch.first_layer, fetch.first_layer + fetch.num_layers)
         heads = range(fetch.first_head, fetch.first_head + fetch.num_heads)
         is_here = overlap(layers, self.shard.layers) == layers and overlap(heads, self.shard.heads) == heads
-        if offered is None or not is_here or not 0 <= fetch.start < fetch.end <= offered.offer.num_tokens:
+        num_tokens = 0 if offered is None else offered.offer.num_tokens
+        if not (layers and heads and is_here and 0 <= fetch.start < fetch.end <= num_tokens):
             self._tell(receiver.identity, FetchEnded(fetch.fetch_id, "gone" if offered is None else "no such part"))
             return
+        self._add_watcher(fetch.name, receiver.identity)
         self._extend_lease(fetch.name)
         receiver.sendings.append(Sending(fetch, layers, heads, dict.fromkeys(layers, fetch.start)))
         self._send_pieces(receiver)
@@ -304,6 +308,10 @@ class KVSender:
                 del self.releases[name]
         self.ended = {name: end_s for name, end_s in self.ended.items() if now <= end_s + self.lease_s}
 
+    def _add_watcher(self, name: bytes, identity: bytes) -> None:
+        """With every message about a prompt: a receiver that was silent for long has been forgotten."""
+        self.watchers.setdefault(name, set()).add(identity)
+
     def _drop_watcher(self, name: bytes, identity: bytes) -> None:
         watchers = self.watchers.get(name, set())
         watchers.discard(identity)
@@ -326,12 +334,14 @@ class KVSender:
 def map_memory(memory: SharedMemory) -> mmap.mmap | None:
     """Another process's memory, or None if it is not on this machine: then its pieces have their bytes with them."""
     try:
+        if Path(memory.path).readlink().name != f"memfd:{memory.name} (deleted)":
+            return None
         descriptor = os.open(memory.path, os.O_RDWR)
     except OSError:
         return None
     try:
         return mmap.mmap(descriptor, WINDOW * memory.piece_bytes)
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return None
     finally:
         os.close(descriptor)

@@ -18,11 +18,13 @@ State = Literal["unknown", "waiting", "started", "gone"]
 
 class SharedMemory(msgspec.Struct, array_like=True, frozen=True):
     """Memory of the receiver that the sender may write to, if both are on one machine: a file descriptor of the
-    receiver's process. It has room for WINDOW pieces, and nobody has to remove it, however a process ends."""
+    receiver's process. It has room for WINDOW pieces, and nobody has to remove it, however a process ends. name: a
+    random one, which /proc shows; the process with this number may be another one on the sender's machine."""
 
     pid: int
     descriptor: int
     piece_bytes: int
+    name: str
 
     @property
     def path(self) -> str:

@@ -13,9 +13,9 @@ import msgspec
 from aiohttp import web
 
 from common.serve import ListenConfig, running_app
-from part13_disaggregation.api.kv_params import HEADER, open_signed
 from part13_disaggregation.disagg.config import DisaggConfig
 from part13_disaggregation.disagg.proxy import Proxy, create_app
+from part13_disaggregation.kv_params import HEADER, open_signed
 from part13_disaggregation.messages import KVSource, KVTransferParams
 from tests.part10.fake_replicas import FAST, FakeReplica, FakeServers, Handler
 

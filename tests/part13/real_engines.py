@@ -21,9 +21,9 @@ import torch
 from common.checkpoint import load_model, resolve_checkpoint
 from common.serve import ListenConfig, running_app
 from common.testing import assert_same_greedy
-from part13_disaggregation.config import SECRET_VARIABLE
 from part13_disaggregation.disagg.config import DisaggConfig
 from part13_disaggregation.disagg.proxy import Proxy, create_app
+from part13_disaggregation.kv_params import SECRET_VARIABLE
 from tests.forked_servers import GREEDY, ForkedServer, Host, is_alive, until
 from tests.http_checks import COMPLETIONS
 from tests.part10.fake_replicas import FAST

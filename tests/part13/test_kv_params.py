@@ -1,4 +1,4 @@
-"""api/kv_params.py, the server's middleware, and the flags: who may tell an engine where to fetch KV."""
+"""kv_params.py, the server's middleware, and the flags: who may tell an engine where to fetch KV."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from fastapi.responses import JSONResponse
 from common.errors import FieldError
 from common.openai_app.errors import ApiError
 from common.serve import ServerConfig
-from part13_disaggregation.api import kv_params, server
-from part13_disaggregation.api.kv_params import HEADER, KV_TRANSFER, open_signed, sign
+from part13_disaggregation import kv_params
+from part13_disaggregation.api import server
 from part13_disaggregation.api.server import KVTransferHeader, create_app
-from part13_disaggregation.config import MAX_SECONDS, SECRET_VARIABLE, EngineConfig
+from part13_disaggregation.config import MAX_SECONDS, EngineConfig
+from part13_disaggregation.kv_params import HEADER, KV_TRANSFER, SECRET_VARIABLE, open_signed, sign
 from part13_disaggregation.messages import KVSource, KVTransferParams
 
 SECRET, OTHER = "a secret of tests", "another secret"
 SOURCES = (KVSource("tcp://10.0.0.1:5000", "layout", 0, 4, 0, 2), KVSource("tcp://10.0.0.2:5000", "layout", 0, 4, 2, 2))
 PARAMS = KVTransferParams("transfer-1", SOURCES)
-LOOK_SIGN = 'Look at api/kv_params.py::sign and open_signed; README "From engine to engine".'
+LOOK_SIGN = 'Look at kv_params.py::sign and open_signed; README "From engine to engine".'
 LOOK_SERVER = 'Look at api/server.py::KVTransferHeader and create_app; README "From engine to engine".'
 LOOK_CONFIG = 'Look at config.py::EngineConfig._check_transfers; README "From engine to engine".'
 

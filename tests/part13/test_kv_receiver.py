@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-import zmq
 
 from part13_disaggregation.messages import Fetch, KVSource, Watch
+from part13_disaggregation.worker import kv_receiver
 from part13_disaggregation.worker.kv_receiver import plan_shares
 from part13_disaggregation.worker.kv_shard import KVShard
 from part13_disaggregation.worker.kv_transfer import KVTransferAgent
@@ -41,6 +41,7 @@ from tests.part13.wires import (
     ReceiverWorld,
     make_shard,
     turn_until,
+    wait_until_lost,
 )
 
 LOOK_WATCH = 'Look at worker/kv_receiver.py::KVReceiver.watch and _note_status; README "From engine to engine".'
@@ -527,6 +528,20 @@ def test_a_slot_or_size_out_of_range(fields: dict[str, int], is_shared: bool) ->
     world.receiver.close()
 
 
+def test_a_piece_ends_in_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots have room for one token. This piece says that it has two: its second one would be the next slot's."""
+    monkeypatch.setattr(kv_receiver, "PIECE_BYTES", 1)
+    world = ReceiverWorld(is_shared=True)
+    world.begin()
+    piece, data = world.piece(0, 0, 2, 0)
+    view = world.connection().view
+    assert view is not None
+    view[: len(data)] = data
+    world.say(piece)
+    assert world.receiver.num_bytes_received == 0 and world.marks == 0, f"another piece's slot was read. {LOOK_MEMORY}"
+    world.receiver.close()
+
+
 def test_a_small_model_and_a_large_one_fit_in_a_slot() -> None:
     """A piece has one token at least, which may be more than PIECE_BYTES."""
     world = ReceiverWorld(is_shared=True)
@@ -629,6 +644,17 @@ def test_heartbeats_name_what_is_wanted() -> None:
     assert world.asked() == [Heartbeat([b"b"])], f"what was released is not wanted. {LOOK_LOST}"
 
 
+def test_heartbeats_name_what_this_source_has() -> None:
+    """Another engine hears nothing of it."""
+    world = ReceiverWorld()
+    world.watch()
+    elsewhere = KVSource("tcp://other", LAYOUT, 0, NUM_LAYERS, 0, NUM_HEADS)
+    world.receiver.watch(Watch(7, b"b", [elsewhere]))
+    world.asked()
+    world.receiver.send_heartbeats()
+    assert world.asked() == [Heartbeat([NAME])], f"the prompt b is at another engine. {LOOK_LOST}"
+
+
 def test_a_fetch_ends_when_a_source_is_lost() -> None:
     """Half of the pieces have come. They were not confirmed, and the other source is told to let go."""
     world = ReceiverWorld(num_sources=2)
@@ -668,10 +694,7 @@ def test_an_order_to_a_source_that_was_lost_a_moment_ago(kind: str) -> None:
         target.receiver.watch(Watch(1, NAME, [source.source]))
         assert source.socket.poll(5_000), "the source should hear of the watch"
         source.close()
-        connection = target.receiver.connections[source.source.address]
-        assert connection.monitor.poll(5_000), "the connection should be lost"
-        while connection.socket.poll(1, zmq.POLLOUT):
-            pass
+        wait_until_lost(target.receiver.connections[source.source.address])
         if kind == "watch":
             order: Any = Watch(3, b"another", [source.source])
             answer_like_the_agent(target, lambda: target.receiver.watch(order), order)

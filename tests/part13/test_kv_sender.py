@@ -159,6 +159,8 @@ def test_an_offer_ends_when_all_ranks_have_released_it() -> None:
     assert not world.reports, f"the same rank again, and it counted twice. {LOOK_RELEASE}"
     world.say(ReleasePrompt(NAME, 2), identity=b"d1")
     assert errors(world) == ["released"], f"2 of 2 ranks: expected its end, got {world.reports}. {LOOK_RELEASE}"
+    world.offer(transfer_id=2)
+    assert len(world.reports) == 1, f"offered again, the old releases do not count: {world.reports}. {LOOK_RELEASE}"
 
 
 def test_a_release_may_come_before_the_offer() -> None:
@@ -394,11 +396,11 @@ def test_what_a_piece_says_is_true() -> None:
 
 
 def test_a_stage_sends_its_layers_by_their_numbers_in_the_model() -> None:
-    """Its first layer is layer 2 of the model, and 0 for its model runner."""
-    world = SenderWorld(make_shard(layers=range(2, 4)))
+    """Its first layer is layer 1 of the model, and 0 for its model runner; the receiver wants layers 2 and 3."""
+    world = SenderWorld(make_shard(layers=range(1, 4)))
     world.offer()
     world.say(WatchPrompt(NAME, None))
-    world.publish(layers=[1])
+    world.publish(layers=[2])
     world.say(fetch(first_layer=2, num_layers=2))
     [(piece, data)] = [(each, data) for each, data in world.heard() if isinstance(each, Piece)]
     assert piece.layer == 3 and data == world.kv[3].contiguous().numpy().tobytes(), f"{piece}. {LOOK_PIECES}"
@@ -441,10 +443,10 @@ def test_a_piece_that_is_too_big_for_a_slot_goes_through_the_socket() -> None:
 
 def test_memory_of_another_machine_is_not_mapped() -> None:
     """There is no such process here: pieces then have their bytes with them."""
-    assert map_memory(SharedMemory(2**22 + 5, 3, 100)) is None, LOOK_MEMORY
+    assert map_memory(SharedMemory(2**22 + 5, 3, 100, "kv-1")) is None, LOOK_MEMORY
     world = SenderWorld()
     world.compute()
-    world.say(WatchPrompt(NAME, SharedMemory(2**22 + 5, 3, 2**20)), fetch())
+    world.say(WatchPrompt(NAME, SharedMemory(2**22 + 5, 3, 2**20, "kv-1")), fetch())
     assert all(data is not None for each, data in world.heard() if isinstance(each, Piece)), LOOK_MEMORY
 
 
@@ -463,7 +465,7 @@ def test_a_file_is_not_shared_memory() -> None:
         path = Path(directory) / "somebody's file"
         path.write_bytes(bytes(WINDOW * mmap.PAGESIZE))
         with path.open("r+b") as file:
-            got = map_memory(SharedMemory(os.getpid(), file.fileno(), mmap.PAGESIZE))
+            got = map_memory(SharedMemory(os.getpid(), file.fileno(), mmap.PAGESIZE, "kv-1"))
             assert got is None, f"{path.name!r} was opened for writing as if it were a receiver's memory. {LOOK_MEMORY}"
 
 

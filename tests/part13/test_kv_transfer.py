@@ -883,3 +883,62 @@ def test_nothing_is_published_after_a_withdrawal() -> None:
     world.transfers.save(request, range(0))
     orders = [type(order).__name__ for order in world.take()]
     assert orders == ["Publish", "Withdraw"], f"got {orders}. {LOOK_OFFER}"
+
+
+def test_a_failed_fetch_is_not_tried_again() -> None:
+    """Nor by another request of the same transfer."""
+    world = World()
+    first, second = world.request("a", True), world.request("b", True)
+    world.done(*world.take(), num_tokens=100)
+    world.blocks.admit("a", 100)
+    world.transfers.load(first, 0, 100)
+    world.done(*world.take(), num_tokens=30, error="the connection is lost")
+    for request in (first, second):
+        got = world.transfers.find(request, 0)
+        assert got == 0, f"request {request.request_id} would fetch {got} tokens from a lost engine. {LOOK_FAIL}"
+
+
+def computed_offer() -> tuple[World, Request, Offer]:
+    """A prompt whose last tokens are in the step that is launched next."""
+    world = World()
+    request = world.request("a", False)
+    [offer] = world.take()
+    world.blocks.admit("a", 100)
+    request.num_computed_tokens = 100
+    world.transfers.save(request, range(0))
+    world.take()
+    return world, request, offer
+
+
+def test_what_was_withdrawn_is_not_confirmed() -> None:
+    """Aborted while its last step was in flight."""
+    world, request, _ = computed_offer()
+    world.transfers.note_launch()
+    world.transfers.note_leave(request)
+    world.transfers.note_result()
+    orders = [type(order).__name__ for order in world.take()]
+    assert orders == ["Withdraw"], f"expected a withdrawal alone, got {orders}. {LOOK_CONFIRM}"
+
+
+@pytest.mark.parametrize("is_launched", [False, True])
+def test_a_reset_forgets_the_steps(is_launched: bool) -> None:
+    """The launch has failed, or its step. The same prompt comes again, and is confirmed when it is computed."""
+    world, request, offer = computed_offer()
+    if is_launched:
+        world.transfers.note_launch()
+    world.transfers.reset()
+    assert [type(order) for order in world.take()] == [Withdraw], LOOK_RESET
+    world.done(offer, error="withdrawn")
+    world.request("again", False)
+    world.take()
+    world.transfers.note_launch()
+    world.transfers.note_result()
+    assert not world.take(), f"nothing of it is computed, and it is confirmed. {LOOK_RESET}"
+
+
+def test_a_reset_releases() -> None:
+    world = World()
+    world.request("a", True)
+    world.take()
+    world.transfers.reset()
+    assert [type(order) for order in world.take()] == [Release] and not world.transfers.is_busy, LOOK_RESET

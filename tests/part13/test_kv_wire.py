@@ -53,6 +53,7 @@ from tests.part13.wires import (
     prompt_kv,
     slots_of,
     turn_until,
+    wait_until_lost,
 )
 
 LOOK_WIRE = 'Look at worker/kv_wire.py; README "On the wire".'
@@ -78,7 +79,8 @@ def stack() -> Iterator[ExitStack]:
 @pytest.mark.parametrize(
     "message",
     [
-        WatchPrompt(NAME, SharedMemory(1, 2, 3)), WatchPrompt(NAME, None), FetchPrompt(b"f", NAME, 1, 2, 3, 4, 5, 6),
+        WatchPrompt(NAME, SharedMemory(1, 2, 3, "kv-1")), WatchPrompt(NAME, None),
+        FetchPrompt(b"f", NAME, 1, 2, 3, 4, 5, 6),
         Ack(3), Heartbeat([NAME, b"b"]), ReleasePrompt(NAME, 2), Status(NAME, "waiting", 7), FetchEnded(b"f", "gone"),
         FetchEnded(b"f"), Piece(b"f", 1, 2, 3, 4, 5, 6, 7, "bfloat16", 8, 9),
     ],
@@ -264,8 +266,7 @@ def test_all_ranks_are_lost_at_once(stack: ExitStack) -> None:
     for each in senders:
         each.close()
     for connection in receiver.receiver.connections.values():
-        while connection.socket.poll(1, zmq.POLLOUT):
-            pass
+        wait_until_lost(connection)
     for _ in range(20):
         with contextlib.suppress(zmq.ZMQError):  # as in worker/kv_transfer.py::KVTransferAgent._try
             receiver.turn()

@@ -146,8 +146,8 @@ def test_random_lives() -> None:
     reused while another engine may read it, and what was fetched is used when it has arrived, not before."""
     wanted = {
         "steps": 4_000, "answers": 700, "hits": 200, "preemptions": 40, "aborts": 80, "aborted while loading": 10,
-        "failures": 30, "failed with a step in flight": 10, "offers": 250, "fetches": 100, "fetches that failed": 15,
-        "watches that failed": 15, "fetched tokens": 1_500, "resets": 10, "held for another engine": 10,
+        "failures": 30, "failed with a step in flight": 10, "offers": 250, "fetches": 100, "fetches that failed": 8,
+        "watches that failed": 12, "fetched tokens": 1_500, "resets": 10, "held for another engine": 10,
         "accepted draft tokens": 100,
     }  # fmt: skip
     TransferLife.run(max_examples=120, stateful_step_count=24, seed=SEED, wanted=wanted)

@@ -21,13 +21,12 @@ from common.errors import FieldError
 from common.openai_app.protocol import ApiRequest, parse_request
 from common.openai_app.responses_endpoint import parse_responses_request
 from common.serve import ListenConfig, running_app
-from part13_disaggregation.api.kv_params import HEADER
-from part13_disaggregation.config import SECRET_VARIABLE
 from part13_disaggregation.disagg import __main__ as command
 from part13_disaggregation.disagg.config import DisaggConfig, secret_of, with_kv_connector
 from part13_disaggregation.disagg.prefill_request import prefill_body
 from part13_disaggregation.disagg.proxy import Proxy, create_app
 from part13_disaggregation.disagg.roles import RolePool
+from part13_disaggregation.kv_params import HEADER, SECRET_VARIABLE
 from part13_disaggregation.router import fleet as fleet_module
 from part13_disaggregation.router import processes
 from part13_disaggregation.router.policies import RoutedRequest

@@ -143,6 +143,8 @@ class FakeContext:
 
     def term(self) -> None: ...
 
+    def destroy(self, linger: int | None = None) -> None: ...
+
 
 class FakePoller:
     def register(self, *_: Any) -> None: ...
@@ -341,6 +343,14 @@ class RealReceiver:
 
     def close(self) -> None:
         self.receiver.close()
+
+
+def wait_until_lost(connection: Connection, most_s: float = 5.0) -> None:
+    """The socket has noticed that nobody is there any more, and refuses to send; the receiver has yet to hear of it."""
+    end_s = time.monotonic() + most_s
+    while connection.socket.poll(1, zmq.POLLOUT):
+        assert time.monotonic() < end_s, "the connection should be lost"
+    assert connection.monitor.poll(int(1e3 * most_s)), "the connection should be lost"
 
 
 def turn_until(done: Any, *sides: RealSender | RealReceiver, most_s: float = 10.0) -> bool:

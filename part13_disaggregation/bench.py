@@ -235,23 +235,29 @@ def measure_all(config: BenchConfig) -> dict[str, Any]:
 def plot(m: dict[str, Any], path: Path) -> None:
     fig, axes = plotting.panels(
         [
-            ("ITL p99 of short chats beside long prompts", "", "ms"),
-            ("Goodput on two cores", "requests/s sent", "requests/s that meet both targets"),
-            ("Scripted engines, TPOT ≤ 36 ms", "engines", "requests that meet both targets (%)"),
+            ("Scripted engines", "engines", "meet both targets (%)"),
+            ("Goodput, two cores", "requests/s sent", "requests/s"),
+            ("Transfers", "tokens", "ms"),
         ]
     )
-    names = [layout.name for layout in LAYOUTS]
-    bars = axes[0].barh(names[::-1], [m["mixed"][name]["itl_p99_ms"] for name in names[::-1]], color=plotting.COLORS[0])
-    plotting.label_bars(axes[0], bars)
-    for name, points in m["goodput"].items():
-        rates = sorted(points, key=float)
-        axes[1].plot([float(rate) for rate in rates], [points[rate]["goodput"] for rate in rates], "o-", label=name)
     for name, points in m["scripted"].items():
         sizes = sorted(points, key=int)
-        values = [100 * points[size]["share_tight"] for size in sizes]
-        axes[2].plot([int(size) for size in sizes], values, "o-", label=name)
-    axes[2].set_ylim(bottom=0)
-    for ax in axes[1:]:
+        shares = [100 * points[size]["share_tight"] for size in sizes]
+        axes[0].plot([int(size) for size in sizes], shares, "o-", label=name.removeprefix("together, "))
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axes[0].set_ylim(0, 105)
+    for name, points in m["goodput"].items():
+        rates = sorted(points, key=float)
+        goodput = [points[rate]["goodput"] for rate in rates]
+        axes[1].plot([float(rate) for rate in rates], goodput, "o-", label=name.removeprefix("1 engine, "))
+    axes[1].set_ylim(bottom=0)
+    for connector, points in m["transfers"].items():
+        lengths = sorted(points, key=int)
+        for key, style, label in (("fetch_ms", "o-", "afterwards"), ("exposed_ms", "o--", "overlapped")):
+            values = [points[length][key] for length in lengths]
+            axes[2].plot([int(length) for length in lengths], values, style, label=f"{connector}, {label}")
+    for ax in axes:
         ax.legend(fontsize=9)
     plotting.save(fig, path)
 

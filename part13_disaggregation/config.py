@@ -78,7 +78,7 @@ class EngineConfig:
         None, f"what all engines and their proxy must know, at least {MIN_SECRET_CHARS} characters"
     )
     kv_transfer_timeout: float = option(10.0, "seconds that another engine may be silent")
-    kv_lease: float = option(30.0, "seconds that a computed prompt is kept for another engine that is not heard of")
+    kv_lease: float = option(30.0, "seconds that a computed prompt is kept for another engine that has gone silent")
     kv_load_failure_policy: Literal["recompute", "fail"] = option(
         "recompute", "what becomes of a request whose KV does not arrive"
     )

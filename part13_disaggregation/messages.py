@@ -14,6 +14,7 @@ from common.sampling_params import SamplingParams
 from .config import EngineConfig
 from .kv_params import KVSource, KVTransferParams
 
+LEASE_ENDED = "the lease has ended"  # why an offer has ended
 NULL_BLOCK = 0  # belongs to no request: padding in a block table points here, and nothing reads it
 
 

@@ -53,8 +53,8 @@ class KVConnector(Protocol):
         ...
 
     def save(self, request: Request, full: range) -> None:
-        """The next step, or one in flight, computes the request's first num_computed_tokens tokens. full: the blocks
-        that are full only now, as indices of its block table."""
+        """After the next step, or one in flight, the request's first num_computed_tokens tokens have KV. full: the
+        blocks that become full, as indices of its block table."""
         ...
 
     def note_leave(self, request: Request) -> None:
@@ -62,7 +62,9 @@ class KVConnector(Protocol):
         those that are leased."""
         ...
 
-    def note_launch(self) -> None: ...
+    def note_launch(self) -> None:
+        """A step was launched, or none is in flight: then note_result() follows at once."""
+        ...
 
     def note_result(self) -> None:
         """The first of the steps in flight has succeeded."""
@@ -121,7 +123,7 @@ class Orders:
 
 
 class Connectors:
-    """Several as one. The first one that has something to load for a request, loads it. (vLLM's MultiConnector.)"""
+    """Several as one. The first one that has something to load for a request loads it. (vLLM's MultiConnector.)"""
 
     def __init__(self, connectors: Sequence[KVConnector]) -> None:
         self.connectors = connectors

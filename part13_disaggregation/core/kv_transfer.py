@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..messages import Confirm, Fetch, Offer, Publish, Release, Transfer, TransferDone, Watch, Withdraw
+from ..messages import LEASE_ENDED, Confirm, Fetch, Offer, Publish, Release, Transfer, TransferDone, Watch, Withdraw
 from .block_manager import BlockManager
 from .kv_connector import Orders
 from .request import Request
@@ -74,7 +74,8 @@ class KVTransfer:
 
     @property
     def has_leaving_blocks(self) -> bool:
-        """What was withdrawn or released will be free at once; what is only offered may take long."""
+        """Whether blocks of a withdrawn offer or a released fetch have no other holder. (Blocks of an offer that nobody
+        has withdrawn may be held for long.)"""
         leaving = [each.block_ids for each in self.offered.values() if each.is_withdrawn]
         for pending in self.orders.pending.values():
             if isinstance(pending.transfer, Fetch) and pending.transfer.name not in self.watched:
@@ -134,8 +135,8 @@ class KVTransfer:
     # What is fetched from other engines
 
     def find(self, request: Request, num_on_device: int) -> int | None:
-        """All tokens that the other engine has and the device has not, the last one too, unless they are less than a
-        block: they are computed sooner than fetched."""
+        """All tokens that the other engine has and the device has not, the last one too; none, if that is at most one
+        block, which is computed sooner than fetched."""
         watched = self._watched_by(request)
         if watched is None:
             return 0
@@ -233,9 +234,6 @@ class KVTransfer:
         self.watched.clear()
         self._names.clear()
         self.failed.clear()
-
-
-LEASE_ENDED = "the lease has ended"
 
 
 def name_of(transfer_id: str, token_ids: Sequence[int]) -> bytes:

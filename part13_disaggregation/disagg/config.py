@@ -27,7 +27,7 @@ class DisaggConfig(RouterConfig):
     prefill_urls: str | None = option(None, "the addresses of prefill engines that run already, comma-separated")
     decode_urls: str | None = option(None, "the addresses of decode engines that run already, comma-separated")
     remote_prefill_chars: int = option(
-        1000, "a decode engine computes a prompt itself if it has all but fewer characters than this in its cache", 0
+        1000, "a decode engine computes a prompt itself if fewer of its characters than this are new to that engine", 0
     )
     kv_transfer_secret: str | None = option(
         None,

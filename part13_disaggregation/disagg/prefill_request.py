@@ -20,7 +20,7 @@ LOCAL_ONLY = ("truncate_prompt_tokens", "prompt_logprobs", "echo")
 
 def prefill_body(path: str, body: bytes) -> bytes | None:
     """The body of the same request for one token, which ends as soon as the prompt is computed. It is a stream: then
-    the response's headers come when the request is admitted.
+    the response's headers come when the request is accepted.
 
     None if a decode engine has to compute the prompt itself, or if the body is no JSON object.
     """

@@ -34,7 +34,7 @@ MAX_PREFILL_TRIES = 2  # prefill engines that are asked before the decode engine
 
 
 class RemotePrefill:
-    """A request that a prefill engine has admitted. It ends when the engine has answered it, or with cancel(): that
+    """A request that a prefill engine has accepted. It ends when the engine has answered it, or with cancel(): that
     closes the connection, and the engine aborts it.
 
     header: tells the decode engine where to fetch the KV.
@@ -94,7 +94,7 @@ class Proxy(Router):
     async def send(
         self, attempt: Attempt, request: RoutedRequest, scope: Scope, headers: Headers, body: bytes
     ) -> Answer:  # fmt: skip
-        """Ask the decode engine that was chosen, after a prefill engine has admitted the prompt. Raises ReplicaError:
+        """Ask the decode engine that was chosen, after a prefill engine has accepted the prompt. Raises ReplicaError:
         then the router chooses another one, and the prompt is asked for again."""
         send = functools.partial(super().send, request=request, scope=scope)
         if scope["path"] not in ANSWERS:
@@ -124,7 +124,7 @@ class Proxy(Router):
     async def begin_prefill(
         self, decode: Replica, request: RoutedRequest, scope: Scope, headers: Headers, body: bytes
     ) -> RemotePrefill | str:
-        """Returns when a prefill engine has admitted the prompt. A reason if the decode engine is to compute it."""
+        """Returns when a prefill engine has accepted the prompt. A reason if the decode engine is to compute it."""
         num_new_chars = self.pool.note_prompt(request.prompt, decode)
         if decode.role is Role.PREFILL:
             return "colocated"
@@ -147,7 +147,7 @@ class Proxy(Router):
     async def _ask(
         self, replica: Replica, request: RoutedRequest, scope: Scope, headers: Headers, body: bytes
     ) -> RemotePrefill:
-        """Returns when the prefill engine has admitted the prompt, which takes no longer than a health check may.
+        """Returns when the prefill engine has accepted the prompt, which takes no longer than a health check may.
         Raises ReplicaError; may_retry: another engine may take it."""
         transfer_id, sources = secrets.token_hex(16), replica.kv_sources  # sources: before they can change
         attempt = self.pool.begin(replica)
@@ -157,7 +157,7 @@ class Proxy(Router):
                 answer = await super().send(attempt, request, scope, headers, body)
         except (ReplicaError, TimeoutError) as error:
             self.pool.end(attempt, Outcome.GIVEN_UP if self.is_ending else Outcome.FAILED)
-            raise ReplicaError(f"{replica.url} has not admitted a prompt: {error}") from error
+            raise ReplicaError(f"{replica.url} has not accepted a prompt: {error}") from error
         except BaseException:
             self.pool.end(attempt, Outcome.GIVEN_UP)
             raise

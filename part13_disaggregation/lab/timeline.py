@@ -41,9 +41,9 @@ class Life:
 
 
 def watch(proxy: Proxy, bars: list[Bar]) -> None:
-    """Note how long the proxy waits for each engine to admit the request: first the prefill engine, which ends
+    """Note how long the proxy waits for each engine to accept the request: first the prefill engine, which ends
     begin_prefill(), then the decode engine, which ends send()."""
-    for name, what in (("begin_prefill", "prefill engine admits it"), ("send", "decode engine admits it")):
+    for name, what in (("begin_prefill", "prefill engine accepts it"), ("send", "decode engine accepts it")):
         setattr(proxy, name, functools.partial(_timed, getattr(proxy, name), what, bars))
 
 

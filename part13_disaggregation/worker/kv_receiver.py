@@ -47,8 +47,8 @@ LOST = (
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """To a rank of another engine. memory: where it writes pieces, if it is on this machine. pending_s: since when an
-    answer is overdue, None if nothing was asked."""
+    """To a rank of another engine. memory: where it writes pieces, if it is on this machine. waiting_since_s: since
+    when an answer has been awaited, None if none is."""
 
     source: KVSource
     socket: zmq.Socket[bytes]
@@ -279,11 +279,11 @@ class KVReceiver:
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a source that is lost has lost what it offered
         encrypt(socket, self.secret, is_server=False)
         monitor = socket.get_monitor_socket(LOST)
+        socket.connect(source.address)
         memory = view = None
         if self.shares_memory:
             piece_bytes = max(PIECE_BYTES, self.shard.bytes_per_token(len(self.shard.heads)))
             memory, view = make_memory(piece_bytes)
-        socket.connect(source.address)
         connection = self.connections[source.address] = Connection(source, socket, monitor, memory, view)
         self.poller.register(socket, zmq.POLLIN)
         self.poller.register(monitor, zmq.POLLIN)
@@ -347,7 +347,8 @@ def plan_shares(connections: Sequence[Connection], shard: KVShard, start: int) -
     """Which layers and heads to fetch from each source, so that a rank gets all of its own once. Empty if some are
     missing.
 
-    Sources have the same numbers of ranks for all layers, so the heads that are left of a source's are in one piece.
+    All stages split the heads in the same way. So the heads that are still missing are the same in all common layers,
+    and contiguous.
     """
     # exercise: plan_shares
     shares, missing = list[Share](), {(layer, head) for layer in shard.layers for head in shard.heads}

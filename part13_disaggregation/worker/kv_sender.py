@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from ..messages import Offer, TransferDone
+from ..messages import LEASE_ENDED, Offer, TransferDone
 from .kv_shard import KVShard, overlap
 from .kv_wire import (
     PIECE_BYTES,
@@ -41,8 +41,7 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True)
 class Offered:
     """A prompt that other engines may fetch. block_ids: once it has started. ready: how many of its first tokens each
-    layer has. lease_end_s: once it is confirmed, when it is given up
-    unless a receiver is heard of."""
+    layer has. lease_end_s: once it is confirmed, when it is given up unless a receiver is heard of."""
 
     offer: Offer
     num_layers: int
@@ -120,7 +119,7 @@ class KVSender:
         self.receivers: dict[bytes, Receiver] = {}
         self.watchers: dict[bytes, set[bytes]] = {}  # of each prompt
         self.releases: dict[bytes, Releases] = {}  # of each prompt, offered or to be offered
-        self.ended: dict[bytes, float] = {}  # when the latest offers have ended: who asks too late shall not wait
+        self.ended: dict[bytes, float] = {}  # when the latest offers ended: a receiver that asks late need not wait
         self.num_bytes_sent = self.num_refused = self.num_expired = 0
 
     @property
@@ -284,6 +283,7 @@ class KVSender:
     # Leases
 
     def _extend_lease(self, name: bytes) -> None:
+        """A receiver still wants a prompt. The lease, if it has begun, lasts EXTENSION of its length from now on."""
         # exercise: extend_lease
         offered = self.offered.get(name)
         if offered is not None and offered.lease_end_s is not None:
@@ -297,7 +297,7 @@ class KVSender:
             if offered.lease_end_s is not None and now > offered.lease_end_s:
                 self.num_expired += 1
                 logger.warning("nobody has fetched a prompt of %d tokens in time", offered.offer.num_tokens)
-                self._end(name, "the lease has ended")
+                self._end(name, LEASE_ENDED)
         for identity, receiver in list(self.receivers.items()):
             if now > receiver.heard_s + self.lease_s and not receiver.sendings:
                 del self.receivers[identity]

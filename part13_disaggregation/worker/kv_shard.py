@@ -74,6 +74,7 @@ class KVShard:
         return slice(heads.start - self.heads.start, heads.stop - self.heads.start)
 
     def _slots(self, block_ids: Sequence[int], positions: Span) -> npt.NDArray[np.int64]:
+        """The slot of each position. block_ids: the request's block table. Returns [num_positions]."""
         # exercise: slots
         block_size, place = self.cache.block_size, np.arange(positions.start, positions.stop)
         return np.asarray(block_ids)[place // block_size] * block_size + place % block_size

@@ -84,7 +84,7 @@ class KVTransferAgent:
 
     def note_layer(self, published: Sequence[Publish], layer: int) -> None:
         """The model has computed a layer of a step, in which these prompts got further. Called where the step runs."""
-        mark = self.mark() if self.is_on_gpu else None  # there, it will be computed
+        mark = self.mark() if self.is_on_gpu else None  # on a GPU, the layer has only been launched
 
         def publish() -> None:
             if mark is not None:

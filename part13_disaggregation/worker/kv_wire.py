@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-PIECE_BYTES = 2**20  # a piece has at most so many bytes, but one token at least
+PIECE_BYTES = 2**20  # a piece has at most this many bytes, but at least one token
 WINDOW = 8  # pieces that may be on their way to a receiver
 State = Literal["unknown", "waiting", "started", "gone"]
 

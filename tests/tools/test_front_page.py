@@ -49,6 +49,10 @@ def of_offloading(m: dict[str, Any]) -> list[str]:
     return [f"TTFT {host:.0f} ms", f"{again / 1e3:.1f} s", f"({again / host:.0f}×"]
 
 
+def of_disaggregation(m: dict[str, Any]) -> list[str]:
+    return [f"{m['scripted'][name]['2']['itl_p99_ms']:.0f} ms" for name in ("apart", "together, chunks of 512")]
+
+
 def of_health(m: dict[str, Any]) -> list[str]:
     answer, health = m["answers"][-1], m["health"]
     p99 = [f"{health[part]['p99_ms']:.0f} ms" for part in ("part 2", "part 1")]
@@ -82,6 +86,7 @@ EXPECTED: dict[int, Callable[[dict[str, Any]], list[str]]] = {
     10: of_routing,
     11: of_experts,
     12: of_offloading,
+    13: of_disaggregation,
 }  # fmt: skip
 
 

@@ -169,6 +169,9 @@ class EngineConfig:
                 raise FieldError(name, f"expected seconds, above 0 and up to {MAX_SECONDS}, got {getattr(self, name)}")
         if self.kv_connector == "none":
             return
+        if self.kv_transfer_host in ("", "*", "0.0.0.0", "::"):
+            wanted = "expected an address at which other engines reach this one"
+            raise FieldError("kv_transfer_host", f"{wanted}, got {self.kv_transfer_host!r}")
         if self.kv_transfer_secret is None:
             object.__setattr__(self, "kv_transfer_secret", os.environ.get(SECRET_VARIABLE))
         if self.kv_transfer_secret is None:

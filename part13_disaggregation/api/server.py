@@ -26,6 +26,7 @@ class KVTransferHeader:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         value = dict(scope.get("headers") or ()).get(HEADER.encode())
+        KV_TRANSFER.set(None)  # a connection's later requests may inherit what an earlier one has set
         if scope["type"] == "http" and value is not None:
             params = None if self.secret is None else open_signed(value.decode("latin-1"), self.secret)
             if params is None:

@@ -155,6 +155,7 @@ class LLMEngine:
         if self.in_flight and not self.scheduler.can_run_ahead():
             outputs = self._update(self.in_flight.popleft())
         self._note_transfers()
+        outputs += self._fail_unloaded()
         is_launched = self._schedule()
         if self.in_flight and (len(self.in_flight) == self.max_steps_in_flight or not is_launched):
             outputs += self._update(self.in_flight.popleft())

@@ -41,8 +41,10 @@ class Offering:
 @dataclass(slots=True)
 class Watched:
     """A prompt that another engine computes. num_tokens: how many tokens that engine has, or will have; None: it hasn't
-    begun; 0: none, or no more. fetch_id: the fetch that is under way. users: the requests that may use it, by id."""
+    begun; 0: none, or no more. watch_id, fetch_id: the watch, and the fetch that is under way. users: the requests that
+    may use it, by id."""
 
+    watch_id: int
     num_tokens: int | None = None
     fetch_id: int | None = None
     users: dict[str, Request] = field(default_factory=dict)
@@ -88,8 +90,8 @@ class KVTransfer:
         name = name_of(params.transfer_id, request.prompt_token_ids)
         if params.sources:
             if name not in self.watched:
-                self.watched[name] = Watched()
-                self.orders.add(Watch(self.orders.next_id(), name, list(params.sources)), self, request)
+                watch = Watch(self.orders.next_id(), name, list(params.sources))
+                self.watched[name] = Watched(self.orders.add(watch, self, request))
             self.watched[name].users[request.request_id] = request
         elif name in self.offered:
             return  # the same prompt twice in one request: the first one is enough
@@ -165,7 +167,9 @@ class KVTransfer:
         self._stop_using(request)
 
     def _watched_by(self, request: Request) -> Watched | None:
-        return self.watched.get(self._names.get(request.request_id, b""))
+        """An engine that offers a prompt may also watch it, for another request."""
+        watched = self.watched.get(self._names.get(request.request_id, b""))
+        return watched if watched is not None and request.request_id in watched.users else None
 
     def _stop_using(self, request: Request) -> None:
         """When the last request has what it needs, or ends, the other engine may free its blocks."""
@@ -189,7 +193,8 @@ class KVTransfer:
                 self._note_fetched(transfer, request, done)
 
     def _note_watched(self, watch: Watch, done: TransferDone) -> None:
-        if (watched := self.watched.get(watch.name)) is not None:
+        watched = self.watched.get(watch.name)
+        if watched is not None and watched.watch_id == watch.transfer_id:
             watched.num_tokens = done.num_tokens
             if done.error is not None:
                 self._note_failed(watched, done.error)

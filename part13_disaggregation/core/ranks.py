@@ -348,7 +348,7 @@ def merge(answers: list[TransferDone]) -> TransferDone:
         tier_s=max(each.tier_s for each in answers),
         num_tokens=min(each.num_tokens for each in answers),
         num_bytes=sum(each.num_bytes for each in answers),
-        start_s=min(each.start_s for each in answers),
+        start_s=min((each.start_s for each in answers if each.end_s), default=0.0),
         end_s=max(each.end_s for each in answers),
         error=next((each.error for each in answers if each.error is not None), None),
     )

@@ -48,6 +48,7 @@ class Request:
     num_found_tokens: int = 0  # how many of its first tokens have KV that was found or loaded
     num_drafted_tokens: int | None = None  # how many of these the draft model has, too; None: all
     kv_transfer: KVTransferParams | None = None
+    arrival: int = 0  # its place in the order of all requests
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks
     num_cached_blocks: int = 0  # how many of these are in the cache, or copies of cached ones
     row: int | None = None  # the worker's row for this request while it is in the batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Scheduler:
         self.loaded: deque[Request] = deque()  # have their blocks, and run next
         self.running: list[Request] = []
         self.free_rows = list(reversed(range(max_num_seqs)))
+        self._arrivals = itertools.count()
         self.num_preemptions = 0
         self.num_queried_tokens = self.num_hit_tokens = 0
 
@@ -73,6 +75,7 @@ class Scheduler:
         return len(self.waiting) + len(self.loading) + len(self.loaded)
 
     def add_request(self, request: Request) -> None:
+        request.arrival = next(self._arrivals)
         self.waiting.append(request)
         self.connector.add_request(request)
 
@@ -176,9 +179,10 @@ class Scheduler:
         for request in done:
             self.loading.remove(request)
         self.loaded += [request for request in done if request.request_id in self.blocks.block_tables]
-        for request in reversed([request for request in done if request.request_id not in self.blocks.block_tables]):
+        for request in [request for request in done if request.request_id not in self.blocks.block_tables]:
             request.status = RequestStatus.WAITING
-            self.waiting.appendleft(request)
+            later = (place for place, other in enumerate(self.waiting) if other.arrival > request.arrival)
+            self.waiting.insert(next(later, len(self.waiting)), request)
 
     def _schedule_loaded(self, output: SchedulerOutput) -> None:
         """Requests whose blocks have been loaded. They have room for all their tokens already. The last token is
@@ -219,9 +223,10 @@ class Scheduler:
 
     @property
     def _num_admitted(self) -> int:
-        """Requests that have blocks. Those that wait for a transfer without any don't keep others out: if these are
-        what the other engine waits for, nothing would go on."""
-        num_loading = sum(request.request_id in self.blocks.block_tables for request in self.loading)
+        """Requests that run or will run soon. Those that wait for another engine without blocks don't keep others out:
+        if these are what the other engine waits for, nothing would go on."""
+        tables = self.blocks.block_tables
+        num_loading = sum(each.kv_transfer is None or each.request_id in tables for each in self.loading)
         return len(self.running) + num_loading + len(self.loaded)
 
     def _wait_for_transfer(self, request: Request) -> None:

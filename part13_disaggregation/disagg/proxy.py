@@ -130,10 +130,12 @@ class Proxy(Router):
             return "colocated"
         if num_new_chars < self.config.remote_prefill_chars:
             return "short"
+        if not decode.kv_sources:
+            return "no_connector"
         if (body_for_prefill := prefill_body(scope["path"], body)) is None:
             return "other"
         tried = list[Replica]()
-        while (replica := self.pool.choose_prefill(request, tried)) is not None:
+        while (replica := self.pool.choose_prefill(request, [decode, *tried])) is not None:  # its role may change
             if tried and not self.pool.retries.allows_retry():
                 break
             try:

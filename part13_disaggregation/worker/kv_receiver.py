@@ -177,7 +177,10 @@ class KVReceiver:
 
     def receive(self, connection: Connection) -> None:
         """Handle a message."""
-        frame, *payload = connection.socket.recv_multipart(copy=False)
+        try:
+            frame, *payload = connection.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:  # the source is lost, and its messages with it
+            return
         connection.waiting_since_s = None
         try:
             message = decode_to_receiver(frame.buffer)
@@ -200,7 +203,7 @@ class KVReceiver:
             self._end_watch(watched, f"the other engine says: {status.state}")
         elif status.state == "started":
             watched.num_tokens[connection.source.address] = status.num_tokens
-            if watched.watch is not None and len(watched.num_tokens) == len(watched.connections):
+            if watched.watch is not None and len(watched.num_tokens) == len(set(watched.connections)):
                 transfer_id, watched.watch = watched.watch.transfer_id, None
                 self.report(TransferDone(transfer_id, num_tokens=min(watched.num_tokens.values())))
 
@@ -385,10 +388,11 @@ def make_memory(piece_bytes: int) -> tuple[SharedMemory, mmap.mmap]:
 
 
 def connection_data(connection: Connection, piece: Piece) -> memoryview | None:
-    """The bytes of a piece in shared memory. None if they can't be there."""
+    """The bytes of a piece in shared memory, copied, so that they are those that are checked. None if they can't be
+    there."""
     if connection.view is None or connection.memory is None or not 0 <= piece.slot < WINDOW:
         return None
     start = piece.slot * connection.memory.piece_bytes
     if not 0 <= piece.num_bytes <= connection.memory.piece_bytes:
         return None
-    return memoryview(connection.view)[start : start + piece.num_bytes]
+    return memoryview(connection.view[start : start + piece.num_bytes])

@@ -160,7 +160,10 @@ class KVSender:
 
     def receive(self) -> None:
         """Handle a message."""
-        identity, *frames = self.socket.recv_multipart()
+        try:
+            identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
         try:
             message = decode_to_sender(frames[0])
         except (msgspec.DecodeError, UnicodeDecodeError):

@@ -8,12 +8,14 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import torch
 import zmq
+
+from common.errors import FieldError
 
 from ..config import EngineConfig
 from ..messages import Confirm, Fetch, KVSource, Notice, Offer, Publish, Release, TransferDone, Watch, Withdraw
@@ -23,6 +25,8 @@ from .kv_sender import KVSender
 from .kv_shard import KVShard
 from .stream import Mark
 
+END_TIMEOUT_S = 1.0  # for a thread that waits for a step: it ends with the process
+MAX_LATE_MESSAGES = 1_000
 HEARTBEATS = 6  # in the time of a lease (vLLM: one in 5 of 30 s)
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,11 @@ class KVTransferAgent:
         requests = self.receiver.context.socket(zmq.ROUTER)
         requests.setsockopt(zmq.SNDHWM, 0)
         encrypt(requests, config.kv_transfer_secret, is_server=True)
-        requests.bind(f"tcp://{config.kv_transfer_host}:*")
+        try:
+            requests.bind(f"tcp://{config.kv_transfer_host}:*")
+        except zmq.ZMQError as error:
+            self.receiver.context.destroy(linger=0)
+            raise FieldError("kv_transfer_host", f"can't listen at {config.kv_transfer_host!r}: {error}") from error
         self.source: KVSource = shard.source(requests.getsockopt_string(zmq.LAST_ENDPOINT))
         self.sender = KVSender(requests, shard, config.kv_lease, report)
         self.heartbeat_s = min(config.kv_lease / HEARTBEATS, config.kv_transfer_timeout / 2)
@@ -79,7 +87,8 @@ class KVTransferAgent:
         """Begin an order, or say that it can't be done: core waits for it."""
         try:
             work()
-        except (zmq.ZMQError, OSError) as error:
+        except Exception as error:
+            logger.exception("a transfer of KV can't begin")
             self.report(TransferDone(order.transfer_id, error=f"{type(error).__name__}: {error}"))
 
     def note_layer(self, published: Sequence[Publish], layer: int) -> None:
@@ -98,7 +107,7 @@ class KVTransferAgent:
         """End the thread. Other engines notice that the connection is lost."""
         self._is_ending = True
         self._soon(lambda: None)
-        self._thread.join()
+        self._thread.join(END_TIMEOUT_S)
 
     def _soon(self, work: Callable[[], None]) -> None:
         """Let the thread do something, in the order of the calls."""
@@ -119,10 +128,12 @@ class KVTransferAgent:
                     self._wake_end.recv(65_536)
                 while self._work:
                     self._try(self._work.popleft())
-                if requests in ready:
-                    self._try(self.sender.receive)
-                self._try(partial(self.receiver.handle, ready))
+                self._handle(ready)
                 if time.monotonic() >= next_s:
+                    for _ in range(MAX_LATE_MESSAGES):  # what has come in time, but was not read, counts
+                        if not (ready := dict(poller.poll(0))).keys() - {self._wake_end.fileno()}:
+                            break
+                        self._handle(ready)
                     self._try(self.sender.check_leases)
                     self._try(self.receiver.send_heartbeats)
                     next_s = time.monotonic() + self.heartbeat_s
@@ -130,6 +141,12 @@ class KVTransferAgent:
             self.receiver.close()
             self._wake.close()
             self._wake_end.close()
+
+    def _handle(self, ready: Mapping[object, int]) -> None:
+        """Messages of the sockets that the poller has found ready."""
+        if self.sender.socket in ready:
+            self._try(self.sender.receive)
+        self._try(partial(self.receiver.handle, ready))
 
     def _try(self, work: Callable[[], None]) -> None:
         """One transfer that goes wrong must not end the others."""

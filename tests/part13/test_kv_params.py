@@ -116,6 +116,15 @@ def test_a_signed_header_is_for_this_request_alone() -> None:
     assert KV_TRANSFER.get() is None, f"it stays set after its request. {LOOK_SERVER}"
 
 
+def test_a_request_without_a_header_does_not_inherit_one() -> None:
+    """The event loop may run a connection's later requests in the context of an earlier one."""
+    token = KV_TRANSFER.set(PARAMS)
+    try:
+        assert request_with(SECRET, None) == (None, None, None), f"it got an earlier request's. {LOOK_SERVER}"
+    finally:
+        KV_TRANSFER.reset(token)
+
+
 @pytest.mark.parametrize("value", [sign(PARAMS, OTHER), "garbage", "", b"\xff\xfe", sign(PARAMS, SECRET)[:-8]])
 def test_an_unsigned_header_is_refused(value: str | bytes) -> None:
     """Else a client could make the engine connect to any address, or read another client's prompt."""

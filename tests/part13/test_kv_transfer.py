@@ -293,6 +293,56 @@ def test_requests_that_wait_for_others_do_not_keep_out_those_that_need_not() -> 
     )
 
 
+def test_those_that_waited_are_served_in_the_order_in_which_they_came() -> None:
+    """max_num_seqs is 1. Request 0 runs; the other engine begins 1, 2 and 3 one after the other."""
+    each = Engine(max_num_seqs=1)
+    each.ask("0", PROMPT[:20], max_tokens=40)
+    each.freeze()
+    for name in "123":
+        each.ask(name, PROMPT[int(name) :], is_fetched=True)
+    each.step(2)
+    for name in "123":
+        each.end(Watch, num_tokens=100 - int(name))
+        each.step()
+    waiting = [request.request_id for request in each.engine.scheduler.waiting]
+    assert waiting == ["1", "2", "3"], f"the order of the queue: {waiting}. {LOOK_SCHEDULE}"
+
+
+def test_an_engine_that_offers_a_prompt_and_watches_it() -> None:
+    """Two addresses of one engine, and the proxy takes them for two: it must not fail, whichever request ends first."""
+    each = Engine()
+    each.freeze()
+    each.ask("p", PROMPT, max_tokens=1, is_fetched=False, transfer_id="one")
+    each.ask("d", PROMPT, is_fetched=True, transfer_id="one")
+    each.step(4)
+    each.check_answer("p", PROMPT, 1)
+    each.end(Watch, error="no answer for 10 s")
+    each.end(Offer, error="the lease has ended")
+    each.thaw()
+    each.run()
+    each.check_answer("d", PROMPT)
+
+
+def test_a_late_answer_is_not_taken_for_another_watch() -> None:
+    """The first request of a transfer has ended; the second one watches anew."""
+    each = Engine()
+    each.freeze()
+    each.ask("a", PROMPT, is_fetched=True, transfer_id="one")
+    each.step()
+    each.engine.abort_requests(["a"])
+    each.step()
+    each.ask("b", PROMPT, is_fetched=True, transfer_id="one")
+    each.step()
+    first, second = [pending.transfer for pending in each.engine.orders.pending.values()]
+    each.answer(first, error="released")
+    each.step(2)
+    assert "b" not in each.answers, f"the answer was for request a. {LOOK_WAIT}"
+    each.answer(second, num_tokens=100)
+    each.thaw()
+    each.run()
+    each.check_answer("b", PROMPT)
+
+
 def test_others_run_while_one_waits() -> None:
     each = Engine()
     each.freeze()
@@ -514,6 +564,20 @@ def test_policy_fail(kind: type) -> None:
     each.thaw()
     each.run()
     assert len(each.orders(Release)) == 1, f"the other engine may free its blocks. {LOOK_RELEASE}"
+
+
+def test_policy_fail_computes_nothing() -> None:
+    each = Engine(kv_load_failure_policy="fail")
+    each.freeze()
+    each.ask("a", PROMPT, is_fetched=True)
+    each.step(2)
+    pending = next(iter(each.engine.orders.pending.values()))
+    each.executor.finished_transfers = lambda _: [  # type: ignore[method-assign]
+        TransferDone(pending.transfer.transfer_id, error="the connection is lost")
+    ]
+    each.executor.watches[pending.transfer.name] = None  # type: ignore[union-attr]
+    each.step()
+    assert each.errors and not each.executor.launched, f"the request fails, and no step is launched. {LOOK_FAIL}"
 
 
 def test_policy_fail_is_for_all_requests_of_a_transfer() -> None:

@@ -614,7 +614,7 @@ def test_an_engine_without_sources_answers_but_computes_nothing_for_others() -> 
 
 
 def test_sources_are_asked_for_with_each_health_check() -> None:
-    p, d = FakeEngine("p", info=None), FakeEngine("d", info=None)
+    p, d = FakeEngine("p", info=None), FakeEngine("d")
     with proxied([p], [d], remote_prefill_chars=0) as (url, proxy, _):
         ask(url)
         replica = proxy.pool.find(p.url)
@@ -632,6 +632,14 @@ def test_sources_are_asked_for_with_each_health_check() -> None:
         p.is_well = False
         until(lambda: not replica.kv_sources, f"no sources of an engine that is not well. {LOOK_INFO}")
         assert {each.get("Authorization") for each in p.info_headers} == {"Bearer key"}, LOOK_INFO
+
+
+def test_a_decode_engine_without_a_connector_gets_no_header() -> None:
+    """It would refuse it, and the client would get the error."""
+    p, d = FakeEngine("p"), FakeEngine("d", info=None)
+    with proxied([p], [d], remote_prefill_chars=0) as (url, _, _):
+        assert ask(url).status_code == 200
+        assert d.params == [None] and p.num_requests == 0, f"got {d.params}. {LOOK_ASK}"
 
 
 def test_without_a_key_none_is_sent() -> None:

@@ -119,7 +119,7 @@ class FakeSocket:
     def send(self, frame: bytes, flags: int = 0) -> None:
         self.sent.append([frame])
 
-    def recv_multipart(self, copy: bool = True) -> list[Any]:
+    def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[Any]:
         frames = self.arriving.popleft()
         return frames if copy else [Frame(frame) for frame in frames]
 

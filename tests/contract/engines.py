@@ -215,6 +215,7 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
         (12, "offload, tp 2", {**offload, **two}),
         (12, "offload, 2 stages, small chunks", {**offload, **small, "pipeline_parallel_size": 2}),
         (12, "weight offload", {"cpu_offload_gb": 1.0}),
+        (12, "weight offload, n-gram lookup, small chunks", {"cpu_offload_gb": 1.0, **LOOKUP, **small}),
     ]
     number = number_of(part)
     newest = max(number_of(path.name) for path in ROOT.glob("part[0-9][0-9]_*") if (path / "__init__.py").is_file())

@@ -189,6 +189,9 @@ class TransferExecutor(StagedExecutor):
         block_size = self.config.block_size
         assert fetch.start % block_size == 0, f"{fetch} begins within a block. {LOOK_FETCH}"
         places = range(fetch.end - fetch.start)
+        assert len(places) <= len(fetch.block_ids) * block_size, (
+            f"{len(places)} tokens are fetched into {len(fetch.block_ids)} blocks of {block_size}. {LOOK_FETCH}"
+        )
         return [fetch.block_ids[place // block_size] * block_size + place % block_size for place in places]
 
 

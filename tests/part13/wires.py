@@ -184,6 +184,8 @@ class SenderWorld:
             self.socket.arriving.append([identity, frame])
             try:
                 self.sender.receive()
+            except NotImplementedError:  # an exercise that is still blank
+                raise
             except Exception as error:
                 raise AssertionError(
                     f"{message!r} of a receiver raised {error!r}: expected it to be answered, or counted as refused. "

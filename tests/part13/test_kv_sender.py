@@ -83,6 +83,16 @@ def test_a_lease_begins_when_the_prompt_is_confirmed() -> None:
     assert errors(world) == ["the lease has ended"], f"2.1 s after: {world.reports}. {LOOK_LEASE}"
 
 
+def test_a_heartbeat_does_not_begin_a_lease() -> None:
+    """While the prompt is computed, its request holds the blocks, however long that takes."""
+    world = SenderWorld()
+    world.offer()
+    world.say(WatchPrompt(NAME, None))
+    world.heartbeat()
+    world.pass_s(100.0)
+    assert not world.reports, f"it isn't computed yet, and its offer has ended: {world.reports}. {LOOK_LEASE}"
+
+
 def test_a_heartbeat_extends_a_lease_by_two_thirds() -> None:
     """From when it is heard: 30 s, then 20 s after each heartbeat."""
     world = SenderWorld()

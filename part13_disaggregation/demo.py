@@ -33,12 +33,12 @@ class DemoConfig:
 
 def draw(bars: list[Bar], start_s: float, end_s: float) -> str:
     """A line of characters: where something was going on."""
-    line = [" "] * WIDTH
+    line = ["·"] * WIDTH
     for bar in bars:
         first = int(WIDTH * (bar.start_s - start_s) / (end_s - start_s))
         last = int(WIDTH * (bar.end_s - start_s) / (end_s - start_s))
         for place in range(max(0, first), min(WIDTH - 1, last) + 1):
-            line[place] = "█" if line[place] == " " else "▓"
+            line[place] = "█" if line[place] == "·" else "▒"
     return "".join(line)
 
 

@@ -79,7 +79,7 @@ def encrypt(socket: zmq.Socket[bytes], secret: str, is_server: bool) -> None:
         socket.curve_serverkey = server_public
 
 
-@functools.lru_cache(maxsize=8)  # it takes 50 ms on purpose: secrets that are guessed take long
+@functools.lru_cache(maxsize=8)  # scrypt takes 50 ms on purpose, against brute force
 def _key_pair(secret: str, role: str) -> tuple[bytes, bytes]:
     private = z85.encode(
         hashlib.scrypt(secret.encode(), salt=f"llm-engine {role}".encode(), n=2**14, r=8, p=1, dklen=32)

@@ -111,7 +111,7 @@ class Forwarder:
         )  # fmt: skip
 
     async def close(self) -> None:
-        """Whoever reads a response gets an error."""
+        """Readers of open responses get an error."""
         for response in list(self.responses):
             response.close()
         if self.session is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
         with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []), torch.device(device):
             torch.manual_seed(RANDOM_SEED)
             return AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
+    check_not_quantized(checkpoint)
     check_safetensors(checkpoint.directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -215,13 +216,25 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
 
 def check_finite(source: str, name: str, tensor: torch.Tensor) -> None:
     """Raises FieldError for a tensor with NaN or infinity in it: any answer would be noise."""
+    if tensor.dtype == torch.float8_e4m3fn:  # which has no sum
+        tensor = tensor.float()
     if not tensor.sum(dtype=torch.float32).isfinite():
         raise FieldError("model", f"{source}: tensor {name} holds NaN or infinity")
 
 
-def check_safetensors(directory: Path) -> None:
+def check_not_quantized(checkpoint: Checkpoint) -> None:
+    """Raises FieldError for a checkpoint whose config says that its weights are quantized."""
+    if settings := getattr(checkpoint.config, "quantization_config", None):
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise FieldError(
+            "model", f"{checkpoint.directory} is quantized ({method or 'by an unknown method'}): expected weights in "
+            f"one of {', '.join(FLOAT_DTYPES)}",
+        )  # fmt: skip
+
+
+def check_safetensors(directory: Path, allowed: Sequence[str] = FLOAT_DTYPES) -> None:
     """Read each weight file's header. Raises FieldError naming the first file that is corrupt or truncated, or the
-    first tensor that does not hold floating-point numbers: quantized weights.
+    first weight or bias that has a dtype that isn't allowed, such as quantized weights.
     """
     for path in sorted(directory.glob("*.safetensors")):
         try:
@@ -230,8 +243,8 @@ def check_safetensors(directory: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise FieldError("model", f"{path} is corrupt: {_first_line(error)}") from error
         for name, dtype in dtypes.items():
-            if name.endswith((".weight", ".bias")) and dtype not in FLOAT_DTYPES:
-                expected = ", ".join(FLOAT_DTYPES)
+            if name.endswith((".weight", ".bias")) and dtype not in allowed:
+                expected = ", ".join(allowed)
                 raise FieldError(
                     "model", f"{directory}: tensor {name} is stored as {dtype}, expected one of {expected}"
                 )

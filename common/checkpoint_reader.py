@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,17 +13,32 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.checkpoint import FLOAT_DTYPES, Checkpoint, check_finite, check_safetensors, load_model
+from common.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    check_finite,
+    check_not_quantized,
+    check_safetensors,
+    load_model,
+)
 from common.errors import FieldError
 
+ALL_DTYPES = (*FLOAT_DTYPES, "F8_E4M3", "I8", "U8", "I32", "I64")
 NUM_SAMPLES, SAMPLE_BYTES = 256, 4_096  # of a weight file, for its fingerprint
 
 
-def open_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, device: str, stack: ExitStack) -> CheckpointReader:
-    """Open a checkpoint. stack closes its files; dtype and device apply to the tensors of a random:<preset>."""
+def open_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str, stack: ExitStack, may_be_quantized: bool = False
+) -> CheckpointReader:
+    """Open a checkpoint. stack closes its files; dtype and device apply to the tensors of a random:<preset>.
+
+    Raises FieldError for a quantized one if it may not be.
+    """
     if checkpoint.directory is None:
         return RandomReader(checkpoint, dtype, device)
-    return SafetensorsReader(checkpoint.directory, stack)
+    if not may_be_quantized:
+        check_not_quantized(checkpoint)
+    return SafetensorsReader(checkpoint.directory, stack, ALL_DTYPES if may_be_quantized else FLOAT_DTYPES)
 
 
 class CheckpointReader(Protocol):
@@ -34,20 +49,30 @@ class CheckpointReader(Protocol):
     unread: set[str]
     num_bytes_read: int
 
-    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
-        """Read a tensor, or the part that index selects. shape: of the full tensor. Raises FieldError."""
+    def read(
+        self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = (), dtypes: Sequence[str] = FLOAT_DTYPES
+    ) -> Tensor:
+        """Read a tensor, or the part that index selects. shape: of the full tensor. dtypes: those that it may have.
+        Raises FieldError."""
+        ...
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """A tensor's shape; None if there is no such tensor."""
         ...
 
 
 class SafetensorsReader:
     """Reads model.safetensors, or the shards that model.safetensors.index.json names. Files are mapped into memory, and
-    only the bytes asked for are read. stack: closes the files. is_checking: whether it looks for NaN and infinity."""
+    only the bytes asked for are read. stack: closes the files. dtypes: of all tensors in them. files: only these.
+    is_checking: whether it looks for NaN and infinity."""
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        check_safetensors(directory)
+    def __init__(
+        self, directory: Path, stack: ExitStack, dtypes: Sequence[str] = FLOAT_DTYPES, files: Sequence[Path] = ()
+    ) -> None:
+        check_safetensors(directory, dtypes)
         self.source = str(directory)
         self._files: dict[str, Any] = {}
-        for path in weight_files(directory):
+        for path in files or weight_files(directory):
             file = stack.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118
                 if name in self._files:
@@ -56,13 +81,18 @@ class SafetensorsReader:
         self.unread, self.num_bytes_read = set(self._files), 0
         self.is_checking = True
 
-    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self._files[name].get_slice(name).get_shape()) if name in self._files else None
+
+    def read(
+        self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = (), dtypes: Sequence[str] = FLOAT_DTYPES
+    ) -> Tensor:
         if name not in self._files:
             raise FieldError("model", f"{self.source} lacks the tensor {name} (expected shape {list(shape)})")
         stored = self._files[name].get_slice(name)
         check_shape(self.source, name, tuple(stored.get_shape()), shape)
-        if stored.get_dtype() not in FLOAT_DTYPES:
-            expected = ", ".join(FLOAT_DTYPES)
+        if stored.get_dtype() not in dtypes:
+            expected = ", ".join(dtypes)
             raise FieldError(
                 "model", f"{self.source}: tensor {name} is stored as {stored.get_dtype()}, expected one of {expected}"
             )
@@ -83,7 +113,12 @@ class RandomReader:
         self._parameters = dict(each for named in parameters for each in as_stored(*named))
         self.unread, self.num_bytes_read = set(self._parameters), 0
 
-    def read(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = ()) -> Tensor:
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        return tuple(self._parameters[name].shape) if name in self._parameters else None
+
+    def read(
+        self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = (), dtypes: Sequence[str] = FLOAT_DTYPES
+    ) -> Tensor:
         """Return each tensor once and drop it, so that memory never holds two copies of the model."""
         parameter = self._parameters.pop(name)
         check_shape(self.source, name, tuple(parameter.shape), shape)

@@ -21,6 +21,16 @@ def option(default: Any, help: str, minimum: int | None = None) -> Any:
     return field(default=default, metadata={"help": help, "minimum": minimum})
 
 
+def argument(help: str) -> Any:
+    """A config field that is given by its place on the command line, not by a flag."""
+    return field(metadata={"help": help, "is_positional": True})
+
+
+def required(help: str) -> Any:
+    """A config field whose flag must be given."""
+    return field(metadata={"help": help})
+
+
 MAX_INT = 2**63 - 1
 
 
@@ -68,6 +78,9 @@ def parse_configs(
 def _add_flag(parser: argparse.ArgumentParser, spec: Field, hint: Any) -> None:
     flag = "--" + spec.name.replace("_", "-")
     options: dict[str, Any] = {"help": spec.metadata.get("help", " ").replace("%", "%%")}  # argparse formats it
+    if spec.metadata.get("is_positional"):
+        parser.add_argument(spec.name, **options)
+        return
     options |= {"required": True} if spec.default is MISSING else {"default": spec.default}
     members = [m for m in typing.get_args(hint) if m is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -23,15 +23,18 @@ VOCAB_SIZE = 320
 DEFAULTS: dict[str, Any] = {"device": "cpu", "num_threads": 1, "block_size": 4, "num_kv_blocks": 400}
 LOOKUP: dict[str, Any] = {"speculative_method": "ngram", "prompt_lookup_min": 1}
 ROOT = Path(__file__).parents[2]
+GROUP_SIZE = 8  # of quantized models: it divides what each of two ranks has
 MAX_STEPS = 1_000  # far more than any of these tests needs
 
 
 class SmallModels:
     """Two random models with the same vocabulary, on disk: a target, and a draft model that seldom agrees with it."""
 
-    def __init__(self, directory: Path, family: str = "llama", num_layers: int = 2) -> None:
+    def __init__(self, directory: Path, family: str = "llama", num_layers: int = 2, quantization: str = "") -> None:
         self.directory, self.family = directory, family
         self.reference = small_model(family, seed=1, vocab_size=VOCAB_SIZE, num_layers=num_layers)
+        if quantization:
+            round_weights(self.reference, *{"int4": (7, GROUP_SIZE), "int8": (127, None)}[quantization])
         self._answers: dict[tuple[int, ...], list[int]] = {}
         self._decoders: list[tuple[str, Any, Any]] = []
         self.target, self.draft = str(directory / "target"), str(directory / "draft")
@@ -45,15 +48,17 @@ class SmallModels:
 
     def of(self, flags: dict[str, Any]) -> SmallModels:
         """Those that an engine with these flags is to have: mixtures of experts, if ranks share experts; more layers,
-        if some of them are offloaded."""
+        if some of them are offloaded; weights that quantization doesn't change, if they are quantized."""
         kind = {"enable_expert_parallel": "qwen3_moe", "cpu_offload_gb": "deep"}
         name = next((kind[flag] for flag in kind if flags.get(flag)), "")
-        if not name:
+        quantization = flags.get("quantization", "")
+        if not name and not quantization:
             return self
-        if name not in self._others:
-            family, num_layers = ("llama", 5) if name == "deep" else (name, 2)
-            self._others[name] = SmallModels(self.directory / name, family, num_layers)
-        return self._others[name]
+        key = f"{name} {quantization}".strip()
+        if key not in self._others:
+            family, num_layers = {"deep": ("llama", 5), "": ("llama", 2)}.get(name, (name, 2))
+            self._others[key] = SmallModels(self.directory / key, family, num_layers, quantization)
+        return self._others[key]
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """What transformers answers; it is asked once."""
@@ -68,15 +73,29 @@ class SmallModels:
         worker = importlib.import_module(f"{part}.worker.worker")
         load_decoder = worker.load_decoder
 
-        def load(checkpoint: Any, *rest: Any) -> Any:
+        def load(checkpoint: Any, *rest: Any, **named: Any) -> Any:
+            key = (checkpoint, *rest, named)
             for name, known, decoder in self._decoders:
-                if name == part and known == (checkpoint, *rest):
+                if name == part and known == key:
                     return decoder
-            self._decoders.append((part, (checkpoint, *rest), load_decoder(checkpoint, *rest)))
+            self._decoders.append((part, key, load_decoder(checkpoint, *rest, **named)))
             return self._decoders[-1][2]
 
         with mock.patch.object(worker, "load_decoder", load):
             yield
+
+
+def round_weights(model: Any, largest: int, group_size: int | None) -> None:
+    """Make all weights of the layers integers up to `largest` times a scale for each group of columns of a row (None:
+    for each row). The largest of each group is positive, so that all ways to choose a scale give this one."""
+    for name, parameter in model.model.layers.named_parameters():
+        if parameter.ndim < 2 or name.endswith("gate.weight"):
+            continue
+        groups = parameter.data.unflatten(-1, (-1, group_size or parameter.shape[-1]))
+        found = groups.abs().max(dim=-1, keepdim=True)
+        groups *= groups.gather(-1, found.indices).sign()
+        scale = found.values / largest
+        groups.copy_((groups / scale).round() * scale)
 
 
 @dataclass
@@ -191,6 +210,8 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
     small, two = {"max_num_batched_tokens": 8}, {"tensor_parallel_size": 2}
     ep = {**two, "enable_expert_parallel": True}
     offload = {"kv_offload_gib": 0.001}
+    int4 = {"quantization": "int4", "quantization_group_size": GROUP_SIZE}
+    draft_int8 = {"speculative_quantization": "int8"}
     since: list[tuple[int, str, dict[str, Any]]] = [
         (5, "async", {}),
         (5, "sync", {"async_scheduling": False}),
@@ -214,6 +235,11 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
         (12, "offload, n-gram lookup", {**offload, **LOOKUP}),
         (12, "offload, tp 2", {**offload, **two}),
         (12, "offload, 2 stages, small chunks", {**offload, **small, "pipeline_parallel_size": 2}),
+        (14, "int4", int4),
+        (14, "int4, tp 2, a draft model in int8, small chunks", {**int4, **two, **drafted, **small, **draft_int8}),
+        (14, "int8, ep 2, small chunks", {"quantization": "int8", **ep, **small}),
+        (14, "int4, offload, n-gram lookup, 2 stages", {**int4, **offload, **LOOKUP, "pipeline_parallel_size": 2}),
+        (14, "int8, weight offload", {"quantization": "int8", "cpu_offload_gb": 1.0}),
         (12, "weight offload", {"cpu_offload_gb": 1.0}),
         (12, "weight offload, n-gram lookup, small chunks", {"cpu_offload_gb": 1.0, **LOOKUP, **small}),
     ]

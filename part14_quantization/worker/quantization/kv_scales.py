@@ -1,0 +1,65 @@
+"""Where the scales of quantized keys and values come from."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from common.checkpoint import Checkpoint, load_tokenizer
+from common.corpus import calibration_rows
+from common.errors import FieldError
+
+from ...config import EngineConfig
+from ..model import DecoderModel
+from .kv_codes import KV_DTYPES, KVFormat, measure_scales
+
+NUM_TOKENS = 1_024  # of text, on which scales are measured
+
+logger = logging.getLogger(__name__)
+
+
+def choose_kv_format(model: DecoderModel, config: EngineConfig, checkpoint: Checkpoint) -> KVFormat:
+    """How a model's keys and values are stored. The scales of codes are those of the checkpoint if it has any for this
+    dtype, else they are measured on text. All ranks of a model call this together.
+
+    Raises FieldError for int8 without scales: with a scale of 1, most keys and values would become 0.
+    """
+    if config.kv_cache_dtype == "auto":
+        return KVFormat(model.dtype)
+    dtype, scales = KV_DTYPES[config.kv_cache_dtype], None
+    if stored_dtype(checkpoint) == config.kv_cache_dtype:
+        scales = model.stored_kv_scales
+    if scales is None and config.calculate_kv_scales:
+        scales = calculate_scales(model, checkpoint, dtype)
+    if scales is None and dtype == torch.int8:
+        raise FieldError(
+            "calculate_kv_scales", "the checkpoint has no scales for keys and values in int8: expected true"
+        )
+    if scales is None:
+        logger.warning("the checkpoint has no scales for keys and values: 1.0 is used, which may cost quality")
+        scales = torch.ones(model.num_layers, 2, model.num_kv_heads)
+    return KVFormat(dtype, scales.to(model.device))
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """What the checkpoint's own scales are for: FP8, unless its config says otherwise."""
+    settings = getattr(checkpoint.config, "quantization_config", None) or {}
+    scheme = (settings if isinstance(settings, dict) else settings.to_dict()).get("kv_cache_scheme") or {}
+    return "int8" if scheme.get("type") == "int" else "fp8"
+
+
+@torch.inference_mode()
+def calculate_scales(model: DecoderModel, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+    """Measured on the first tokens of the calibration text. vLLM measures on the first batch that comes: then answers
+    depend on who asks first."""
+    num_tokens = min(NUM_TOKENS, checkpoint.max_model_len)
+    rows = calibration_rows(load_tokenizer(checkpoint), num_tokens, 1)
+    input_ids = torch.tensor(rows[0], device=model.device) % checkpoint.config.vocab_size
+    positions = torch.arange(num_tokens, device=model.device)
+    scales = measure_scales(
+        lambda attend: model(input_ids, positions, attend), model.num_layers, model.num_kv_heads, dtype
+    )
+    for mixture in model.mixtures:
+        mixture.loads.zero_()  # from tokens that nobody sent
+    return scales

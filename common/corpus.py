@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from common.errors import FieldError
+
 TEXTS_DIR = Path(__file__).parent / "texts"
 
 
@@ -19,7 +21,7 @@ def calibration_texts() -> list[Pieces]:
 
 
 def held_out_texts() -> list[Pieces]:
-    """Texts of the same kinds as the calibration texts, and none of these."""
+    """Texts of the same kinds as the calibration texts, and none of these, though single sentences may be the same."""
     return _read("held_out")
 
 
@@ -42,9 +44,11 @@ def calibration_rows(
     tokenizer: PreTrainedTokenizerBase, row_tokens: int, max_rows: int | None = None
 ) -> list[list[int]]:
     """The tokens of the calibration texts, one text after the other, cut into rows of row_tokens. What is left at the
-    end is dropped."""
+    end is dropped. Raises FieldError if the texts don't fill a row."""
     token_ids = [token_id for text in calibration_texts() for token_id in encode_text(text, tokenizer)[0]]
     rows = [token_ids[start : start + row_tokens] for start in range(0, len(token_ids) - row_tokens + 1, row_tokens)]
+    if not rows:
+        raise FieldError("row_tokens", f"expected at most {len(token_ids)}, got {row_tokens}: the texts have no more")
     return rows[:max_rows]
 
 

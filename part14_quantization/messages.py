@@ -266,7 +266,7 @@ class Stop(msgspec.Struct, array_like=True, tag=True):
 class RankLoaded(msgspec.Struct, array_like=True, tag=True):
     """A rank's answer to StartRank. num_blocks: how many KV blocks it has room for. fingerprint: of its weights.
     bytes_per_block: of its KV pool and the draft model's. The others: what it has of the model, how much it read for
-    that, and the size of a token in its KV pool."""
+    that, the size of its weights in memory, and of a token in its KV pool."""
 
     rank: int
     num_blocks: int
@@ -278,6 +278,7 @@ class RankLoaded(msgspec.Struct, array_like=True, tag=True):
     num_bytes_read: int
     kv_bytes_per_token: int
     bytes_per_block: int
+    weight_bytes: int = 0
 
 
 class CacheAllocated(msgspec.Struct, array_like=True, tag=True):

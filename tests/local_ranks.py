@@ -188,11 +188,11 @@ class LocalExecutor:
         ranks = make_grid(part, tp_size, num_stages)
         if hasattr(config, "enable_expert_parallel"):  # from part 11 on, a rank has its groups in one object
             ranks = [(with_experts(part, config, *rank),) for rank in ranks]
-        self.workers = [worker_class(config, *rank, seed=0) for rank in ranks]
+        self.workers = _results([functools.partial(worker_class, config, *rank, seed=0) for rank in ranks])
         self.answering = self.workers[-tp_size:]
         self.worker = self.answering[0]
         self.num_blocks = min(worker.num_blocks_available() for worker in self.workers)
-        self.num_host_blocks = 0
+        self.num_host_blocks = self.weight_bytes = self.bytes_per_block = 0
         self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: dict[int, list[Any]] = {}
         if getattr(config, "kv_offload_gib", 0):  # from part 12 on

@@ -159,6 +159,7 @@ class ScriptedExecutor:
     def __init__(self, part: Part, config: Any) -> None:
         self.part, self.config = part, config
         self.num_blocks, self.num_host_blocks = config.num_kv_blocks, 0
+        self.weight_bytes = self.bytes_per_block = 0
         self.encode = part.messages.encode
         self.decode_input = msgspec.msgpack.Decoder(part.messages.StepInput).decode
         self.decode_output = msgspec.msgpack.Decoder(part.messages.StepOutput).decode

@@ -20,6 +20,8 @@ GAUGES = {
     "num_requests_running": "Requests that the engine is computing now.",
     "num_requests_waiting": "Requests that wait in the queue now.",
     "kv_cache_usage_perc": "Fraction of the KV cache blocks that requests use now, from 0 to 1.",
+    "weight_bytes": "Bytes of the model's weights in memory, and the draft model's, on all ranks together.",
+    "kv_block_bytes": "Bytes of a KV block, on all ranks together.",
     "expert_balance_perc": "Mean of the ranks' loads from experts, divided by the largest, before experts last moved.",
     "kv_offload_usage_perc": "Fraction of the blocks in host memory that are in use now, from 0 to 1.",
     "kv_offload_host_tokens_per_s": "How fast KV blocks were last loaded from host memory, in tokens per second.",

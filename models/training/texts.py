@@ -48,8 +48,9 @@ def save(name: str, lines: Iterable[object]) -> None:
 
 
 def main() -> None:
-    save("calibration.jsonl", write_texts("calibration"))
-    save("held_out.jsonl", write_texts("held out"))
+    calibration = write_texts("calibration")
+    save("calibration.jsonl", calibration)
+    save("held_out.jsonl", (text for text in write_texts("held out") if text not in calibration))
     save("questions.jsonl", write_questions())
 
 

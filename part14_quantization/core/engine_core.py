@@ -123,6 +123,8 @@ class EngineCore:
             "num_requests_running": len(scheduler.running),
             "num_requests_waiting": scheduler.num_waiting,
             "kv_cache_usage_perc": blocks.num_used_blocks / (blocks.num_blocks - 1),
+            "weight_bytes": self.engine.executor.weight_bytes,
+            "kv_block_bytes": self.engine.executor.bytes_per_block,
             "num_preemptions": scheduler.num_preemptions,
             "prefix_cache_queries": scheduler.num_queried_tokens,
             "prefix_cache_hits": scheduler.num_hit_tokens,

@@ -48,10 +48,13 @@ class StepHandle(Protocol):
 
 class Executor(Protocol):
     """num_blocks, num_host_blocks: the size of the KV pool on the device and in host memory, which are decided before
-    they are allocated. kv_sources: the ranks, if other engines may fetch KV from them."""
+    they are allocated. weight_bytes: of the models' weights, on all ranks together. bytes_per_block: of a KV block, on
+    all ranks together. kv_sources: the ranks, if other engines may fetch KV from them."""
 
     num_blocks: int
     num_host_blocks: int
+    weight_bytes: int
+    bytes_per_block: int
     kv_sources: list[KVSource]
 
     def launch(self, step: StepInput) -> StepHandle:
@@ -89,7 +92,8 @@ class UniProcExecutor:
     def __init__(self, config: EngineConfig) -> None:
         self.worker = Worker(config)
         self.num_blocks = self.worker.num_blocks_available()
-        self.num_host_blocks = num_host_blocks(config, self.worker.bytes_per_block)
+        self.weight_bytes, self.bytes_per_block = self.worker.weight_bytes, self.worker.bytes_per_block
+        self.num_host_blocks = num_host_blocks(config, self.bytes_per_block)
         self._finished: queue.SimpleQueue[TransferDone] = queue.SimpleQueue()
         self.worker.allocate_cache(self.num_blocks, self.num_host_blocks, self._finished.put)
         self.kv_sources = [] if self.worker.agent is None else [self.worker.agent.source]
@@ -150,8 +154,9 @@ class MultiprocExecutor:
             self.ranks_loaded = sorted(self.ranks.all_results(RankLoaded), key=lambda loaded: loaded.rank)
             check_weights(self.ranks_loaded)
             self.num_blocks = min(loaded.num_blocks for loaded in self.ranks_loaded)
-            bytes_per_block = sum(loaded.bytes_per_block for loaded in self.ranks_loaded)
-            self.num_host_blocks = num_host_blocks(self.config, bytes_per_block)
+            self.weight_bytes = sum(loaded.weight_bytes for loaded in self.ranks_loaded)
+            self.bytes_per_block = sum(loaded.bytes_per_block for loaded in self.ranks_loaded)
+            self.num_host_blocks = num_host_blocks(self.config, self.bytes_per_block)
             self.ranks.send(AllocateCache(self.num_blocks, self.num_host_blocks))
             allocated = self.ranks.all_results(CacheAllocated)
             self.kv_sources = [each.source for each in allocated if each.source is not None]

@@ -28,6 +28,7 @@ from .parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from .weight import Weight
 from .weight_offload import LayerFetcher
 
 FAMILIES = ("llama", "qwen2", "qwen3", *MOE_FAMILIES)
@@ -238,6 +239,15 @@ class DecoderModel(nn.Module):
         output_embedding = self.embed_tokens if self.lm_head is None else self.lm_head
         assert output_embedding is not None, "the last stage has the LM head"
         return output_embedding.logits(hidden)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers the weights are, whatever they are stored as."""
+    numel = 0
+    for module in model.modules():
+        own = module.parameters(recurse=False)
+        numel += math.prod(module.shape) if isinstance(module, Weight) else sum(each.numel() for each in own)
+    return numel
 
 
 def check_divisible(config: Any, groups: Groups, prepare: Callable[[DecoderModel], object]) -> None:

@@ -52,6 +52,7 @@ from ..messages import (
 from ..torchrun import Torchrun, encrypt
 from .kv_cache import kv_bytes_per_block
 from .launcher import find_addresses, join_groups
+from .model import num_parameters
 from .parallel import CollectiveError
 from .stream import StepHandle
 from .worker import Worker
@@ -179,10 +180,11 @@ class Rank:
                 num_layers=worker.model.num_layers,
                 num_heads=worker.model.num_heads,
                 num_kv_heads=worker.model.num_kv_heads,
-                num_parameters=sum(parameter.numel() for parameter in worker.model.parameters()),
+                num_parameters=num_parameters(worker.model),
                 num_bytes_read=worker.model.num_bytes_read,
                 kv_bytes_per_token=kv_bytes_per_block(worker.model, 1, worker.kv_format),
                 bytes_per_block=worker.bytes_per_block,
+                weight_bytes=worker.weight_bytes,
             )
         )
         threading.Thread(target=self.answer_steps, args=(worker,), name="answers", daemon=True).start()

@@ -17,6 +17,7 @@ from .model import DecoderModel
 from .moe import MixtureOfExperts
 from .parallel import Groups
 from .quantization.choice import QuantizationFlags, prepare_layers
+from .quantization.cpu_kernels import warm_up
 from .weight_offload import (
     CheckpointSource,
     HostSource,
@@ -65,6 +66,8 @@ def load_decoder(
             model.fetcher = LayerFetcher(list(offloaded.values()), sources, device)
             load_tables(offloaded, reader)
             stack.pop_all()  # the files stay open
+    if is_quantized and device == "cpu":
+        warm_up()
     return model
 
 

@@ -77,6 +77,12 @@ class Worker:
         return self.groups.tensor.num_collectives + self.groups.experts.num_collectives
 
     @property
+    def weight_bytes(self) -> int:
+        """Of the model, and of the draft model if there is one."""
+        models = [self.model] if self.drafter is None else [self.model, self.drafter.model]
+        return sum(parameter.nbytes for model in models for parameter in model.parameters())
+
+    @property
     def bytes_per_block(self) -> int:
         """Of the KV pool, and the draft model's if there is one: it has as many blocks."""
         models = [(self.model, self.kv_format)]

@@ -76,6 +76,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "int4 with zero points, 512 rows, float32": dict(
         bits=4, is_symmetric=False, group_size=32, num_columns=4_096, dtype="float32", num_rows=512
     ),
+    "int4, groups of 16": dict(bits=4, group_size=16, num_columns=4_096, dtype="float16", num_rows=17),
     "int8, a scale for each row, 1 row": dict(bits=8, num_columns=1_100, dtype="float16", num_rows=1),
     "int8, 512 rows": dict(bits=8, group_size=16, num_columns=4_096, dtype="float16", num_rows=512),
     "fp8, 512 rows": dict(kind="fp8", bits=8, num_columns=4_096, dtype="bfloat16", num_rows=512),
@@ -193,13 +194,15 @@ class Guarded:
 
 
 def at_the_end(tensor: Tensor) -> Tensor:
-    """A copy before a page that can't be read or written."""
-    num_bytes = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    """A copy, with the same strides, before a page that can't be read or written."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    used_bytes = length * tensor.element_size()
+    num_bytes = -(-used_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, num_bytes + mmap.PAGESIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + num_bytes), mmap.PAGESIZE, 0) == 0
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=num_bytes - tensor.nbytes)
-    return copy.view(tensor.shape).copy_(tensor)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=length, offset=num_bytes - used_bytes)
+    return copy.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 class LastProgram:
@@ -347,6 +350,7 @@ def compile_for(architecture: int, kernel: Any, launch: Launch) -> dict[str, Any
     return {
         "cubin_bytes": len(compiled.asm["cubin"]),
         "shared_bytes": compiled.metadata.shared,
+        "has_tf32": "tf32" in ptx,
         "flushed": sorted({word for word in ptx.split() if word.startswith(("mul.", "fma.")) and ".ftz" in word}),
     }
 
@@ -393,10 +397,12 @@ def run_mode(mode: str, cache: Path) -> dict[str, Any]:
     if mode == "interpret":
         environment["TRITON_INTERPRET"] = "1"
     process = subprocess.run([sys.executable, __file__, mode], env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, (
-        f"{mode} ended with {process.returncode} (-11: a kernel accessed memory past the end of a tensor: is a mask "
-        f"missing?), in the case that comes last: {process.stderr[-2000:]}. {KERNEL}; {ATTENTION}"
-    )
+    if process.returncode < 0:
+        pytest.fail(
+            f"a kernel accessed memory outside of its tensors (signal {-process.returncode}), in the case "
+            f"{process.stderr.strip().splitlines()[-1]!r}: is a mask missing, or an offset wrong? {KERNEL}"
+        )
+    assert process.returncode == 0, f"{mode} ended with {process.returncode}: {process.stderr[-2000:]}. {KERNEL}"
     return dict(json.loads(process.stdout))
 
 
@@ -453,10 +459,13 @@ def test_offsets_do_not_overflow(which: str, interpreted: dict[str, Any]) -> Non
 def test_no_rows(kind: str) -> None:
     require_triton()
     weight = make_weight(Scheme(**KINDS[kind]), 5, 16)
-    with mock.patch.object(triton_kernels, "_product_kernel", None):
-        got = triton_kernels.product(torch.empty(0, 16, dtype=torch.float16), weight)
-    assert (got.shape, got.dtype) == ((0, 5), torch.float16), (
-        f"no rows: expected float16 [0, 5] without a launch, got {got.dtype} {list(got.shape)}. {LAUNCH}"
+    rows, outputs = torch.empty(0, 16, dtype=torch.float16), list[Tensor]()
+    launches = record_launches(
+        triton_kernels, "_product_kernel", lambda: outputs.append(triton_kernels.product(rows, weight))
+    )
+    found = len(launches), outputs[0].dtype, list(outputs[0].shape)
+    assert found == (0, torch.float16, [0, 5]), (
+        f"no rows: expected 0 launches and torch.float16 [0, 5], got {found[0]}, {found[1]} {found[2]}. {LAUNCH}"
     )
 
 
@@ -506,6 +515,7 @@ def test_the_kernels_compile(name: str, compiled: dict[str, Any]) -> None:
     assert result["shared_bytes"] <= MAX_SHARED_BYTES, (
         f"{name}: {result['shared_bytes']} bytes of shared memory, expected at most {MAX_SHARED_BYTES}. {look}"
     )
+    assert not result["has_tf32"], f"{name}: float32 numbers are rounded to TF32, which has 10 bits. {look}"
     assert not result["flushed"], (
         f"{name}: {result['flushed']} makes 0 of small numbers, which e4m3's smallest are before they are multiplied "
         f"with 2^120. See triton_attention.py::to_numbers"

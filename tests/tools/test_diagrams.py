@@ -11,15 +11,31 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from part06_chunked_prefill.core.block_manager import BlockManager as Part06BlockManager
 from part06_chunked_prefill.core.request import Request as Part06Request
 from part06_chunked_prefill.core.scheduler import Scheduler
 from part07_prefix_caching.core.block_manager import BlockManager
 from part07_prefix_caching.core.request import Request
+from part14_quantization.worker.quantization import cpu_kernels, products
+from part14_quantization.worker.quantization.gptq import inverse_factor, spread_error
+from part14_quantization.worker.quantization.packing import pack_nibbles
+from part14_quantization.worker.quantization.scheme import Scheme, dequantize, quantize
 from tests.scripted import params_for
 from tools.diagrams import __main__ as command
-from tools.diagrams import architecture, batches, kv_blocks, metrics, one_request, overview, theme, transformer
+from tools.diagrams import (
+    architecture,
+    batches,
+    kv_blocks,
+    metrics,
+    one_request,
+    overview,
+    quantization,
+    quantized_layers,
+    theme,
+    transformer,
+)
 from tools.diagrams.catalog import DIAGRAMS
 from tools.diagrams.checks import problems
 from tools.diagrams.geometry import Rect
@@ -297,11 +313,50 @@ def test_the_shapes_are_those_of_tiny() -> None:
         f"[{hidden}, {heads * size}]", f"[{2 * inner}, {hidden}]", f"[{hidden}, {inner}]", f"[{n}, {inner}]",
         f"[{n}, {heads}, {size}]", f"[{n}, {kv_heads}, {size}]",
     }  # fmt: skip
-    shown = re.findall(r"\[[\d, ]+\]", " ".join(placed.text for placed in DIAGRAMS["transformer_shapes"]().texts))
-    found = {shape.replace(" ", "").replace(",", ", ") for shape in shown}
+    shapes_shown = re.findall(r"\[[\d, ]+\]", " ".join(shown("transformer_shapes")))
+    found = {shape.replace(" ", "").replace(",", ", ") for shape in shapes_shown}
     assert shapes <= found, f"the figure lacks {shapes - found}"
     layer = hidden * (heads + 2 * kv_heads) * size + hidden * heads * size + 3 * hidden * inner + 2 * hidden
     num_parameters = vocab * hidden + config["num_hidden_layers"] * layer + hidden
     assert f"{4 * num_parameters / 1e6:.1f} MB" == one_request.TINY_WEIGHTS_MB
     kv_bytes = 2 * config["num_hidden_layers"] * kv_heads * size * 4
     assert f"{kv_bytes:,} bytes" == one_request.KV_BYTES_PER_TOKEN
+    assert kv_bytes == quantized_layers.kv_bytes(4)
+
+
+def shown(name: str) -> list[str]:
+    return [placed.text for placed in DIAGRAMS[name]().texts]
+
+
+def test_codes_and_bytes_of_4_bits_are_those_of_part_14() -> None:
+    scheme = Scheme(bits=4, group_size=4)
+    for group in quantization.EXAMPLE:
+        quantized = quantize(torch.tensor(group.numbers), scheme)
+        assert quantized.codes.tolist() == list(group.codes)
+        assert quantized.scale.tolist() == pytest.approx([group.scale])
+        decoded = [quantization.written(value) for value in dequantize(quantized, scheme).tolist()]
+        assert decoded == [quantization.written(code * group.scale) for code in group.codes]
+        packed = pack_nibbles(quantized.codes, 4).view(torch.uint8).tolist()
+        assert packed == [upper << 4 | lower for upper, lower in group.bytes]
+        assert all(f"byte {index}: `0x{value:02X}`" in shown("int4_groups") for index, value in enumerate(packed))
+    row = quantize(torch.randn(1, 256), Scheme(bits=4, group_size=quantization.GROUP_SIZE))
+    code = pack_nibbles(row.codes, quantization.GROUP_SIZE).view(torch.uint8)[0, 64 + 1]  # of group 1, byte 1
+    assert {"q65", "q1", "byte 1"} <= set(shown("int4_groups"))
+    assert (code >> 4, code & 15) == (row.codes[0, 128 + 65] + 8, row.codes[0, 128 + 1] + 8)
+
+
+def test_the_two_columns_of_the_gptq_figure() -> None:
+    inputs, weights = torch.ones(2), torch.tensor([[0.4, 0.4]])
+    nearest, moved = weights.round(), weights.clone()
+    spread_error(moved, 0, nearest[:, 0], inverse_factor(torch.outer(inputs, inputs)))
+    assert moved[0].tolist() == pytest.approx([0.4, 0.8], abs=0.005)  # less than 0.8, because of the damping
+    codes = torch.tensor([[nearest[0, 0], moved[0, 1].round()]])
+    errors = [float(((rounded - weights) @ inputs).abs()) for rounded in (nearest, codes)]
+    assert (nearest.tolist(), codes.tolist(), errors) == ([[0, 0]], [[0, 1]], pytest.approx([0.8, 0.2]))
+    lines = ("0 + 0 = 0 instead of 0.8: error 0.8", "0 + 1 = 1 instead of 0.8: error 0.2")
+    assert set(lines) <= set(shown("gptq_step"))
+
+
+def test_products_are_chosen_as_in_part_14() -> None:
+    limits = quantized_layers.KERNEL_ROWS, quantized_layers.INT8PACK_ROWS, quantized_layers.TILE_ROWS
+    assert limits == (cpu_kernels.MAX_KERNEL_ROWS, products.MAX_INT8PACK_ROWS, products.TILE_ROWS)

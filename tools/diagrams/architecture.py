@@ -95,13 +95,15 @@ PIECES = {
     "model": _piece(
         1, 562, "green", Version(1, "Model", "transformers"), Version(3, "Model", "our own, plain torch"),
         Version(9, "Model", "a part of each layer"), Version(11, "Model", "dense, or experts"),
+        Version(14, "Model", "weights or their codes"),
     ),
     "attention": _piece(
         2, 562, "green", Version(3, "Attention kernel", "paged decode"),
-        Version(6, "Attention kernel", "decodes and chunks"),
+        Version(6, "Attention kernel", "decodes and chunks"), Version(14, "Attention kernel", "reads numbers or codes"),
     ),
     "kv_cache": _piece(
-        3, 562, "green", Version(1, "KV cache", "DynamicCache"), Version(3, "KV cache", "a pool of blocks"), height=112,
+        3, 562, "green", Version(1, "KV cache", "DynamicCache"), Version(3, "KV cache", "a pool of blocks"),
+        Version(14, "KV cache", "numbers or codes"), height=112,
     ),
     "tokens": _piece(0, 628, "green", Version(3, "Token buffer", "stays on the device")),
     "sampler": _piece(
@@ -113,6 +115,7 @@ PIECES = {
         2, 352, "purple", Version(12, "Offloader", ""), Version(13, "Offloader", ""), height=PILL_HEIGHT,
     ),
     "transfer": _piece(1, 352, "purple", Version(13, "KVTransfer", ""), height=PILL_HEIGHT),
+    "quantization": _piece(0, 694, "green", Version(14, "Quantization", "codes and scales")),
     "fetcher": _piece(1, 694, "green", Version(12, "Layer fetcher", "weights that don't fit")),
     "copier": _piece(3, 694, "green", Version(12, "Block copier", "host, disk, Redis")),
     "sender": _piece(2, 694, "green", Version(13, "KV sender, receiver", "from engine to engine")),
@@ -165,6 +168,7 @@ SUBTITLES = {
     11: "Experts are spread over ranks, also over those of several engine cores.",
     12: "KV blocks and weights that the device has no room for are kept in slower memory.",
     13: "One engine computes the KV of a prompt, another decodes.",
+    14: "Weights become codes of 4 or 8 bits, keys and values codes of 8 bits, with scales.",
 }
 
 

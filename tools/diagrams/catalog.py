@@ -15,6 +15,8 @@ from . import (
     one_request,
     overview,
     processes,
+    quantization,
+    quantized_layers,
     ranks,
     router,
     speculation,
@@ -44,5 +46,9 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "weight_prefetch": offload.weight_prefetch,
     "disaggregation": disaggregation.disaggregation,
     "kv_transfer": disaggregation.kv_transfer,
+    "int4_groups": quantization.int4_groups,
+    "gptq_step": quantization.gptq_step,
+    "quantized_linear": quantized_layers.quantized_linear,
+    "kv_codes": quantized_layers.kv_codes,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

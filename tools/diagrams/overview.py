@@ -8,7 +8,7 @@ from .geometry import Rect
 from .metrics import HEAD, SMALL
 from .svg import MARGIN, PANEL_RADIUS, WIDTH, Drawing
 
-NEWEST_PART = 13  # boxes of later parts are dashed
+NEWEST_PART = 14  # boxes of later parts are dashed
 RIGHT = WIDTH - MARGIN
 REPLICA_RIGHT, SIDE_LEFT = 648.0, 690.0
 INNER_LEFT, INNER_RIGHT = 50.0, 622.0
@@ -41,7 +41,7 @@ CORE = (
 )  # fmt: skip
 WORKER = (
     (Part("Model runner", "flat batch", (3,)), Part("Model", "decoder", (3,)), Part("Attention", "paged", (3,)),
-     Part("KV cache", "blocks", (3,)), Part("KV sender", "and receiver", (13,))),
+     Part("KV cache", "blocks", (3, 14)), Part("KV sender", "and receiver", (13,))),
     (Part("Token buffer", "on the device", (3,)), Part("Parallel layers", "a slice each", (9,)),
      Part("CUDA kernels", "dispatcher", (15,)), Part("Block copier", "between tiers", (12,))),
     (Part("Sampler", "verifies draft tokens", (1, 8)), Part("Experts", "all-to-all", (11,)),

@@ -50,6 +50,14 @@ def decode_rows(weight: QuantizedWeight, expert: int, start: int, stop: int) -> 
     return tile
 
 
+def warm_up() -> None:
+    """Compile the kernels, which takes seconds, or load them from disk; for all shapes."""
+    none, codes, scale = np.empty((0, 2), np.float32), np.empty((1, 0, 2), np.int8), np.empty((1, 0, 1), np.float32)
+    zero = np.empty((1, 0, 1), np.int8)
+    _products_kernel(none, codes, scale, zero, LEVELS, INT8, 2, np.zeros(2, np.int64), none, MAX_KERNEL_ROWS)
+    _decode_kernel(codes[0], scale[0], zero[0], LEVELS, INT8, 2, none)
+
+
 def kind(weight: QuantizedWeight) -> int:
     scheme = weight.scheme
     if scheme.kind == "int":
@@ -60,7 +68,7 @@ def kind(weight: QuantizedWeight) -> int:
 def as_experts(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, scales and zero points: [num_experts, rows, …], for one matrix as for that of a single expert."""
     scale = weight.scale.numpy()
-    zero = np.broadcast_to(np.int8(0), scale.shape) if weight.zero is None else weight.zero.numpy()
+    zero = np.zeros(scale.shape, np.int8) if weight.zero is None else weight.zero.numpy()
     arrays = weight.codes.numpy(), scale, zero
     codes, scale, zero = (array if array.ndim == 3 else array[np.newaxis] for array in arrays)
     return codes, scale, zero
@@ -76,17 +84,21 @@ def _jit_cached(kernel: Callable[..., None]) -> Any:
 
 @_jit_cached
 def _products_kernel(rows, codes, scale, zero, levels, kind, group_size, starts, output, max_rows):
-    decoded = np.empty(rows.shape[1], np.float32)
     for expert in range(len(codes)):
         start, end = starts[expert], starts[expert + 1]
         if start < end and end - start <= max_rows:
-            for column in range(codes.shape[1]):
-                decode(
-                    decoded, codes[expert, column], scale[expert, column], zero[expert, column], levels, kind,
-                    group_size,
-                )  # fmt: skip
-                for row in range(start, end):
-                    output[row, column] = dot(rows[row], decoded)
+            _product_kernel(
+                rows[start:end], codes[expert], scale[expert], zero[expert], levels, kind, group_size, output[start:end]
+            )  # fmt: skip
+
+
+@numba.njit(inline="always", **OPTIONS)
+def _product_kernel(rows, codes, scale, zero, levels, kind, group_size, output):
+    decoded = np.empty(rows.shape[1], np.float32)
+    for column in range(len(codes)):
+        decode(decoded, codes[column], scale[column], zero[column], levels, kind, group_size)
+        for row in range(len(rows)):
+            output[row, column] = dot(rows[row], decoded)
 
 
 @_jit_cached
@@ -95,64 +107,71 @@ def _decode_kernel(codes, scale, zero, levels, kind, group_size, output):
         decode(output[row], codes[row], scale[row], zero[row], levels, kind, group_size)
 
 
-@numba.njit(**OPTIONS)
-def decode(output, codes, scale, zero, levels, kind, group_size):
-    """One row of a matrix, group by group. output: [columns]; codes: [bytes of a row]; scale, zero: [num_groups].
+@numba.njit(inline="always", **OPTIONS)
+def decode(numbers, codes, scale, zero, levels, kind, group_size):
+    """One row of a matrix. numbers: [columns]; codes: [bytes of a row]; scale, zero: [num_groups]."""
+    if kind == INT8:
+        decode_int8(numbers, codes, scale, zero, group_size)
+    elif kind == INT4:
+        decode_int4(numbers, codes, scale, zero, group_size)
+    elif kind == FP8:
+        decode_fp8(numbers, codes, scale, group_size)
+    else:
+        decode_nf4(numbers, codes, scale, levels, group_size)
 
-    Each kind has loops of its own, over views that start at 0: LLVM vectorizes those.
-    """
-    size = group_size if kind in (INT8, FP8) else group_size // 2  # bytes
+
+@numba.njit(inline="always", **OPTIONS)
+def decode_int8(numbers, codes, scale, zero, group_size):
+    """The inner loops run over views that start at 0: LLVM vectorizes those."""
     for group in range(len(scale)):
-        numbers = output[group * group_size : (group + 1) * group_size]
-        bytes_ = codes[group * size : (group + 1) * size]
-        if kind == INT8:
-            decode_int8(numbers, bytes_, scale[group], np.int32(zero[group]))
-        elif kind == INT4:
-            decode_int4(numbers[:size], numbers[size:], bytes_, scale[group], np.int32(zero[group]))
-        elif kind == FP8:
-            decode_fp8(numbers, bytes_, scale[group] * FP8_SHIFT)
-        else:
-            decode_nf4(numbers[:size], numbers[size:], bytes_, scale[group], levels)
+        start, end = group * group_size, (group + 1) * group_size
+        values, own, factor, offset = numbers[start:end], codes[start:end], scale[group], np.int32(zero[group])
+        for i in range(group_size):
+            values[i] = np.float32(np.int32(own[i]) - offset) * factor
 
 
-@numba.njit(**OPTIONS)
-def decode_int8(numbers, codes, scale, zero):
-    for i in range(len(codes)):
-        numbers[i] = np.float32(np.int32(codes[i]) - zero) * scale
+@numba.njit(inline="always", **OPTIONS)
+def decode_int4(numbers, codes, scale, zero, group_size):
+    """Byte i of a group has number i in its lower half and number i + group_size / 2 in its upper half, both plus 8."""
+    half = group_size // 2
+    for group in range(len(scale)):
+        start, factor, offset = group * group_size, scale[group], np.int32(zero[group]) + np.int32(8)
+        own = codes[group * half : (group + 1) * half]
+        low, high = numbers[start : start + half], numbers[start + half : start + group_size]
+        for i in range(half):
+            byte = np.int32(own[i])
+            low[i] = np.float32((byte & np.int32(15)) - offset) * factor
+            high[i] = np.float32(((byte >> np.int32(4)) & np.int32(15)) - offset) * factor
 
 
-@numba.njit(**OPTIONS)
-def decode_int4(low, high, codes, scale, zero):
-    """Byte i has number i in its lower half and number i + len(codes) in its upper half, both plus 8."""
-    offset = zero + np.int32(8)
-    for i in range(len(codes)):
-        byte = np.int32(codes[i])
-        low[i] = np.float32((byte & np.int32(15)) - offset) * scale
-        high[i] = np.float32(((byte >> np.int32(4)) & np.int32(15)) - offset) * scale
+@numba.njit(inline="always", **OPTIONS)
+def decode_nf4(numbers, codes, scale, levels, group_size):
+    half = group_size // 2
+    for group in range(len(scale)):
+        start, factor = group * group_size, scale[group]
+        own = codes[group * half : (group + 1) * half]
+        low, high = numbers[start : start + half], numbers[start + half : start + group_size]
+        for i in range(half):
+            byte = np.int32(own[i])
+            low[i] = levels[byte & np.int32(15)] * factor
+            high[i] = levels[(byte >> np.int32(4)) & np.int32(15)] * factor
 
 
-@numba.njit(**OPTIONS)
-def decode_nf4(low, high, codes, scale, levels):
-    for i in range(len(codes)):
-        byte = np.int32(codes[i])
-        low[i] = levels[byte & np.int32(15)] * scale
-        high[i] = levels[(byte >> np.int32(4)) & np.int32(15)] * scale
-
-
-@numba.njit(**OPTIONS)
-def decode_fp8(numbers, codes, scale):
+@numba.njit(inline="always", **OPTIONS)
+def decode_fp8(numbers, codes, scale, group_size):
     """e4m3 has a sign, 4 bits of exponent and 3 of fraction: the upper bits of a float32, but for the exponent's
-    offset. scale: times FP8_SHIFT. Numbers too small for a full fraction come out right as well, as they are in
-    float32."""
+    offset. Numbers too small for a full fraction come out right as well, as they are in float32."""
     bits = numbers.view(np.int32)
     for i in range(len(codes)):
         byte = np.int32(codes[i])
         bits[i] = ((byte & np.int32(0x7F)) << np.int32(20)) | ((byte & np.int32(0x80)) << np.int32(24))
-    for i in range(len(codes)):
-        numbers[i] *= scale
+    for group in range(len(scale)):
+        values, factor = numbers[group * group_size : (group + 1) * group_size], scale[group] * FP8_SHIFT
+        for i in range(group_size):
+            values[i] *= factor
 
 
-@numba.njit(**OPTIONS)
+@numba.njit(inline="always", **OPTIONS)
 def dot(a, b):
     total = np.float32(0)
     for i in range(len(a)):

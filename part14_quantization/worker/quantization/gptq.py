@@ -21,8 +21,7 @@ def gptq(matrix: Tensor, second_moment: Tensor, scheme: Scheme, scale_dtype: tor
     matrix: [rows, columns]; second_moment: [columns, columns], the mean of x · xᵀ over inputs x.
     """
     matrix, num_columns = matrix.float().clone(), matrix.shape[1]
-    scale, zero = find_scales(scheme.split(matrix), scheme)
-    scale = scale.to(scale_dtype).float()
+    scale, zero = find_scales(scheme.split(matrix), scheme, scale_dtype)
     order = second_moment.diagonal().argsort(descending=True)
     matrix, upper = matrix[:, order], inverse_factor(second_moment[order][:, order])
     groups = order // (num_columns // scale.shape[1])

@@ -150,16 +150,21 @@ def take_part(
 
 
 def group_slice(scheme: Scheme, part: Part, name: str) -> slice:
-    """The groups that the part's columns are. Raises FieldError if a group is on several ranks."""
+    """The groups that the part's columns are: of the scales and zero points, which columns? Raises FieldError if a
+    group is on several ranks. name: the projection's, for the message."""
+    # exercise: group_slice
     start, stop, _ = part.columns.indices(part.num_columns)
     if scheme.group_size is None:
         return slice(None)
     if start % scheme.group_size or stop % scheme.group_size:
-        raise FieldError(
-            "tensor_parallel_size", f"{name}: columns {start} to {stop - 1} of this rank aren't whole groups of "
-            f"{scheme.group_size}: expected fewer ranks",
-        )  # fmt: skip
+        raise FieldError("tensor_parallel_size", f"{name}: {straddling(start, stop, scheme.group_size)}")
     return slice(start // scheme.group_size, stop // scheme.group_size)
+    # exercise: end
+
+
+def straddling(start: int, stop: int, group_size: int) -> str:
+    """What is wrong with a rank's columns."""
+    return f"columns {start} to {stop - 1} of this rank aren't whole groups of {group_size}: expected fewer ranks"
 
 
 def read_scales(reader: CheckpointReader, name: str, num_rows: int, num_groups: int) -> Tensor:

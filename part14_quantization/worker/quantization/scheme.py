@@ -80,26 +80,31 @@ class Quantized:
 def quantize(matrix: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Quantized:
     """Round each number to the nearest code of its group ("round to nearest", RTN).
 
-    matrix: […, columns]. scale_dtype: the scales are rounded to it before they are used.
+    matrix: […, columns]. scale_dtype: what the scales are stored in.
     """
-    scale, zero = find_scales(scheme.split(matrix.float()), scheme)
-    scale = scale.to(scale_dtype).float()
-    return encode(matrix, scale, zero, scheme)
+    return encode(matrix, *find_scales(scheme.split(matrix.float()), scheme, scale_dtype), scheme)
 
 
-def find_scales(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def find_scales(
+    groups: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
     """The scale and the zero point of each group. groups: […, num_groups, columns of a group]. Returns […, num_groups]
-    twice; None for the zero points if they are all 0."""
-    if scheme.kind == "int" and not scheme.is_symmetric:
-        low, high = groups.amin(dim=-1).clamp(max=0), groups.amax(dim=-1).clamp(min=0)
-        scale = (high - low) / (scheme.max_code - scheme.min_code)
-        scale = torch.where(scale == 0, 1.0, scale)
-        zero = (scheme.min_code - low / scale).round().clamp(scheme.min_code, scheme.max_code)
-        return scale, zero.to(torch.int8)
-    if scheme.kind == "int":
-        return symmetric_scale(groups, scheme.min_code, scheme.max_code), None
-    largest = groups.abs().amax(dim=-1)
-    return torch.where(largest == 0, 1.0, largest / (FP8_MAX if scheme.kind == "fp8" else 1.0)), None
+    twice; None for the zero points if they are all 0. The scales are float32 numbers that scale_dtype can hold."""
+    if scheme.kind != "int":
+        largest = groups.abs().amax(dim=-1)
+        return as_stored(largest / (FP8_MAX if scheme.kind == "fp8" else 1.0), scale_dtype), None
+    if scheme.is_symmetric:
+        return as_stored(symmetric_scale(groups, scheme.min_code, scheme.max_code), scale_dtype), None
+    low, high = groups.amin(dim=-1).clamp(max=0), groups.amax(dim=-1).clamp(min=0)
+    scale = as_stored((high - low) / (scheme.max_code - scheme.min_code), scale_dtype)
+    zero = (scheme.min_code - low / scale).round().clamp(scheme.min_code, scheme.max_code)
+    return scale, zero.to(torch.int8)
+
+
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales rounded to a dtype; 1 where that is 0, since numbers are divided by them."""
+    scale = scale.to(dtype).float()
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def symmetric_scale(groups: Tensor, min_code: int, max_code: int) -> Tensor:
@@ -148,7 +153,7 @@ def round_tokens_to_fp8(rows: Tensor) -> Tensor:
     """What rows become as FP8 codes with a scale for each token. rows: [n, size]; returns the same shape and dtype."""
     numbers = rows.float()
     largest = numbers.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / FP8_MAX)
+    scale = as_stored(largest / FP8_MAX, torch.float32)
     return (to_fp8(numbers / scale).float() * scale).to(rows.dtype)
 
 

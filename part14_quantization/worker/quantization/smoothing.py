@@ -18,7 +18,7 @@ from ..model import DecoderLayer
 from ..moe import MixtureOfExperts
 from .calibration import InputStats
 from .gptq import output_error
-from .scheme import Quantized, Scheme, dequantize, encode, find_scales
+from .scheme import Quantized, Scheme, as_stored, dequantize, encode, find_scales
 
 NUM_EXPONENTS = 20
 SHRINK_FACTORS = tuple(1 - step / 20 for step in range(11))  # 1.0, 0.95, … 0.5
@@ -144,7 +144,7 @@ def quantize_clipped(
     scale, zero = find_scales(groups, scheme)
     best_scale, best_error = scale, torch.full_like(scale, torch.inf)
     for factor in SHRINK_FACTORS:
-        tried = (scale * factor).to(scale_dtype).float()
+        tried = as_stored(scale * factor, scale_dtype)
         difference = groups - scheme.split(dequantize(encode(matrix, tried, zero, scheme), scheme))
         error = torch.einsum("rgi,gij,rgj->rg", difference, blocks, difference)
         best_scale = torch.where(error < best_error, tried, best_scale)

@@ -49,7 +49,10 @@ class QuantizedWeight(Weight):
         self._has_read_order = False
 
     def read(self, reader: CheckpointReader, name: str, part: Part, place: Place) -> None:
-        quantized = self.layout.read(reader, name, part)
+        self.store(self.layout.read(reader, name, part), place, name)
+
+    def store(self, quantized: Quantized, place: Place, name: str) -> None:
+        """Put codes of a projection in their place. name: for messages."""
         codes = quantized.codes
         self.codes[place] = pack_nibbles(codes, self.group_size) if self.scheme.codes_per_byte == 2 else codes
         self.scale[place] = quantized.scale

@@ -99,9 +99,10 @@ class GPTQWriter:
         }
 
     def settings(self) -> dict[str, Any]:
+        version = "gptq" if self.is_version_1 else "gptq_v2"
         return {
             "quant_method": "gptq", "bits": self.scheme.bits, "group_size": self.scheme.group_size or -1,
-            "sym": self.scheme.is_symmetric, "desc_act": False, "checkpoint_format": "gptq" if self.is_version_1 else "gptq_v2", "lm_head": False,
+            "sym": self.scheme.is_symmetric, "desc_act": False, "checkpoint_format": version, "lm_head": False,
         }  # fmt: skip
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.checkpoint import MODELS_DIR, Checkpoint, resolve_checkpoint
+from common.errors import FieldError
 from part14_quantization.worker.model import DecoderModel
 from part14_quantization.worker.quantization.calibration import causal_attention
 from part14_quantization.worker.quantization.scheme import Quantized, Scheme
@@ -52,6 +56,19 @@ def save_model(directory: Path, family: str = "llama", seed: int = 0, **changes:
     for name in TOKENIZER_FILES:
         shutil.copyfile(MODELS_DIR / "tiny" / name, directory / name)
     return resolve_checkpoint(str(directory))
+
+
+@contextmanager
+def refused(field: str, message: str, look: str) -> Iterator[None]:
+    """What is done inside must raise a FieldError. message: a regular expression. look: where the fault is if it
+    doesn't."""
+    try:
+        yield
+    except FieldError as error:
+        is_right = error.field == field and re.search(message, str(error))
+        assert is_right, f"expected an error about {field} like {message!r}, got {error!r}. {look}"
+        return
+    pytest.fail(f"expected an error about {field} like {message!r}, and there was none. {look}")
 
 
 def load(directory: Path | Checkpoint) -> DecoderModel:

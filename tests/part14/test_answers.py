@@ -216,8 +216,8 @@ KV_KINDS = ("auto", "int8", "fp8")
 @pytest.mark.parametrize("prefill_kv", KV_KINDS)
 @pytest.mark.parametrize("decode_kv", KV_KINDS)
 def test_a_transfer_between_kinds_of_caches(models: SmallModels, prefill_kv: str, decode_kv: str) -> None:
-    """Codes travel as they are if both engines have the same; else they are converted. Numbers that are quantized by the
-    decode engine are those that it would have computed itself."""
+    """Codes travel as they are if both engines have the same; else they are converted. Numbers that are quantized by
+    the decode engine are those that it would have computed itself."""
     prompt = [*prompts_of(3, longest=40)][2][:24] + list(range(30, 60))
     pair = Pair(
         models, {"kv_cache_dtype": prefill_kv, "tensor_parallel_size": 2}, {"kv_cache_dtype": decode_kv}, part=PART
@@ -273,7 +273,7 @@ def test_blocks_on_disk_are_for_engines_like_this_one(
         for worker in workers(engine):
             worker.close()
         assert found == expected, (
-            f"{settings} after {{}}: loaded {found} tokens from disk, expected {expected}. See kv_tiers.py::namespace_of."
+            f"{settings}: loaded {found} tokens from disk, expected {expected}. See kv_tiers.py::namespace_of."
         )
 
 
@@ -306,6 +306,6 @@ def test_the_scales_of_tiny_are_the_largest_keys_and_values() -> None:
             largest = numbers[0].abs().amax(dim=(1, 2)) / 127
             ratio = scale / largest
             assert ((ratio >= 0.9999) & (ratio <= 1.126)).all(), (
-                f"layer {layer}: scales {scale.tolist()}, expected {largest.tolist()}, rounded up to eighths of a power of "
-                "two. See kv_codes.py::measure_scales and round_up."
+                f"layer {layer}: scales {scale.tolist()}, expected {largest.tolist()}, rounded up to eighths of a "
+                "power of two. See kv_codes.py::measure_scales and round_up."
             )

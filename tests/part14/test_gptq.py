@@ -105,7 +105,8 @@ def test_outputs_change_less_than_with_round_to_nearest(name: str) -> None:
         )
         ratios.append(errors[0] / errors[1])
         assert torch.equal(codes.scale, nearest.scale), f"{name}: the scales are those of the given matrix. {GPTQ}"
-        assert codes.codes.min() >= scheme.min_code and codes.codes.max() <= scheme.max_code, GPTQ
+        low, high = int(codes.codes.min()), int(codes.codes.max())
+        assert scheme.min_code <= low <= high <= scheme.max_code, f"{name}: codes from {low} to {high}. {GPTQ}"
     mean = sum(ratios) / len(ratios)
     assert mean < 0.5, f"{name}: expected less than half of round-to-nearest's error, got {mean:.2f} of it. {SPREAD}"
 
@@ -121,8 +122,8 @@ def test_independent_inputs_leave_nothing_to_make_up_for(name: str, diagonal: st
         f"{name}: {len(wrong)} codes aren't those of round-to-nearest, the first at row, column {wrong[0]}: errors "
         f"went to other columns, or codes to wrong places. {GPTQ}"
     )
-    assert (codes.zero is None) == (nearest.zero is None), GPTQ
-    assert codes.zero is None or torch.equal(codes.zero, nearest.zero), GPTQ
+    zeros = [None if each.zero is None else each.zero.tolist() for each in (codes, nearest)]
+    assert zeros[0] == zeros[1], f"{name}: the zero points aren't those of round-to-nearest. {GPTQ}"
 
 
 def without_damping() -> Any:
@@ -205,7 +206,7 @@ def test_spread_error_is_the_best_change(seed: int) -> None:
 def test_gptq_by_hand(row: list[float], seen: list[list[float]], expected: list[int]) -> None:
     with without_damping():
         got = gptq(torch.tensor([row]), torch.tensor(seen), Scheme(bits=4))
-    assert got.scale.item() == 1, GPTQ
+    assert got.scale.item() == 1, f"7 is the largest number: expected scale 1, got {got.scale}. {GPTQ}"
     assert got.codes.tolist() == [expected], (
         f"row {row} with second moment {seen}: expected codes {expected}, got {got.codes.tolist()}. {GPTQ}"
     )
@@ -219,7 +220,8 @@ def test_groups_of_different_sizes(is_symmetric: bool) -> None:
     seen = moment(correlated_inputs(200, 48))
     codes = gptq(matrix, seen, scheme)
     scale, zero = find_scales(scheme.split(matrix), scheme)
-    assert torch.equal(codes.scale, scale) and (zero is None or torch.equal(codes.zero, zero)), GPTQ  # type: ignore[arg-type]
+    assert torch.equal(codes.scale, scale), f"the scales are those of the given matrix. {GPTQ}"
+    assert zero is None or torch.equal(codes.zero, zero), f"the zero points are those of the given matrix. {GPTQ}"  # type: ignore[arg-type]
     difference = (dequantize(codes, scheme) - matrix).abs() / codes.scale.repeat_interleave(8, dim=1)
     assert difference.mean() < 8, f"numbers are {difference.mean():.1f} steps off in the mean: wrong groups? {GPTQ}"
     nearest = dequantize(quantize(matrix, scheme), scheme)
@@ -405,7 +407,6 @@ def test_measuring_leaves_no_trace(model_of: Callable[[str], DecoderModel]) -> N
     )
     for path, weight in matrices(layer).items():
         assert "grouped" not in vars(weight), f"{path}.grouped is still the recording one. {RECORDING}"
-        assert weight.grouped.__func__ is Weight.grouped, RECORDING  # type: ignore[attr-defined]
         assert not weight._forward_pre_hooks, f"{path} still has a hook. {RECORDING}"
 
 
@@ -534,8 +535,8 @@ def test_smoothquant_makes_the_largest_equal() -> None:
 
 def test_smoothquant_by_hand() -> None:
     """Inputs up to 8 and 2, weights up to 2 and 0.5 in two matrices: √(8 / 2) and √(2 / 0.5)."""
-    pair = pair_of(torch.tensor([[1.0, -0.5], [-2.0, 0.1]]), torch.tensor([[-8.0, 1.0], [3.0, 2.0]]))
-    pair.users.append(torch.tensor([[0.5, 0.25]]))
+    pair = pair_of(torch.tensor([[1.0, -0.2], [-2.0, 0.1]]), torch.tensor([[-8.0, 1.0], [3.0, 2.0]]))
+    pair.users.append(torch.tensor([[0.5, 0.5]]))
     for strength, expected in ((0.5, [2.0, 2.0]), (1.0, [8.0, 2.0]), (0.0, [0.5, 2.0])):
         got = smoothquant_factors(pair, strength)
         assert torch.allclose(got, torch.tensor(expected)), (
@@ -573,7 +574,6 @@ def test_awq_takes_the_best_exponent() -> None:
             f"seed {seed}: with AWQ's factors the outputs are off by {got:.5f}; with exponent {errors.index(best)} / "
             f"{NUM_EXPONENTS}, the best, by {best:.5f}, and without factors by {errors[0]:.5f}. {AWQ}"
         )
-        assert got <= errors[0], AWQ
         assert torch.allclose(factors.max() * factors.min(), torch.tensor(1.0), rtol=1e-3), (
             f"seed {seed}: the largest factor is {factors.max():.3f} and the smallest {factors.min():.3f}: expected "
             f"their product to be 1. {AWQ}"
@@ -647,7 +647,10 @@ def test_clipping_takes_the_best_scale_of_each_group() -> None:
         f"row, group {wrong.nonzero()[0].tolist()} changes outputs by {got[wrong][0]:.5f}; with the best factor of "
         f"its scale, by {errors.amin(dim=0)[wrong][0]:.5f}. {CLIPPED}"
     )
-    assert SHRINK_FACTORS[0] == 1 and abs(min(SHRINK_FACTORS) - 0.5) < 1e-9 and len(SHRINK_FACTORS) == 11, CLIPPED
+    found = SHRINK_FACTORS[0], round(min(SHRINK_FACTORS), 9), len(SHRINK_FACTORS)
+    assert found == (1, 0.5, 11), (
+        f"first and smallest factor, and how many: expected 1, 0.5, 11, got {found}. {CLIPPED}"
+    )
 
 
 def test_diagonal_blocks() -> None:
@@ -689,7 +692,8 @@ def test_a_layer_is_quantized(name: Any, family: str, model_of: Callable[[str], 
         )
         if name == "rtn":
             wanted = quantize(originals[path], scheme)
-            assert torch.equal(torch.stack([each.codes for each in found[path]]).view(weight.data.shape), wanted.codes)
+            got = torch.stack([each.codes for each in found[path]]).view(weight.data.shape)
+            assert torch.equal(got, wanted.codes), f"rtn, {path}: the codes aren't the nearest. {METHOD}"
     changed = [
         not torch.equal(norm, now.weight)
         for norm, now in zip(norms, (layer.input_layernorm, layer.post_attention_layernorm), strict=True)

@@ -50,7 +50,8 @@ def test_nibbles_by_hand(codes: list[int], group_size: int, expected: list[str])
         f"codes {codes} in groups of {group_size}: byte i has code i in its lower half and code i + {group_size // 2} "
         f"in its upper half, both plus 8: expected {expected}, got {as_bytes(packed)}. {NIBBLES}"
     )
-    assert unpack_nibbles(packed, group_size).tolist() == [codes], UNPACK_NIBBLES
+    got = unpack_nibbles(packed, group_size).tolist()
+    assert got == [codes], f"{expected} is unpacked to {got}, expected {codes}. {UNPACK_NIBBLES}"
 
 
 @settings(deadline=None, max_examples=60)
@@ -72,8 +73,12 @@ def test_nibbles_there_and_back(group_size: int, num_groups: int, rows: tuple[in
 def test_every_byte_is_unpacked() -> None:
     packed = torch.arange(-128, 128).to(torch.int8).unsqueeze(1)
     codes = unpack_nibbles(packed, 2)
-    assert codes.unique(dim=0).shape == (256, 2) and (codes.min(), codes.max()) == (-8, 7), UNPACK_NIBBLES
-    assert torch.equal(pack_nibbles(codes, 2), packed), NIBBLES
+    num_pairs, low, high = len(codes.unique(dim=0)), int(codes.min()), int(codes.max())
+    assert (num_pairs, low, high) == (256, -8, 7), (
+        f"256 bytes are {num_pairs} pairs of codes, from {low} to {high}: expected 256, from -8 to 7. {UNPACK_NIBBLES}"
+    )
+    again = pack_nibbles(codes, 2)
+    assert torch.equal(again, packed), f"bytes {packed[again != packed][:4].tolist()} changed. {NIBBLES}"
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,8 @@ def test_a_column_of_words() -> None:
     """GPTQ packs along the input features: a transposed view, which isn't contiguous."""
     codes = torch.randint(0, 16, (24, 5), generator=torch.Generator().manual_seed(0))
     packed = pack_words(codes.T, 4).T
-    assert packed.shape == (3, 5), WORDS
-    assert as_words(packed[1, 2])[0][::-1][:8] == "".join(f"{code:x}" for code in codes[8:16, 2].tolist()), WORDS
-    assert torch.equal(unpack_words(packed.T, 4, 24).T, codes.int()), UNPACK_WORDS
+    assert packed.shape == (3, 5), f"24 rows of codes are 3 rows of words, got {list(packed.shape)}. {WORDS}"
+    word, wanted = as_words(packed[1, 2])[0], "".join(f"{code:x}" for code in codes[8:16, 2].flip(0).tolist())
+    assert word == f"0x{wanted}", f"codes 8 to 15 of column 2: expected 0x{wanted}, got {word}. {WORDS}"
+    got = unpack_words(packed.T, 4, 24).T
+    assert torch.equal(got, codes.int()), f"column 2 became {got[:, 2].tolist()}. {UNPACK_WORDS}"

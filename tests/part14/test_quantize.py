@@ -22,17 +22,15 @@ from transformers import AutoConfig
 
 from common.checkpoint import PRESETS, Checkpoint, load_tokenizer, resolve_checkpoint
 from common.corpus import calibration_rows
-from common.errors import FieldError
 from part14_quantization import quantize
 from part14_quantization.quantize import QuantizeConfig, Quantizer
 from part14_quantization.worker.quantization.calibration import TextRunner, matrices
 from part14_quantization.worker.quantization.choice import QuantizationFlags, choose_layouts
 from part14_quantization.worker.quantization.method import Method
-from part14_quantization.worker.quantization.packing import unpack_words
 from part14_quantization.worker.quantization.scheme import Quantized, Scheme
 from part14_quantization.worker.quantization.weight import QuantizedWeight
 from part14_quantization.worker.quantization.writers import CompressedTensorsWriter, GPTQWriter
-from tests.part14.small_checkpoints import TOKENIZER_FILES, load, logits, save_model
+from tests.part14.small_checkpoints import TOKENIZER_FILES, load, refused, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ROWS, ROW_TOKENS = 4, 32
@@ -219,21 +217,21 @@ def test_compressed_tensors_by_hand() -> None:
     """Codes plus 8 or 128 along the rows; zero points the same, down the columns."""
     writer = CompressedTensorsWriter(Scheme(bits=4, group_size=4, is_symmetric=False), torch.float16)
     got = writer.tensors("a", codes_of([[-8, -7, 0, 7, 1, 2, 3, 4]] * 2, [[-8, 7], [0, -1]], 2))
-    assert set(got) == {"a.weight_packed", "a.weight_scale", "a.weight_shape", "a.weight_zero_point"}, COMPRESSED
+    names = {"a.weight_packed", "a.weight_scale", "a.weight_shape", "a.weight_zero_point"}
+    assert set(got) == names, f"expected tensors {sorted(names)}, got {sorted(got)}. {COMPRESSED}"
     packed, zeros = hexadecimal(got["a.weight_packed"]), hexadecimal(got["a.weight_zero_point"])
     assert packed == [["cba9f810"]] * 2, f"codes: expected cba9f810 twice, got {packed}. {COMPRESSED}"
     assert zeros == [["00000080", "0000007f"]], (
         f"zero points 0 and 8, 15 and 7: expected 00000080 and 0000007f, got {zeros}. {COMPRESSED}"
     )
     assert got["a.weight_shape"].tolist() == [2, 8], f"got {got['a.weight_shape']}. {COMPRESSED}"
-    assert got["a.weight_scale"].dtype == torch.float16 and got["a.weight_scale"].tolist() == [[1, 2], [3, 4]], (
-        COMPRESSED
-    )
+    scale = got["a.weight_scale"]
+    assert scale.dtype == torch.float16 and scale.tolist() == [[1, 2], [3, 4]], f"scales: got {scale}. {COMPRESSED}"
     writer = CompressedTensorsWriter(Scheme(bits=8), torch.float16)
     got = writer.tensors("a", codes_of([[-128, -1, 0, 127, 1]]))
     packed = hexadecimal(got["a.weight_packed"])
     assert packed == [["ff807f00", "00000081"]], f"8 bits: expected ff807f00 and 00000081, got {packed}. {COMPRESSED}"
-    assert "a.weight_zero_point" not in got, COMPRESSED
+    assert set(got) == names - {"a.weight_zero_point"}, f"without zero points: got {sorted(got)}. {COMPRESSED}"
 
 
 def test_codes_that_are_not_packed() -> None:
@@ -241,7 +239,8 @@ def test_codes_that_are_not_packed() -> None:
         codes = codes_of([[-8, 7, 56, 0]])
         got = CompressedTensorsWriter(scheme, torch.bfloat16).tensors("a", codes)
         assert set(got) == {"a.weight", "a.weight_scale"} and got["a.weight"].dtype == dtype, f"got {got}. {COMPRESSED}"
-        assert torch.equal(got["a.weight"].view(torch.int8), codes.codes), COMPRESSED
+        stored = got["a.weight"].view(torch.int8).tolist()
+        assert stored == codes.codes.tolist(), f"the codes as they are: got {stored}. {COMPRESSED}"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -263,9 +262,9 @@ def test_gptq_by_hand(bits: int, symmetric: bool) -> None:
         assert qweight == [["87807978", "84858687"], ["84838281", "80818283"]], f"got {qweight}. {GPTQ_WRITER}"
         wanted = [["00007f7f"], ["00007f7f"]] if symmetric else [["00008078"], ["00007f87"]]
     assert qzeros == wanted, f"zero points {zero}: expected {wanted}, got {qzeros}. {GPTQ_WRITER}"
-    assert got["a.scales"].dtype == torch.float16 and got["a.scales"].tolist() == [[1, 3], [2, 4]], GPTQ_WRITER
-    assert got["a.g_idx"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and got["a.g_idx"].dtype == torch.int32, GPTQ_WRITER
-    assert torch.equal(unpack_words(got["a.qweight"].T, bits, 8), torch.tensor(rows) + 2 ** (bits - 1)), GPTQ_WRITER
+    scales, groups = got["a.scales"], got["a.g_idx"]
+    assert scales.dtype == torch.float16 and scales.tolist() == [[1, 3], [2, 4]], f"got {scales}. {GPTQ_WRITER}"
+    assert groups.dtype == torch.int32 and groups.tolist() == [0] * 4 + [1] * 4, f"g_idx: got {groups}. {GPTQ_WRITER}"
     settings = writer.settings()
     wanted_settings = {
         "quant_method": "gptq", "bits": bits, "group_size": 4, "sym": symmetric, "desc_act": False,
@@ -328,7 +327,8 @@ def test_gates_are_ignored(name: str) -> None:
     assert layout_for is not None and layout_for(name) is None, (
         f"{name} isn't quantized. {WRITER.format('NOT_QUANTIZED')}"
     )
-    assert layout_for("model.layers.3.mlp.gate_proj") is not None, WRITER.format("NOT_QUANTIZED")
+    name = "model.layers.3.mlp.gate_proj"
+    assert layout_for(name) is not None, f"{name} is quantized. {WRITER.format('NOT_QUANTIZED')}"
 
 
 # A whole checkpoint
@@ -359,14 +359,14 @@ def test_a_checkpoint_is_complete(
             names |= dict.fromkeys(opened.keys(), file)
             assert opened.metadata() == {"format": "pt"}, f"which transformers wants. {WRITE_TENSORS}"
     assert index["weight_map"] == names, f"the index isn't what the files have. {QUANTIZER.format('_finish')}"
-    assert all("layers.0." in name for name, file in names.items() if file == weights[0]), QUANTIZER.format("_quantize")
-    assert index["metadata"]["total_size"] > 0, QUANTIZER.format("_finish")
+    others = [name for name, file in names.items() if (file == weights[0]) != (".layers.0." in name)]
+    assert not others, f"the first file has layer 0: {others} are in another one's. {QUANTIZER.format('_quantize')}"
+    assert index["metadata"]["total_size"] > 0, f"got {index['metadata']}. {QUANTIZER.format('_finish')}"
     output = " ".join(capsys.readouterr().out.split())
     # 48 · (48 + 16 + 16 + 48 + 3 · 96) weights in each of 2 layers; 4 bits, and 32 of 16 weights' scale
     assert "39,936 weights of linear layers: 6.00 bits each with scales, 2.67 times smaller" in output, (
         f"got {output}. See quantize.py::run."
     )
-    assert len(logits(load(out), [5, 6, 7])) == 3
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,8 @@ def test_rows_are_not_longer_than_the_model_allows(tmp_path: Path) -> None:
 
 def test_methods_need_text(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
     """Rows longer than all the text: there are none, and gptq would round to nearest in silence."""
-    with mock.patch.object(quantize, "calibration_rows", lambda *_: []), pytest.raises(FieldError, match="row_tokens"):
+    no_rows = mock.patch.object(quantize, "calibration_rows", lambda *_: [])
+    with no_rows, refused("row_tokens", "", QUANTIZER.format("run")):
         write(flags(models().directory, tmp_path / "out", method="gptq"))
 
 
@@ -601,7 +602,7 @@ def unfinished(models: Callable[..., Checkpoint], tmp_path: Path) -> QuantizeCon
 @pytest.mark.parametrize("change", CHANGED)
 def test_other_flags_need_another_directory(change: str, unfinished: QuantizeConfig) -> None:
     before = contents(Path(unfinished.out))
-    with pytest.raises(FieldError, match="out: .* has an unfinished run with another model or other flags"):
+    with refused("out", "out: .* has an unfinished run with another model or other flags", DIRECTORY):
         Quantizer(replace(unfinished, **CHANGED[change]))
     assert contents(Path(unfinished.out)) == before, f"{change}: the directory changed. {DIRECTORY}"
 
@@ -609,9 +610,7 @@ def test_other_flags_need_another_directory(change: str, unfinished: QuantizeCon
 def test_another_model_needs_another_directory(unfinished: QuantizeConfig, tmp_path: Path) -> None:
     """One of the same shape: another training of it."""
     other = save_model(tmp_path / "other", seed=1)
-    with pytest.raises(
-        FieldError, match="unfinished run with another model or other flags: expected another directory"
-    ):
+    with refused("out", "unfinished run with another model or other flags: expected another directory", DIRECTORY):
         Quantizer(replace(unfinished, model=str(other.directory)))
 
 
@@ -623,13 +622,13 @@ def test_the_same_model_elsewhere(unfinished: QuantizeConfig, tmp_path: Path) ->
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_a_damaged_state(text: str, unfinished: QuantizeConfig) -> None:
     (Path(unfinished.out) / "quantize.json").write_text(text)
-    with pytest.raises(FieldError, match="expected another directory"):
+    with refused("out", "expected another directory", DIRECTORY):
         Quantizer(unfinished)
 
 
 def test_a_directory_that_has_other_files(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FieldError, match="out: .* isn't empty: expected an empty or a new directory"):
+    with refused("out", "out: .* isn't empty: expected an empty or a new directory", DIRECTORY):
         Quantizer(flags(models().directory, tmp_path))
     assert contents(tmp_path) == {"notes.txt": b"mine"}, f"the directory changed. {DIRECTORY}"
 
@@ -637,14 +636,15 @@ def test_a_directory_that_has_other_files(models: Callable[..., Checkpoint], tmp
 def test_a_finished_run_is_not_continued(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
     config = flags(models().directory, tmp_path / "out")
     write(config)
-    with pytest.raises(FieldError, match="isn't empty"):
+    with refused("out", "isn't empty", DIRECTORY):
         Quantizer(config)
 
 
 def test_a_quantized_model_is_refused(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
     for layout, method in (("compressed-tensors", "compressed-tensors"), ("gptq", "gptq")):
         out = write(flags(models().directory, tmp_path / layout, layout=layout))
-        with pytest.raises(FieldError, match=rf"is quantized \({method}\): expected weights in one of F32, F16, BF16"):
+        message = rf"is quantized \({method}\): expected weights in one of F32, F16, BF16"
+        with refused("model", message, QUANTIZER.format("__init__")):
             Quantizer(flags(out, tmp_path / "again"))
         assert not (tmp_path / "again").exists(), f"a directory was made for nothing. {QUANTIZER.format('__init__')}"
 
@@ -677,9 +677,8 @@ def test_a_quantized_model_is_refused(models: Callable[..., Checkpoint], tmp_pat
     ],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(changes: dict[str, Any], field: str, message: str) -> None:
-    with pytest.raises(FieldError, match=re.escape(message)) as caught:
+    with refused(field, re.escape(message), "See quantize.py::QuantizeConfig."):
         flags("tiny", Path("out"), **changes)
-    assert caught.value.field == field, f"expected {field}, got {caught.value.field}. See quantize.py::QuantizeConfig."
 
 
 @pytest.mark.parametrize(
@@ -699,7 +698,7 @@ def test_the_scheme_of_flags(changes: dict[str, Any], expected: Scheme) -> None:
 
 
 def test_groups_that_do_not_fit(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
-    with pytest.raises(FieldError, match="multiple of the group size, 128, got 48"):
+    with refused("quantization", "multiple of the group size, 128, got 48", "See scheme.py::Scheme.num_groups."):
         write(flags(models().directory, tmp_path / "out", group_size=128))
 
 

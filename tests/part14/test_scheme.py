@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.errors import FieldError
 from part14_quantization.worker.quantization.scheme import (
     FP8_MAX,
     NF4_LEVELS,
@@ -27,7 +25,7 @@ from part14_quantization.worker.quantization.scheme import (
     to_fp8,
 )
 from part14_quantization.worker.quantization.writers import CompressedTensorsWriter
-from tests.part14.small_checkpoints import weight_of
+from tests.part14.small_checkpoints import refused, weight_of
 
 SCHEMES = {
     "int8": Scheme(),
@@ -71,7 +69,9 @@ def test_a_row_of_int8() -> None:
     got = quantize(row, Scheme())
     assert close(got.scale, torch.tensor([[0.01]])), f"1.27 / 127 = 0.01, got {got.scale}. {look('symmetric_scale')}"
     assert got.codes.tolist() == [[127, -64, 1, -100]], f"codes: got {got.codes.tolist()}. {look('encode')}"
-    assert got.codes.dtype == torch.int8 and got.scale.dtype == torch.float32 and got.zero is None, look("Quantized")
+    assert got.codes.dtype == torch.int8 and got.scale.dtype == torch.float32 and got.zero is None, (
+        f"expected int8 codes, float32 scales and no zero points, got {got}. {look('Quantized')}"
+    )
     error = (dequantize(got, Scheme()) - row).abs().max()
     assert error <= 0.005 + 1e-7, f"an error of {error}: expected at most half the scale, 0.005. {look('dequantize')}"
 
@@ -140,11 +140,12 @@ def test_ties_become_even() -> None:
         (Scheme(is_symmetric=False), 100, [127, -128]),
         (Scheme(bits=4, is_symmetric=False), -8, [7, -8]),
         (Scheme("nf4", bits=4), None, [7, -8]),
+        (Scheme("fp8"), None, [0x7E, 0xFE - 256]),
     ],
 )
 def test_numbers_that_are_too_large_saturate(scheme: Scheme, zero: int | None, expected: list[int]) -> None:
     zeros = None if zero is None else torch.tensor([[zero]], dtype=torch.int8)
-    for size in (300.0, 1e6, torch.inf):
+    for size in (1_000.0, 1e6, torch.inf):
         got = encode(torch.tensor([[size, -size]]), torch.ones(1, 1), zeros, scheme).codes[0].tolist()
         assert got == expected, f"{scheme}: ±{size} with scale 1: expected {expected}, got {got}. {look('encode')}"
 
@@ -154,7 +155,7 @@ def test_zero_points_by_hand() -> None:
     row = torch.tensor([[-3.0, 0.0, 5.0, 12.0]])
     scheme = Scheme(bits=4, is_symmetric=False)
     got = quantize(row, scheme)
-    assert got.zero is not None and got.zero.dtype == torch.int8, look("find_scales")
+    assert got.zero is not None and got.zero.dtype == torch.int8, f"zero points: got {got.zero}. {look('find_scales')}"
     found = got.scale.item(), got.zero.item(), got.codes.tolist()
     assert found == (1.0, -5, [[-8, -5, 0, 7]]), (
         f"{row.tolist()}: expected scale 1, zero point -5 and codes -8, -5, 0, 7, got {found}. {look('find_scales')}"
@@ -212,7 +213,8 @@ def test_experts_are_like_matrices_of_their_own(name: str) -> None:
         assert torch.equal(got.codes[expert], alone.codes) and torch.equal(got.scale[expert], alone.scale), (
             f"{name}: expert {expert} has other codes than its matrix alone. {look('encode')}"
         )
-    assert dequantize(got, scheme).shape == experts.shape, look("dequantize")
+    shape = list(dequantize(got, scheme).shape)
+    assert shape == [2, 3, 16], f"{name}: two experts' numbers have shape {shape}. {look('dequantize')}"
 
 
 def half_a_step(matrix: Tensor, codes: Quantized, scheme: Scheme) -> Tensor:
@@ -318,7 +320,8 @@ def test_fp8_saturates() -> None:
         got = to_fp8(sign * huge).float()
         assert (got == sign * 448).all(), f"{sign * huge}: expected {sign * 448}, got {got}. {look('to_fp8')}"
     small = random_matrix(1_000) * 100
-    assert torch.equal(to_fp8(small).float(), small.to(torch.float8_e4m3fn).float()), look("to_fp8")
+    got, wanted = to_fp8(small).float(), small.to(torch.float8_e4m3fn).float()
+    assert torch.equal(got, wanted), f"{small[got != wanted][:3]} became {got[got != wanted][:3]}. {look('to_fp8')}"
 
 
 @settings(deadline=None, max_examples=60)
@@ -337,8 +340,11 @@ def test_nf4_levels_are_themselves() -> None:
     row = torch.tensor([NF4_LEVELS])
     got = quantize(row * 3, Scheme("nf4", bits=4))
     assert got.codes.tolist() == [list(range(-8, 8))], f"levels 0 to 15, minus 8: got {got.codes}. {look('encode')}"
-    assert torch.allclose(dequantize(got, Scheme("nf4", bits=4)), row * 3), look("dequantize")
-    assert len(NF4_LEVELS) == 16 and list(NF4_LEVELS) == sorted(NF4_LEVELS) and NF4_LEVELS[7] == 0, look("NF4_LEVELS")
+    numbers = dequantize(got, Scheme("nf4", bits=4))
+    assert torch.allclose(numbers, row * 3), f"3 · levels became {numbers.tolist()}. {look('dequantize')}"
+    assert len(NF4_LEVELS) == 16 and list(NF4_LEVELS) == sorted(NF4_LEVELS) and NF4_LEVELS[7] == 0, (
+        f"expected 16 levels in order, the eighth of them 0. {look('NF4_LEVELS')}"
+    )
 
 
 def test_nf4_takes_the_nearest_level() -> None:
@@ -373,9 +379,8 @@ def test_num_groups(group_size: int | None, num_columns: int, expected: int) -> 
 @pytest.mark.parametrize(("group_size", "num_columns"), [(128, 96), (128, 320), (7, 48)])
 def test_groups_must_be_whole(group_size: int, num_columns: int) -> None:
     wanted = f"multiple of the group size, {group_size}, got {num_columns}"
-    with pytest.raises(FieldError, match=re.escape(wanted)) as caught:
+    with refused("quantization", wanted, look("Scheme.num_groups")):
         quantize(torch.zeros(1, num_columns), Scheme(bits=4, group_size=group_size))
-    assert caught.value.field == "quantization", f"got {caught.value.field}. {look('Scheme.num_groups')}"
 
 
 def test_bits_per_weight() -> None:
@@ -389,7 +394,6 @@ def test_bits_per_weight() -> None:
     assert bits == [4.125, 4.25], (
         f"bits per weight, stored and in memory: expected 4.125 and 4.25, got {bits}. {IN_MEMORY}"
     )
-    assert round(16 / bits[0], 2) == 3.88, IN_MEMORY
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -411,7 +415,8 @@ def test_tokens_in_int8(dtype: torch.dtype) -> None:
 @given(rows_of_16)
 def test_tokens_are_independent_and_symmetric(rows: Tensor) -> None:
     codes, scale = quantize_tokens(rows)
-    assert scale.shape == (len(rows), 1) and codes.shape == rows.shape, look("quantize_tokens")
+    shapes = codes.shape, scale.shape
+    assert shapes == (rows.shape, (len(rows), 1)), f"got codes and scales of {shapes}. {look('quantize_tokens')}"
     assert codes.min() >= -127, f"-128 is no code of activations: got {codes.min()}. {look('quantize_tokens')}"
     assert ((codes * scale - rows).abs() <= scale * 0.50001).all(), (
         f"off by over half a step. {look('quantize_tokens')}"
@@ -439,12 +444,13 @@ def test_tokens_in_fp8(dtype: torch.dtype) -> None:
     )
     assert got[5].eq(0).all(), f"zeros became {got[5]}. {FP8_TOKENS}"
     assert torch.equal(round_tokens_to_fp8(rows[3:4]), got[3:4]), f"a token depends on those beside it. {FP8_TOKENS}"
-    assert (got[:5].float() / scale[:5]).unique().numel() < 256 or dtype == torch.bfloat16, FP8_TOKENS
     assert not torch.equal(got, rows), f"nothing was rounded. {FP8_TOKENS}"
 
 
 def test_no_tokens() -> None:
     empty: Any = torch.zeros(0, 16)
     codes, scale = quantize_tokens(empty)
-    assert codes.shape == (0, 16) and scale.shape == (0, 1), look("quantize_tokens")
-    assert round_tokens_to_fp8(empty).shape == (0, 16), FP8_TOKENS
+    shapes = codes.shape, scale.shape
+    assert shapes == ((0, 16), (0, 1)), f"no tokens: got codes and scales of {shapes}. {look('quantize_tokens')}"
+    shape = round_tokens_to_fp8(empty).shape
+    assert shape == (0, 16), f"no tokens: got {list(shape)}. {FP8_TOKENS}"

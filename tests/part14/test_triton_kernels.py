@@ -93,19 +93,6 @@ TYPES = {
 }  # fmt: skip
 
 
-class Codes(NamedTuple):
-    """A layout: these codes, whatever is asked for."""
-
-    scheme: Scheme
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    has_order: bool = False
-
-    def read(self, *_: object) -> Quantized:
-        return Quantized(self.codes, self.scale, self.zero)
-
-
 def make_weight(
     scheme: Scheme, out_features: int, num_columns: int, num_experts: int | None = None, codes: Tensor | None = None,
     device: str = "cpu",
@@ -120,9 +107,8 @@ def make_weight(
             codes = torch.randint(scheme.min_code, scheme.max_code + 1, shape).to(torch.int8)
     scale = torch.ldexp(torch.rand(groups_shape) + 1, torch.randint(-9, -4, groups_shape))
     zero = torch.randint(scheme.min_code, scheme.max_code + 1, groups_shape).to(torch.int8)
-    layout = Codes(scheme, codes, scale, None if scheme.is_symmetric else zero)
-    weight = QuantizedWeight(shape, layout)
-    weight.read(None, "", None, tuple(slice(None) for _ in shape[:-1]))
+    weight = QuantizedWeight(shape, mock.Mock(scheme=scheme, has_order=False))
+    weight.store(Quantized(codes, scale, None if scheme.is_symmetric else zero), (slice(None),), "")
     weight = weight.to(device)
     return weight if num_experts is None else weight.expert(num_experts - 2)
 

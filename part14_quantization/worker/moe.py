@@ -88,8 +88,9 @@ class Experts(nn.Module):
             self.gate_up.read(reader, gate, outer, (slots[0], slice(0, own)))
             self.gate_up.read(reader, up, outer, (slots[0], slice(own, 2 * own)))
             self.down.read(reader, down, inner, (slots[0],))
-            for copy, parameter in product(slots[1:], self.parameters()):
-                parameter[copy] = parameter[slots[0]]
+            for copy, (name, parameter) in product(slots[1:], self.named_parameters()):
+                if not name.endswith("order"):  # all experts have the same one
+                    parameter[copy] = parameter[slots[0]]
 
     def forward(self, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         """Each row through its experts on this rank, and their sum with its weights.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .triton_attention import MIN_DOT_SIZE, _jit, tl, triton
+from .triton_attention import MIN_DOT_SIZE, _jit, triton
+
+if triton is not None:
+    import triton.language as tl
 
 TILE_COLUMNS, TILE_INNER = 64, 32  # of a program's output tile, and of the products that it adds up at a time
 

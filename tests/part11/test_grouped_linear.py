@@ -141,3 +141,19 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     print(json.dumps(interpret() if sys.argv[1] == "interpret" else compile_kernel()))
+
+
+def test_without_triton_it_says_what_is_missing() -> None:
+    """As on macOS: the module imports, and only a call fails."""
+    code = """
+import sys
+sys.modules["triton"] = None  # makes `import triton` fail
+import torch
+from part11_expert_parallelism.worker.triton_grouped_linear import grouped_linear
+try:
+    grouped_linear(torch.ones(1, 2), torch.ones(1, 2, 2), torch.tensor([1]))
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "needs the package triton" in done.stdout, f"{done.stderr[-500:]}. See worker/triton_grouped_linear.py."

@@ -80,7 +80,6 @@ COMPILED: dict[str, dict[str, Any]] = {
     "int8, a scale for each row, 1 row": dict(bits=8, num_columns=1_100, dtype="float16", num_rows=1),
     "int8, 512 rows": dict(bits=8, group_size=16, num_columns=4_096, dtype="float16", num_rows=512),
     "fp8, 512 rows": dict(kind="fp8", bits=8, num_columns=4_096, dtype="bfloat16", num_rows=512),
-    "fp8, 512 rows, float32": dict(kind="fp8", bits=8, num_columns=4_096, dtype="float32", num_rows=512),
 }
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.uint8}
 # of each sequence its new tokens, and its context with these included

@@ -15,7 +15,6 @@ from .packing import AWQ_ORDER, unpack_words
 from .scheme import Quantized, Scheme, quantize
 
 INT32, INT8, FP8 = ("I32",), ("I8",), ("F8_E4M3",)
-FP8_NAN = 0x7F
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,7 @@ if triton is not None:
     import triton.language as tl
 
 MAX_TILE_ROWS, MIN_TILE_OUTPUTS = 64, 32  # of a program's output tile: with few rows, more programs with fewer outputs
-MAX_TILE_BYTES = {
-    2: 64,
-    4: 16,
-}  # by bytes per number: of a matrix's row that a program reads at once, before registers spill
+MAX_TILE_BYTES = {2: 64, 4: 16}  # by bytes per number: of a matrix's row at once, before registers spill
 
 
 def supports(scheme: Scheme) -> bool:

@@ -232,11 +232,13 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
         )  # fmt: skip
 
 
-def check_safetensors(directory: Path, allowed: Sequence[str] = FLOAT_DTYPES) -> None:
-    """Read each weight file's header. Raises FieldError naming the first file that is corrupt or truncated, or the
-    first weight or bias that has a dtype that isn't allowed, such as quantized weights.
+def check_safetensors(
+    directory: Path, allowed: Sequence[str] = FLOAT_DTYPES, files: Sequence[Path] = ()
+) -> None:  # fmt: skip
+    """Read the header of each weight file, or of these files. Raises FieldError naming the first file that is corrupt
+    or truncated, or the first weight or bias that has a dtype that isn't allowed, such as quantized weights.
     """
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in files or sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

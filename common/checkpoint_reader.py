@@ -69,10 +69,11 @@ class SafetensorsReader:
     def __init__(
         self, directory: Path, stack: ExitStack, dtypes: Sequence[str] = FLOAT_DTYPES, files: Sequence[Path] = ()
     ) -> None:
-        check_safetensors(directory, dtypes)
+        files = files or weight_files(directory)
+        check_safetensors(directory, dtypes, files)
         self.source = str(directory)
         self._files: dict[str, Any] = {}
-        for path in files or weight_files(directory):
+        for path in files:
             file = stack.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118
                 if name in self._files:

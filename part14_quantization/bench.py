@@ -38,6 +38,14 @@ from .worker.quantization.scheme import Scheme
 
 BATCHES = (1, 32)
 OUTLIER_FACTORS = (1, 10, 30, 100)
+SMALLEST_SHOWN = 0.01  # %
+LABELS = {
+    "int4": (-22, 0),
+    "int4, GPTQ": (-30, -4),
+    "int4, AWQ": (-30, 0),
+    "nf4": (6, -6),
+    "W8A8, SmoothQuant": (-95, 8),
+}
 W8A8 = Scheme(bits=8, activations="int8")
 
 
@@ -186,39 +194,48 @@ def measure_all(config: BenchConfig) -> dict[str, Any]:
 def plot(m: dict[str, Any], path: Path) -> None:
     fig, axes = plotting.panels(
         [
-            ("tiny: perplexity against bytes", "bits per weight", "perplexity, over fp32 (%)"),
-            ("110M parameters: decode speed", "", "tokens/s, over fp32"),
+            ("Quality (tiny)", "bits per weight", "perplexity, more than fp32 (%)"),
+            ("Speed (110M)", "", "tokens/s, times fp32"),
             ("W8A8 and outliers", "outliers, times larger", "perplexity"),
         ]
     )
-    base = m["quality"]["fp32"]["perplexity"]
-    for name, found in m["quality"].items():
-        if not name.startswith(("KV", "bf16")) and "KV" not in name:
-            worse = max(0.01, 100 * (found["perplexity"] / base - 1))
-            [point] = axes[0].plot(found["bits_per_weight"], worse, "o")
-            axes[0].annotate(
-                name, (found["bits_per_weight"], worse), (6, 0), textcoords="offset points", va="center", fontsize=8,
-                color=point.get_color(),
-            )  # fmt: skip
-    axes[0].set_xscale("log", base=2)
-    axes[0].set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
-    axes[0].set_yscale("log")
-    names, width = list(m["speed"]), 0.4
+    plot_quality(axes[0], m["quality"])
+    names, width = [variant.name for variant in SPEED], 0.4
     for offset, batch_size in enumerate(BATCHES):
         speeds = [m["speed"][name][f"tokens_per_s_{batch_size}"] for name in names]
         places = [place + (offset - 0.5) * width for place in range(len(names))]
-        axes[1].bar(places, [speed / speeds[0] for speed in speeds], width, label=f"batch {batch_size}")
+        axes[1].bar(
+            places, [speed / speeds[names.index("fp32")] for speed in speeds], width, label=f"batch {batch_size}"
+        )
     axes[1].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=9)
     axes[1].axhline(1, color="gray", linewidth=1)
-    for name in next(iter(m["outliers"].values())):
-        axes[2].plot(
-            [int(f) for f in m["outliers"]], [found[name] for found in m["outliers"].values()], "o-", label=name
-        )
+    for name in ("fp32", "W8A8", "SmoothQuant"):
+        values = [m["outliers"][str(factor)][name] for factor in OUTLIER_FACTORS]
+        axes[2].plot(OUTLIER_FACTORS, values, "o-", label=name)
     axes[2].set_xscale("log")
-    axes[2].set_yscale("log")
+    axes[2].set_xticks(OUTLIER_FACTORS, map(str, OUTLIER_FACTORS))
+    axes[2].minorticks_off()
     for ax in axes[1:]:
         ax.legend(fontsize=9)
     plotting.save(fig, path)
+
+
+def plot_quality(ax: Any, quality: dict[str, Any]) -> None:
+    """Weights alone, and each name beside its point: to the right, but where two points are close."""
+    base = quality["fp32"]["perplexity"]
+    for name in (variant.name for variant in QUALITY):
+        found = quality[name]
+        if name in ("fp32", "bf16") or "KV" in name:
+            continue
+        bits = 3.25 if name == "3 bits" else found["bits_per_weight"]
+        worse = max(SMALLEST_SHOWN, 100 * (found["perplexity"] / base - 1))
+        [point] = ax.plot(bits, worse, "o")
+        ax.annotate(
+            name.removeprefix("int4, "), (bits, worse), LABELS.get(name, (6, 0)), textcoords="offset points",
+            va="center", fontsize=8, color=point.get_color(),
+        )  # fmt: skip
+    ax.set_xlim(2.2, 10)
+    ax.set_yscale("log")
 
 
 def report(console: Console, m: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +12,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from rich.console import Console
@@ -25,7 +27,7 @@ from common.cli import argument, check_minimums, exit_on_error, option, parse_co
 from common.corpus import calibration_rows
 from common.errors import FieldError
 
-from .worker.quantization.calibration import TextRunner
+from .worker.quantization.calibration import TextRunner, matrices
 from .worker.quantization.choice import QuantizationFlags, prepare_layers
 from .worker.quantization.method import Method
 from .worker.quantization.scheme import Scheme
@@ -70,8 +72,12 @@ class QuantizeConfig:
         is_w8a8 = self.method == "smoothquant" or self.activations == "int8"
         if is_w8a8 and (self.bits, self.group_size, self.symmetric, self.format) != (8, -1, True, "int"):
             raise FieldError("activations", "W8A8 needs --bits 8 --group-size -1, symmetric, and --format int")
-        if self.format == "fp8" and (self.bits, self.method, self.symmetric) != (8, "rtn", True):
-            raise FieldError("format", "fp8 needs --bits 8 and --method rtn, symmetric")
+        if self.format == "fp8" and (self.bits, self.group_size, self.method, self.symmetric) != (8, -1, "rtn", True):
+            raise FieldError("format", "fp8 needs --bits 8 --group-size -1 --method rtn, symmetric")
+        if self.device is not None and (
+            self.device.split(":")[0] not in ("cpu", "cuda") or (self.device != "cpu" and default_device() == "cpu")
+        ):
+            raise FieldError("device", f"expected cpu, or cuda where torch sees a GPU, got {self.device!r}")
         if self.layout == "gptq" and (self.format == "fp8" or is_w8a8):
             raise FieldError("layout", "gptq has only integers, and no activations: expected compressed-tensors")
 
@@ -100,7 +106,18 @@ class Quantizer:
         self.method = Method(config.method, config.scheme, self.writer.scale_dtype)
         self.model = load_decoder(self.checkpoint, torch.float32, config.device or default_device())
         self.num_bytes = self.num_weights = 0
-        prepare_directory(self.out, self.state)
+        self._check_groups()
+        self._lock = prepare_directory(self.out, self.state)
+
+    def _check_groups(self) -> None:
+        """Raises FieldError if a matrix can't be divided into whole groups."""
+        for name, layer in self.model.layers.items():
+            for path, weight in matrices(layer).items():
+                if self.config.group_size > 0 and weight.shape[-1] % self.config.group_size:
+                    raise FieldError(
+                        "group_size", f"expected a divisor of {weight.shape[-1]}, the input features of "
+                        f"layers.{name}.{path}, got {self.config.group_size}",
+                    )  # fmt: skip
 
     @property
     def state(self) -> dict[str, Any]:
@@ -120,22 +137,26 @@ class Quantizer:
 
     @torch.inference_mode()
     def run(self, report: Progress) -> None:
-        config, task = self.config, report.add_task(self.config.method, total=len(self.model.layers))
-        tokenizer = load_tokenizer(self.checkpoint)
-        row_tokens = min(config.row_tokens, self.checkpoint.max_model_len)
-        rows = calibration_rows(tokenizer, row_tokens, config.num_rows) if self.method.needs_text else []
-        text = TextRunner(self.model, rows)
-        for number, (name, layer) in enumerate(self.model.layers.items()):
-            path = f"model.layers.{name}"
-            if not self._has_file(number):
-                stats = text.measure(layer) if self.method.needs_text else {}
-                tensors = self._quantize(layer, path, stats)
-                write_tensors(tensors, self.file(number))
-            self._load(layer, path, self.file(number))
-            text.advance(layer)
-            report.advance(task)
-        write_tensors(dict(self._outside()), self.file(self.num_files - 1))
-        self._finish()
+        with self._lock:
+            task = report.add_task(self.config.method, total=len(self.model.layers))
+            text = TextRunner(self.model, self._rows())
+            for number, (name, layer) in enumerate(self.model.layers.items()):
+                path = f"model.layers.{name}"
+                if not self._has_file(number):
+                    stats = text.measure(layer) if self.method.needs_text else {}
+                    write_tensors(self._quantize(layer, path, stats), self.file(number))
+                self._load(layer, path, self.file(number))
+                text.advance(layer)
+                report.advance(task)
+            write_tensors(dict(self._outside()), self.file(self.num_files - 1))
+            self._finish()
+
+    def _rows(self) -> list[list[int]]:
+        """The text to calibrate on."""
+        if not self.method.needs_text:
+            return []
+        row_tokens = min(self.config.row_tokens, self.checkpoint.max_model_len)
+        return calibration_rows(load_tokenizer(self.checkpoint), row_tokens, self.config.num_rows)
 
     def _has_file(self, number: int) -> bool:
         """Whether an interrupted run has written this layer."""
@@ -159,7 +180,8 @@ class Quantizer:
         with ExitStack() as stack:
             reader = SafetensorsReader(self.out, stack, ALL_DTYPES, [file])
             config = SimpleNamespace(**self.checkpoint.config.to_dict(), quantization_config=self.writer.settings())
-            prepare_layers(layer, config, QuantizationFlags(), path)
+            with torch.device(self.model.device):
+                prepare_layers(layer, config, QuantizationFlags(), path)
             load_weights(layer, reader, path)
         for module in layer.modules():
             if isinstance(module, QuantizedWeight):
@@ -180,7 +202,9 @@ class Quantizer:
     def _finish(self) -> None:
         """What makes the files a checkpoint: the index, the tokenizer and, last, the config."""
         names = {name: file.name for file in map(self.file, range(self.num_files)) for name in tensor_names(file)}
-        size = sum(self.file(number).stat().st_size for number in range(self.num_files))
+        size = sum(
+            tensor.nbytes for number in range(self.num_files) for tensor in load_file(self.file(number)).values()
+        )
         write_json({"metadata": {"total_size": size}, "weight_map": names}, self.out / INDEX)
         for file in sorted(self.checkpoint.tokenizer_directory.iterdir()):
             if file.name in OTHER_FILES:
@@ -192,36 +216,60 @@ class Quantizer:
         (self.out / STATE).unlink()
 
 
-def prepare_directory(out: Path, state: dict[str, Any]) -> None:
-    """Make the directory, or find there what an interrupted run has left. Raises FieldError if it has something
-    else."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / STATE
-    if not file.is_file():
-        if any(out.iterdir()):
-            raise FieldError("out", f"{out} isn't empty: expected an empty or a new directory")
-        write_json(state, file)
-        return
+def prepare_directory(out: Path, state: dict[str, Any]) -> TextIO:
+    """Make the directory, or find there what an interrupted run has left. Returns the file that says what is being
+    written; no other run can write there while it is open. Raises FieldError if the directory has something else."""
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError:
-        found = None
-    if found != state:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FieldError("out", f"{out} is not a directory") from error
+    file = out / STATE
+    if not file.is_file() and any(out.iterdir()):
+        raise FieldError("out", f"{out} isn't empty: expected an empty or a new directory")
+    lock = file.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise FieldError("out", f"another run is writing to {out}") from error
+    lock.seek(0)
+    text = lock.read()
+    if (text or len(list(out.iterdir())) > 1) and not is_state(text, state):
         raise FieldError(
             "out", f"{out} has an unfinished run with another model or other flags: expected another directory"
         )
+    if not text:
+        lock.write(json.dumps(state) + "\n")
+        lock.flush()
+    return lock
+
+
+def is_state(text: str, state: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(text) == state)
+    except ValueError:
+        return False
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """So that the file is there in whole, or not at all."""
     unfinished = file.with_suffix(".unfinished")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
-    unfinished.replace(file)
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {unfinished}: {error}") from error
+    replace(unfinished, file)
 
 
 def write_json(value: Any, file: Path) -> None:
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    replace(unfinished, file)
+
+
+def replace(unfinished: Path, file: Path) -> None:
+    """Give a file its name when all of it is on the disk."""
+    with unfinished.open("rb") as written:
+        os.fsync(written.fileno())
     unfinished.replace(file)
 
 

@@ -181,7 +181,7 @@ def check_lesson(text: str, runner: Runner) -> tuple[str, list[str]]:
 
 
 def lessons(parts: list[int]) -> Iterator[Path]:
-    for path in [ROOT / "README.md", *sorted(ROOT.glob("part[0-9][0-9]_*/README.md"))]:
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("part[0-9][0-9]_*/[A-Z]*.md"))]:
         if not parts or (path.parent != ROOT and int(path.parent.name[4:6]) in parts):
             yield path
 

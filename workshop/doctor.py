@@ -71,7 +71,7 @@ def check_python(root: Path) -> list[Finding]:
 def check_cores(root: Path) -> list[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores < MIN_CORES:
-        advice = "all parts run; parts 9 to 13 start several processes and will be slow"
+        advice = "all parts run; parts 9 to 14 start several processes and will be slow"
         return [Finding(Level.NOTE, "cores", str(cores), advice)]
     return [Finding(Level.OK, "cores", str(cores))]
 

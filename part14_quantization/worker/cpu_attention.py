@@ -20,7 +20,8 @@ from .quantization.kv_codes import decode_kv
 FP8_SHIFT = np.float32(2.0**120)  # e4m3's exponents are stored plus 7, float32's plus 127
 TILE_SIZE = 64  # keys between two updates of the softmax; a multiple of four
 MAX_KERNEL_TOKENS = 8  # per sequence; from 16 on, SDPA's matrix products over gathered keys take half the time
-# fastmath=True would add "nnan" and "ninf", and then a NaN in a key might come out as a plausible number.
+# fastmath=True would add "nnan" and "ninf", and then a NaN in a key might come out as a plausible number. (Codes have
+# none: but a NaN key comes from a NaN hidden state, whose own logits are NaN, and that step fails.)
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 

@@ -46,7 +46,7 @@ def move_experts(mixture: MixtureOfExperts, experts: list[int]) -> None:
     for slot, source in sources.items():
         receiver, sender = slot // slots_per_rank, source // slots_per_rank
         if group.rank == sender:
-            weights = [weight[source % slots_per_rank] for weight in mixture.experts.parameters()]
+            weights = [weight[source % slots_per_rank] for weight in mixture.experts.tensors]
             if sender == receiver:
                 arrived[slot] = [weight.clone() for weight in weights]
             else:
@@ -54,7 +54,7 @@ def move_experts(mixture: MixtureOfExperts, experts: list[int]) -> None:
                     dist.P2POp(dist.isend, weight, group=group.process_group, group_peer=receiver) for weight in weights
                 ]
         elif group.rank == receiver:
-            arrived[slot] = [torch.empty_like(weight[0]) for weight in mixture.experts.parameters()]
+            arrived[slot] = [torch.empty_like(weight[0]) for weight in mixture.experts.tensors]
             transfers += [
                 dist.P2POp(dist.irecv, weight, group=group.process_group, group_peer=sender) for weight in arrived[slot]
             ]
@@ -63,7 +63,7 @@ def move_experts(mixture: MixtureOfExperts, experts: list[int]) -> None:
             for work in dist.batch_isend_irecv(transfers):  # one by one, two GPUs could wait for each other
                 work.wait()
     for slot, weights in arrived.items():
-        for parameter, weight in zip(mixture.experts.parameters(), weights, strict=True):
+        for parameter, weight in zip(mixture.experts.tensors, weights, strict=True):
             parameter[slot % slots_per_rank] = weight
     mixture.placement = Placement(experts, mixture.num_experts, mixture.gate.weight.device)
     first = group.rank * slots_per_rank

@@ -36,6 +36,7 @@ class KVShard:
         self.cache, self.layers, self.heads, self.layout = cache, layers, heads, layout
         self.dtype = cache.data.dtype
         self.head_dim = cache.data.shape[-1]
+        self._scales = None if cache.scales is None else cache.scales.cpu()
 
     def bytes_per_token(self, num_heads: int) -> int:
         """In one layer."""
@@ -59,8 +60,9 @@ class KVShard:
 
     def scales(self, layer: int, heads: Span) -> list[float]:
         """Of the codes of these heads, [2, num_heads] in a row; empty if the pool has numbers."""
-        scales = self.cache.scales
-        return [] if scales is None else scales[layer - self.layers.start, :, self._own(heads)].flatten().tolist()
+        if self._scales is None:
+            return []
+        return self._scales[layer - self.layers.start, :, self._own(heads)].flatten().tolist()
 
     def write(
         self, layer: int, heads: Span, block_ids: Sequence[int], positions: Span, data: memoryview, dtype: torch.dtype,

@@ -75,22 +75,29 @@ class Experts(nn.Module):
         self.gate_up = Weight(len(expert_ids), 2 * len(shard), config.hidden_size)
         self.down = Weight(len(expert_ids), config.hidden_size, len(shard))
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What there is for each slot: [num_slots, …]. The order of columns is the same for all."""
+        return [parameter.data for name, parameter in self.named_parameters() if not name.endswith("order")]
+
     def load(self, reader: CheckpointReader, path: str) -> None:
         size, hidden_size, own = self.shard.total, self.config.hidden_size, len(self.shard)
         outer, inner = Part(size, hidden_size, rows=self.shard.slice), Part(hidden_size, size, columns=self.shard.slice)
-        for expert in range(num_experts(self.config)):
-            prefix = f"{stored(path, self.config)}.{expert}."
-            gate, up, down = (prefix + name for name in self.names)
+        prefix = f"{stored(path, self.config)}."
+        for expert in sorted(set(self.expert_ids)):
+            gate, up, down = (f"{prefix}{expert}.{name}" for name in self.names)
             slots = [slot for slot, held in enumerate(self.expert_ids) if held == expert]
-            if not slots:  # another rank reads it
-                reader.unread = {name for name in reader.unread if not name.startswith(prefix)}
-                continue
             self.gate_up.read(reader, gate, outer, (slots[0], slice(0, own)))
             self.gate_up.read(reader, up, outer, (slots[0], slice(own, 2 * own)))
             self.down.read(reader, down, inner, (slots[0],))
-            for copy, (name, parameter) in product(slots[1:], self.named_parameters()):
-                if not name.endswith("order"):  # all experts have the same one
-                    parameter[copy] = parameter[slots[0]]
+            for copy, tensor in product(slots[1:], self.tensors):
+                tensor[copy] = tensor[slots[0]]
+        others = {str(expert) for expert in range(num_experts(self.config)) if expert not in self.expert_ids}
+        if others:  # which other ranks read
+            reader.unread -= {
+                name for name in reader.unread
+                if name.startswith(prefix) and name.removeprefix(prefix).partition(".")[0] in others
+            }  # fmt: skip
 
     def forward(self, hidden: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         """Each row through its experts on this rank, and their sum with its weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -27,6 +28,8 @@ from .weight_offload import (
     load_weights,
     num_bytes,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def load_decoder(
@@ -62,6 +65,8 @@ def load_decoder(
         model.stored_kv_scales = read_kv_scales(model, reader)
         check_all_read(model, reader)
         model.num_bytes_read = reader.num_bytes_read
+        if offloaded and is_quantized and device == "cpu":
+            logger.warning("cpu_offload_gb: on a CPU, quantized weights stay in memory")
         if offloaded:
             model.fetcher = LayerFetcher(list(offloaded.values()), sources, device)
             load_tables(offloaded, reader)
@@ -145,8 +150,14 @@ def read_kv_scales(model: DecoderModel, reader: CheckpointReader) -> Tensor | No
 def check_all_read(model: DecoderModel, reader: CheckpointReader) -> None:
     """Raises FieldError if the checkpoint has a tensor that no layer has read."""
     for name in sorted(reader.unread):
-        if not is_ignored(name, model):
+        if not is_ignored(name, model) and not is_zero_bias(name, reader):
             raise FieldError("model", f"{reader.source}: unknown tensor {name}")
+
+
+def is_zero_bias(name: str, reader: CheckpointReader) -> bool:
+    """AutoGPTQ writes biases of 0 for layers that have none."""
+    shape = reader.shape_of(name)
+    return name.endswith(".bias") and shape is not None and not reader.read(name, shape).any()
 
 
 def is_ignored(name: str, model: DecoderModel) -> bool:

@@ -21,6 +21,7 @@ from common.errors import FieldError
 from part14_quantization.worker.model import DecoderModel
 from part14_quantization.worker.parallel import Groups, ParallelGroup
 from part14_quantization.worker.quantization.calibration import causal_attention
+from part14_quantization.worker.quantization.choice import compressed_tensors
 from part14_quantization.worker.quantization.kv_codes import decode_kv, encode_kv
 from part14_quantization.worker.quantization.weight import QuantizedWeight
 from part14_quantization.worker.weights import load_decoder
@@ -28,6 +29,7 @@ from part14_quantization.worker.weights import load_decoder
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir())
 ONE_RANK = ("ct-w4a16", "ct-w4a16-actorder", "gptq-desc-act")  # groups of 128 or of scattered columns
+DOWN = "model.layers.0.mlp.down_proj"
 LOOK = "Look at worker/quantization/layouts.py and choice.py."
 
 
@@ -151,7 +153,9 @@ def test_groups_of_scattered_columns_need_one_rank(name: str) -> None:
 
 def test_groups_must_not_be_on_two_ranks(tmp_path: Path) -> None:
     """64 input features in groups of 32 can't be divided among four ranks."""
-    with pytest.raises(FieldError, match=r"multiple of the group size, 32, got 16: choose another .* or fewer ranks"):
+    with pytest.raises(
+        FieldError, match=r"o_proj: 16 input features on each rank aren't whole groups of 32: expected fewer ranks"
+    ):
         load(CHECKPOINTS / "gptq-v1", Groups(ParallelGroup(0, 4)))
 
 
@@ -173,6 +177,14 @@ def drop(part: str) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
     return change
 
 
+def set_all(part: str, value: float) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    def change(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in [name for name in tensors if part in name]:
+            tensors[name].fill_(value)
+
+    return change
+
+
 WEIGHTS = "config_groups.group_0.weights"
 
 
@@ -186,6 +198,16 @@ WEIGHTS = "config_groups.group_0.weights"
         ("gptq-v1", drop("scales"), "lacks the tensor model.layers.0.self_attn.q_proj.scales"),
         ("gptq-v1", drop("qzeros"), "lacks the tensor model.layers.0.self_attn.q_proj.qzeros"),
         ("gptq-desc-act", drop("k_proj.g_idx"), "has its columns in another order"),
+        ("gptq-desc-act", set_key("desc_act", False), "scattered columns .g_idx., but not by its config"),
+        ("gptq-v1", set_all("g_idx", 99), "g_idx: expected 2 groups of 32 columns, got others"),
+        ("gptq-v1", set_key("group_size", 0), "group_size 0 is not supported: expected one of -1, an even number"),
+        ("gptq-v1", set_key("lm_head", True), "lm_head True is not supported"),
+        ("gptq-v1", set_all("scales", -1), "scales: expected scales of at least 0, got -1"),
+        ("ct-w4a16", set_key("ignore", ["re:("]), "ignore: 're:.' is no regular expression"),
+        ("ct-w4a16", set_key("config_groups", []), r"config_groups \[\] is not supported"),
+        ("ct-w4a16", set_key("config_groups.group_0.targets", "Linear"), "targets 'Linear' is not supported"),
+        ("ct-w4a16", set_key(f"{WEIGHTS}.group_size", None), "weights.group_size None is not supported"),
+        ("ct-w4a16", set_key(f"{WEIGHTS}.dynamic", True), "weights.dynamic True is not supported"),
         ("awq", set_key("version", "gemv"), "version 'gemv' is not supported: expected one of gemm"),
         ("awq", set_key("zero_point", False), "zero_point False is not supported"),
         ("awq", set_key("quant_method", "bitsandbytes"), "quant_method 'bitsandbytes' is not supported"),
@@ -202,6 +224,39 @@ def test_what_cannot_be_read_is_refused(
 ) -> None:
     with pytest.raises(FieldError, match=message):
         load(changed(name, tmp_path, change))
+
+
+def test_biases_of_zero_for_layers_without_any(tmp_path: Path) -> None:
+    """AutoGPTQ writes them."""
+
+    def change(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        tensors[f"{DOWN}.bias"] = torch.zeros(64)
+
+    load(changed("gptq-v1", tmp_path, change))
+    with pytest.raises(FieldError, match="unknown tensor model.layers.0.mlp.down_proj.bias"):
+        load(
+            changed(
+                "gptq-v2",
+                tmp_path,
+                lambda tensors, _: tensors.update({"model.layers.0.mlp.down_proj.bias": torch.ones(64)}),
+            )
+        )
+
+
+def test_the_most_specific_group_counts(tmp_path: Path) -> None:
+    """A name before a regular expression, before a class, in any order."""
+    settings = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    names = {"a": settings, "b": {**settings, "targets": ["re:.*proj"]}, "c": {**settings, "targets": ["model.x_proj"]}}
+    inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    for exact in ("a", "b", "c"):
+        groups = {
+            name: {**group, "input_activations": inputs} if name == exact else group for name, group in names.items()
+        }
+        layout_for = compressed_tensors({"config_groups": groups, "format": "int-quantized"})
+        found = {name: layout_for(name).scheme.activations == "int8" for name in ("model.x_proj", "y_proj", "other")}
+        assert found == {"model.x_proj": exact == "c", "y_proj": exact == "b", "other": exact == "a"}, (
+            f"{exact} quantizes activations: {found}. See choice.py::compressed_tensors."
+        )
 
 
 def test_a_damaged_scale_is_refused(tmp_path: Path) -> None:

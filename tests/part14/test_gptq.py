@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -60,6 +59,7 @@ MOVE, PAIRS, AWQ, SMOOTHQUANT, CLIPPED = (
     f"See worker/quantization/smoothing.py::{name}."
     for name in ("Pair.move", "find_pairs", "awq_factors", "smoothquant_factors", "quantize_clipped")
 )
+MIXTURE = "See worker/quantization/smoothing.py::mixture_pairs."
 METHOD = "See worker/quantization/method.py::Method.quantize_layer."
 
 
@@ -545,12 +545,13 @@ def test_smoothquant_by_hand() -> None:
 
 
 def test_features_that_are_always_0_have_factors() -> None:
-    inputs = correlated_inputs(40, 16)
+    inputs, matrix = numbers(40, 16), numbers(8, 16)
     inputs[:, 3] = 0
-    matrix = numbers(8, 16)
+    inputs[:, 7] *= 100
     matrix[:, 5] = 0
     for name in ("awq", "smoothquant"):
         factors = FACTORS[name](pair_of(matrix, inputs))
+        assert factors[7] > 2 * factors[8], f"{name}: a feature of 0 and the others get none. {AWQ} {SMOOTHQUANT}"
         assert (factors.isfinite() & (factors > 0)).all(), (
             f"{name}: got factors {factors.tolist()}. {AWQ} {SMOOTHQUANT}"
         )
@@ -704,6 +705,38 @@ def test_a_layer_is_quantized(name: Any, family: str, model_of: Callable[[str], 
     assert 0 < relative < 0.3, f"{name}: the layer's output changed by {relative:.2f} of itself. {METHOD}"
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_each_matrix_is_rounded_for_its_own_inputs(
+    name: Any, family: str, scale_dtype: torch.dtype, model_of: Callable[[str], DecoderModel]
+) -> None:
+    """Step by step: factors, then for each matrix, or expert's matrix, the codes."""
+    scheme, _ = METHODS[name]
+    layer, _, stats = first_layer(model_of(family))
+    found = Method(name, scheme, scale_dtype).quantize_layer(layer, stats)
+    layer, _, stats = first_layer(model_of(family))
+    if name in ("awq", "smoothquant"):
+        smooth(layer, stats, partial(awq_factors, scheme=scheme) if name == "awq" else smoothquant_factors)
+    for path, weight in matrices(layer).items():
+        parts = weight.data if weight.data.ndim == 3 else weight.data[None]
+        for number, matrix in enumerate(parts):
+            seen = stats[path][number].second_moment
+            if name == "gptq":
+                wanted = gptq(matrix, seen, scheme, scale_dtype)
+            elif name == "awq":
+                wanted = quantize_clipped(matrix, seen, scheme, scale_dtype)
+            else:
+                wanted = quantize(matrix, scheme, scale_dtype)
+            got = found[path][number]
+            assert torch.equal(got.codes, wanted.codes) and torch.equal(got.scale, wanted.scale), (
+                f"{name}, {family}, {path}, {number}: {int((got.codes != wanted.codes).sum())} of "
+                f"{wanted.codes.numel()} codes and {int((got.scale != wanted.scale).sum())} scales aren't what the "
+                f"method makes of this matrix and its inputs. {METHOD}"
+            )
+
+
 @torch.inference_mode()
 def test_gptq_and_awq_are_better_than_rtn(model_of: Callable[[str], DecoderModel]) -> None:
     errors = {}
@@ -727,33 +760,46 @@ def test_experts_that_saw_no_token_are_rounded(name: Any, model_of: Callable[[st
     used = [entry.num_inputs > 0 for entry in stats["mlp.experts.down"]]
     assert sum(used) == 2, f"got {used}. {RECORDING}"
     scheme = METHODS[name][0]
+    originals = layer.mlp.experts.down.data.clone()
     found = Method(name, scheme).quantize_layer(layer, stats)
     experts: Experts = layer.mlp.experts
     for expert, was_used in enumerate(used):
         for path, weight in (("mlp.experts.gate_up", experts.gate_up), ("mlp.experts.down", experts.down)):
-            codes = found[path][expert]
-            assert dequantize(codes, scheme).isfinite().all(), f"{name}: {path}, {expert} isn't finite. {METHOD}"
-            nearest = quantize(weight.data[expert], scheme)  # of the dequantized numbers: the same codes
-            if not was_used and scheme.is_symmetric:
-                assert torch.equal(codes.codes, nearest.codes), f"{name}: {path}, {expert}: not the nearest. {METHOD}"
+            assert weight.data[expert].isfinite().all(), f"{name}: {path}, {expert} isn't finite. {METHOD}"
+        nearest = quantize(originals[expert], scheme)
+        if not was_used:
+            assert torch.equal(found["mlp.experts.down"][expert].codes, nearest.codes), (
+                f"{name}: expert {expert} saw no token: expected the nearest codes for its down projection. {METHOD}"
+            )
 
 
-def test_scales_are_rounded_as_they_are_stored(model_of: Callable[[str], DecoderModel]) -> None:
-    for name, (scheme, _) in METHODS.items():
-        layer, _, stats = first_layer(model_of("llama"))
-        with torch.inference_mode():
-            found = Method(name, scheme, torch.bfloat16).quantize_layer(layer, stats)  # type: ignore[arg-type]
-        for path, entries in found.items():
-            scale = entries[0].scale
-            assert torch.equal(scale, scale.bfloat16().float()), f"{name}, {path}: scales aren't bfloat16. {METHOD}"
-
-
-def test_paths_of_matrices(model_of: Callable[[str], DecoderModel], tmp_path: Path) -> None:
+def test_paths_of_matrices(model_of: Callable[[str], DecoderModel]) -> None:
     got = list(matrices(model_of("qwen2_moe").layers["0"]))
     assert got == [
         "self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.experts.gate_up", "mlp.experts.down",
         "mlp.shared_expert.gate_up_proj.weight", "mlp.shared_expert.down_proj.weight",
     ], f"got {got}. See worker/quantization/calibration.py::matrices."  # fmt: skip
+
+
+@torch.inference_mode()
+def test_experts_count_as_much_as_they_are_used(model_of: Callable[[str], DecoderModel]) -> None:
+    """What the norm makes goes to several experts: their inputs together are all tokens, once for each expert."""
+    layer, text, stats = first_layer(model_of("qwen3_moe"))
+    pair = find_pairs(layer, stats)[1]
+    middle = torch.cat([after_attention(layer, text, number) for number in range(len(ROWS))])
+    tokens = layer.post_attention_layernorm(middle)
+    _, expert_ids = layer.mlp.gate(tokens)
+    counts = expert_ids.flatten().bincount().tolist()
+    assert len(set(counts)) > 1, f"each expert has {counts[0]} tokens: choose other rows in this test"
+    seen = InputStats.empty(tokens.shape[1], torch.device("cpu"))
+    seen.add(tokens.repeat_interleave(expert_ids.shape[1], dim=0))
+    assert pair.inputs.num_inputs == seen.num_inputs, f"{pair.inputs.num_inputs} inputs. {MIXTURE}"
+    for field in ("second_moment", "mean_abs", "max_abs"):
+        got, wanted = getattr(pair.inputs, field), getattr(seen, field)
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.max())), (
+            f"experts with {counts} tokens: {field} of all begins {wanted.flatten()[:3].tolist()}, got "
+            f"{got.flatten()[:3].tolist()}. {MIXTURE}"
+        )
 
 
 def test_pairs_are_in_the_order_of_computation(model_of: Callable[[str], DecoderModel]) -> None:

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -81,7 +82,6 @@ WRITTEN: dict[str, dict[str, Any]] = {
     },
     **{f"{method}, W8A8": dict(method=method, **W8A8) for method in ("rtn", "gptq", "awq", "smoothquant")},
     "rtn, fp8": dict(format="fp8", bits=8, group_size=-1),
-    "rtn, fp8, groups": dict(format="fp8", bits=8),
     "rtn, whole rows": dict(group_size=-1),
     "gptq, whole rows, zero points": dict(method="gptq", layout="gptq", group_size=-1, symmetric=False),
     "awq, groups of 8": dict(method="awq", group_size=8),
@@ -175,6 +175,8 @@ def test_a_bfloat16_model(name: str, models: Callable[..., Checkpoint], tmp_path
     assert dtypes[scales] == wanted, f"{name}: scales: expected {wanted}, got {dtypes}. {COMPRESSED}"
     norm = stored["model.layers.0.input_layernorm.weight"].dtype
     assert norm == torch.bfloat16, f"{name}: norms: got {norm}. {QUANTIZER.format('_quantize')}"
+    outside = {tensor.dtype for tensor in load_file(out / "model-00003-of-00003.safetensors").values()}
+    assert outside == {torch.bfloat16}, f"{name}: what isn't in layers: got {outside}. {QUANTIZER.format('_outside')}"
 
 
 @pytest.mark.parametrize(
@@ -337,20 +339,21 @@ def test_gates_are_ignored(name: str) -> None:
 def test_a_checkpoint_is_complete(
     models: Callable[..., Checkpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, out = models(), tmp_path / "some" / "out"
-    assert checkpoint.directory is not None
-    quantize.run(flags(checkpoint.directory, out, method="gptq"))
+    source, out = tmp_path / "source", tmp_path / "some" / "out"
+    shutil.copytree(models().directory, source)  # type: ignore[arg-type]
+    (source / "training.json").write_text("{}")  # which isn't true of what is written
+    quantize.run(flags(source, out, method="gptq"))
     weights = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     found = sorted(file.name for file in out.iterdir())
     assert found == sorted([*weights, "config.json", "model.safetensors.index.json", *TOKENIZER_FILES]), (
         f"got {found}. {QUANTIZER.format('_finish')}"
     )
     for name in TOKENIZER_FILES:
-        same = (out / name).read_bytes() == (checkpoint.directory / name).read_bytes()
+        same = (out / name).read_bytes() == (source / name).read_bytes()
         assert same, f"{name} changed. {QUANTIZER.format('_finish')}"
-    config, source = (json.loads((each / "config.json").read_text()) for each in (out, checkpoint.directory))
+    config, wanted = (json.loads((each / "config.json").read_text()) for each in (out, source))
     settings = config.pop("quantization_config")
-    assert config == source, f"config.json: {config.items() ^ source.items()}. {QUANTIZER.format('_finish')}"
+    assert config == wanted, f"config.json: expected {wanted} and quantization_config. {QUANTIZER.format('_finish')}"
     assert settings["format"] == "pack-quantized", f"got {settings}. {QUANTIZER.format('_finish')}"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     names = {}
@@ -393,13 +396,6 @@ def test_rows_are_not_longer_than_the_model_allows(tmp_path: Path) -> None:
         write(flags(checkpoint.directory, tmp_path / "out", method="gptq"))
     found = len(rows), {len(row) for row in rows}
     assert found == (NUM_ROWS, {24}), f"4 rows of at most 24 tokens: got {found}. {QUANTIZER.format('run')}"
-
-
-def test_methods_need_text(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
-    """Rows longer than all the text: there are none, and gptq would round to nearest in silence."""
-    no_rows = mock.patch.object(quantize, "calibration_rows", lambda *_: [])
-    with no_rows, refused("row_tokens", "", QUANTIZER.format("run")):
-        write(flags(models().directory, tmp_path / "out", method="gptq"))
 
 
 @torch.inference_mode()
@@ -538,6 +534,14 @@ def test_a_file_is_there_in_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors")), f"got {list(tmp_path.iterdir())}. {WRITE_TENSORS}"
 
 
+def test_a_view_is_written_as_a_tensor(tmp_path: Path) -> None:
+    """The columns of a matrix aren't one run of memory, which safetensors wants."""
+    matrix = torch.arange(6.0).view(2, 3)
+    quantize.write_tensors({"a": matrix.T}, tmp_path / "model.safetensors")
+    got = load_file(tmp_path / "model.safetensors")["a"]
+    assert torch.equal(got, matrix.T), f"expected {matrix.T.tolist()}, got {got.tolist()}. {WRITE_TENSORS}"
+
+
 KILLED_IN_LAYER_3 = """
 import os, signal
 from part14_quantization import quantize
@@ -584,7 +588,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "bits": dict(bits=8),
     "group size": dict(group_size=8),
     "zero points": dict(symmetric=False),
-    "format": dict(format="fp8", bits=8),
+    "format": dict(format="fp8", bits=8, group_size=-1),
     "activations": dict(W8A8),
     "layout": dict(layout="gptq"),
     "rows": dict(num_rows=5),
@@ -624,6 +628,13 @@ def test_a_damaged_state(text: str, unfinished: QuantizeConfig) -> None:
     (Path(unfinished.out) / "quantize.json").write_text(text)
     with refused("out", "expected another directory", DIRECTORY):
         Quantizer(unfinished)
+
+
+def test_two_runs_at_once(unfinished: QuantizeConfig) -> None:
+    first = Quantizer(unfinished)
+    with refused("out", "another run is writing to", DIRECTORY):
+        Quantizer(unfinished)
+    first.run(Progress(disable=True))
 
 
 def test_a_directory_that_has_other_files(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
@@ -668,10 +679,10 @@ def test_a_quantized_model_is_refused(models: Callable[..., Checkpoint], tmp_pat
         (dict(method="smoothquant", group_size=-1), "activations", "W8A8 needs"),
         (dict(activations="int8", bits=8, group_size=-1, symmetric=False), "activations", "W8A8 needs"),
         (dict(activations="int8", bits=8, group_size=-1, format="fp8"), "activations", "W8A8 needs"),
-        (dict(format="fp8"), "format", "fp8 needs --bits 8 and --method rtn, symmetric"),
+        (dict(format="fp8"), "format", "fp8 needs --bits 8 --group-size -1 --method rtn, symmetric"),
         (dict(format="fp8", bits=8, method="gptq"), "format", "fp8 needs"),
         (dict(format="fp8", bits=8, symmetric=False), "format", "fp8 needs"),
-        (dict(format="fp8", bits=8, layout="gptq"), "layout", "gptq has only integers, and no activations"),
+        (dict(format="fp8", bits=8, group_size=-1, layout="gptq"), "layout", "gptq has only integers"),
         (dict(**W8A8, layout="gptq"), "layout", "gptq has only integers, and no activations"),
         (dict(method="smoothquant", bits=8, group_size=-1, layout="gptq"), "layout", "expected compressed-tensors"),
     ],
@@ -687,7 +698,7 @@ def test_flags_that_do_not_go_together(changes: dict[str, Any], field: str, mess
         ({}, Scheme(bits=4, group_size=16)),
         (dict(bits=8, group_size=-1), Scheme(bits=8)),
         (dict(symmetric=False), Scheme(bits=4, group_size=16, is_symmetric=False)),
-        (dict(format="fp8", bits=8), Scheme("fp8", bits=8, group_size=16)),
+        (dict(format="fp8", bits=8, group_size=-1), Scheme("fp8", bits=8)),
         (dict(**W8A8), Scheme(bits=8, activations="int8")),
         (dict(method="smoothquant", bits=8, group_size=-1), Scheme(bits=8, activations="int8")),
     ],
@@ -698,7 +709,7 @@ def test_the_scheme_of_flags(changes: dict[str, Any], expected: Scheme) -> None:
 
 
 def test_groups_that_do_not_fit(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
-    with refused("quantization", "multiple of the group size, 128, got 48", "See scheme.py::Scheme.num_groups."):
+    with refused("group_size", "expected a divisor of 48, the input features of", "See quantize.py::Quantizer."):
         write(flags(models().directory, tmp_path / "out", group_size=128))
 
 
@@ -710,8 +721,8 @@ def test_groups_that_do_not_fit(models: Callable[..., Checkpoint], tmp_path: Pat
         (["--out", "OUT", "--method", "rnt"], "argument --method: invalid choice: 'rnt'"),
         (["--out", "OUT", "--bits", "5"], "error: --bits: expected 4 or 8, got 5"),
         (["--out", "OUT", "--no-symmetric", "--format", "fp8"], "error: --format: fp8 needs --bits 8"),
-        (["--out", "FULL"], "out: FULL isn't empty: expected an empty or a new directory"),
-        (["--out", "FULL/file"], "File exists"),
+        (["--group-size", "8", "--out", "FULL"], "out: FULL isn't empty: expected an empty or a new directory"),
+        (["--group-size", "8", "--out", "FULL/file"], "out: FULL/file is not a directory"),
     ],
 )  # fmt: skip
 def test_errors_on_the_command_line(
@@ -724,7 +735,9 @@ def test_errors_on_the_command_line(
     places = {"OUT": str(tmp_path / "out"), "FULL": str(tmp_path / "full")}
     for name, place in places.items():
         arguments, message = [each.replace(name, place) for each in arguments], message.replace(name, place)
-    with mock.patch("sys.argv", ["quantize", str(models().directory), *arguments]), pytest.raises(SystemExit) as caught:
+    directory = str(models().directory)
+    capsys.readouterr()  # what transformers has written
+    with mock.patch("sys.argv", ["quantize", directory, *arguments]), pytest.raises(SystemExit) as caught:
         quantize.main()
     output = capsys.readouterr()
     assert caught.value.code == 2 and message in output.err, (

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from part14_quantization.worker.quantization.scheme import (
     FP8_MAX,
@@ -324,6 +325,33 @@ def test_fp8_saturates() -> None:
     assert torch.equal(got, wanted), f"{small[got != wanted][:3]} became {got[got != wanted][:3]}. {look('to_fp8')}"
 
 
+class CastsToFP8(TorchDispatchMode):
+    """The largest number that is cast to e4m3 inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if (options or {}).get("dtype") == torch.float8_e4m3fn:
+            self.largest = max(self.largest, float(arguments[0].abs().max()))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", ["to_fp8", "encode", "round_tokens_to_fp8"])
+def test_nothing_too_large_is_cast(name: str) -> None:
+    """On a CPU the cast saturates, on some other devices it makes NaN of larger numbers than 448."""
+    huge = torch.tensor([[1e6, -1e6, 449.0]])
+    with CastsToFP8() as casts:
+        if name == "to_fp8":
+            to_fp8(huge)
+        elif name == "encode":
+            encode(huge, torch.ones(1, 1), None, Scheme("fp8"))
+        else:
+            round_tokens_to_fp8(huge)
+    assert 447 < casts.largest <= 448, f"{name} casts {casts.largest} to FP8: expected 448. {look('to_fp8')}"
+
+
 @settings(deadline=None, max_examples=60)
 @given(rows_of_16)
 def test_the_largest_number_becomes_the_largest_of_fp8(matrix: Tensor) -> None:
@@ -378,7 +406,7 @@ def test_num_groups(group_size: int | None, num_columns: int, expected: int) -> 
 
 @pytest.mark.parametrize(("group_size", "num_columns"), [(128, 96), (128, 320), (7, 48)])
 def test_groups_must_be_whole(group_size: int, num_columns: int) -> None:
-    wanted = f"multiple of the group size, {group_size}, got {num_columns}"
+    wanted = f"{num_columns} input features aren't whole groups of {group_size}"
     with refused("quantization", wanted, look("Scheme.num_groups")):
         quantize(torch.zeros(1, num_columns), Scheme(bits=4, group_size=group_size))
 

@@ -33,7 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "int8 in groups": dict(method="rtn", bits=8, group_size=16),
     "int8, whole rows": dict(method="gptq", bits=8, group_size=-1),
     "fp8": dict(method="rtn", bits=8, group_size=-1, format="fp8"),
-    "fp8 in groups": dict(method="rtn", bits=8, group_size=16, format="fp8"),
     "W8A8": dict(method="smoothquant", bits=8, group_size=-1),
 }  # asymmetric ones are missing: transformers 5.23 with compressed-tensors 0.20.1 doesn't load its own either
 

@@ -53,6 +53,12 @@ def of_disaggregation(m: dict[str, Any]) -> list[str]:
     return [f"{m['scripted'][name]['2']['itl_p99_ms']:.0f} ms" for name in ("apart", "together, chunks of 512")]
 
 
+def of_quantization(m: dict[str, Any]) -> list[str]:
+    speeds = {name: found["tokens_per_s_1"] for name, found in m["speed"].items()}
+    int8, bf16, fp32 = (speeds[name] for name in ("int8, bf16", "bf16", "fp32"))
+    return [f"{int8:.0f} output tokens/s", f"{bf16:.0f} in bfloat16", f"({int8 / bf16:.1f}×)", f"{fp32:.0f} in float32"]
+
+
 def of_health(m: dict[str, Any]) -> list[str]:
     answer, health = m["answers"][-1], m["health"]
     p99 = [f"{health[part]['p99_ms']:.0f} ms" for part in ("part 2", "part 1")]
@@ -87,6 +93,7 @@ EXPECTED: dict[int, Callable[[dict[str, Any]], list[str]]] = {
     11: of_experts,
     12: of_offloading,
     13: of_disaggregation,
+    14: of_quantization,
 }  # fmt: skip
 
 

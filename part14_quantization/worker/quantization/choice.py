@@ -26,7 +26,7 @@ LayoutFor = Callable[[str], "Layout | None"]  # the name of a projection in the 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationFlags:
-    """name: one of SCHEMES, or "auto": as the checkpoint is. group_size: for int4."""
+    """name: as in EngineConfig, or "auto": as the checkpoint is. group_size: for int4."""
 
     name: str = "auto"
     group_size: int = 128
@@ -75,20 +75,50 @@ def choose_layouts(config: Any, flags: QuantizationFlags) -> LayoutFor | None:
 
 
 def compressed_tensors(settings: Mapping[str, Any]) -> LayoutFor:
-    ignored = settings.get("ignore") or []
+    """Of several groups that fit, one that names the projection counts most, and one for all layers of a class
+    least."""
     if settings.get("quantization_status", "compressed") != "compressed":
         raise unsupported("quantization_status", settings["quantization_status"], ("compressed",))
-    groups = [
-        (group.get("targets") or [], compressed_layout(group, group.get("format") or settings.get("format")))
-        for group in (settings.get("config_groups") or {}).values()
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise unsupported("config_groups", groups, ("an object",))
+    ignored = patterns("ignore", settings.get("ignore") or [])
+    layouts = [
+        (target, compressed_layout(group, group.get("format") or settings.get("format")))
+        for group in groups.values()
+        for target in patterns("targets", group.get("targets") or [])
     ]
+    layouts.sort(key=lambda pair: (pair[0] == "Linear", pair[0].startswith("re:")))
 
     def layout_for(name: str) -> Layout | None:
         if any(matches(name, pattern) for pattern in ignored):
             return None
-        return next((layout for targets, layout in groups if any(matches(name, each) for each in targets)), None)
+        return next((layout for target, layout in layouts if matches(name, target)), None)
 
     return layout_for
+
+
+def patterns(key: str, found: object) -> list[str]:
+    """Raises FieldError if they aren't names, or regular expressions after "re:"."""
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise unsupported(key, found, ("a list of strings",))
+    for each in found:
+        try:
+            re.compile(each.removeprefix("re:"))
+        except re.error as error:
+            raise FieldError(
+                "model", f"quantization_config: {key}: {each!r} is no regular expression: {error}"
+            ) from error
+    return found
+
+
+def group_size_of(key: str, value: object) -> int | None:
+    """None: the whole row. Raises FieldError for what isn't a number of columns."""
+    if value in (-1, None):
+        return None
+    if type(value) is not int or value < 2 or value % 2:
+        raise unsupported(key, value, (-1, "an even number above 0"))
+    return value
 
 
 def compressed_layout(group: Mapping[str, Any], format: object) -> Layout:
@@ -99,7 +129,11 @@ def compressed_layout(group: Mapping[str, Any], format: object) -> Layout:
     if group.get("output_activations"):
         raise unsupported("output_activations", group["output_activations"], (None,))
     activations = activation_dtype(inputs) if inputs else None
-    group_size = weights.get("group_size") if strategy == "group" else None
+    if weights.get("dynamic"):
+        raise unsupported("weights.dynamic", weights["dynamic"], (False,))
+    group_size = group_size_of("weights.group_size", weights.get("group_size")) if strategy == "group" else None
+    if strategy == "group" and group_size is None:
+        raise unsupported("weights.group_size", weights.get("group_size"), ("a number of columns",))
     has_order = weights.get("actorder") in ("group", True)
     symmetric = bool(weights.get("symmetric", True))
     if format == "pack-quantized" and (kind, activations) == ("int", None) and bits in (4, 8):
@@ -133,10 +167,11 @@ def gptq(settings: Mapping[str, Any]) -> LayoutFor:
         raise unsupported("bits", bits, (4, 8))
     if version not in ("gptq", "gptq_v2"):
         raise unsupported("checkpoint_format", version, ("gptq", "gptq_v2"))
-    if settings.get("dynamic"):
-        raise unsupported("dynamic", settings["dynamic"], (None,))
-    group_size = settings.get("group_size")
-    scheme = Scheme("int", bits, None if group_size == -1 else group_size, bool(settings.get("sym", True)))
+    for key in ("dynamic", "lm_head"):
+        if settings.get(key):
+            raise unsupported(key, settings[key], (None,))
+    group_size = group_size_of("group_size", settings.get("group_size"))
+    scheme = Scheme("int", bits, group_size, bool(settings.get("sym", True)))
     layout = GPTQLayout(scheme, bool(settings.get("desc_act")), version == "gptq")
     return partial(in_layers, layout, ())
 
@@ -149,9 +184,9 @@ def awq(settings: Mapping[str, Any]) -> LayoutFor:
         raise unsupported("version", version, ("gemm",))
     if not settings.get("zero_point", True):
         raise unsupported("zero_point", False, (True,))
-    group_size = settings.get("group_size", settings.get("q_group_size"))
-    scheme = Scheme("int", 4, None if group_size == -1 else group_size, is_symmetric=False)
-    return partial(in_layers, AWQLayout(scheme), settings.get("modules_to_not_convert") or ())
+    group_size = group_size_of("group_size", settings.get("group_size", settings.get("q_group_size")))
+    excluded = patterns("modules_to_not_convert", settings.get("modules_to_not_convert") or [])
+    return partial(in_layers, AWQLayout(Scheme("int", 4, group_size, is_symmetric=False)), excluded)
 
 
 def in_layers(layout: Layout, excluded: Sequence[str], name: str) -> Layout | None:
@@ -189,8 +224,19 @@ def prepare_layers(module: nn.Module, config: Any, flags: QuantizationFlags, pat
                 )
             if layouts[0] is not None:
                 matrix: Weight = getattr(layer, attribute)
+                check_groups(names[0], matrix.shape[-1], layouts[0].scheme, flags)
                 setattr(layer, attribute, QuantizedWeight(matrix.shape, layouts[0]))
     return True
+
+
+def check_groups(name: str, num_columns: int, scheme: Scheme, flags: QuantizationFlags) -> None:
+    """Raises FieldError if a rank's columns aren't whole groups."""
+    if scheme.group_size is not None and num_columns % scheme.group_size:
+        other = "another quantization_group_size or fewer ranks" if flags.name == "int4" else "fewer ranks"
+        raise FieldError(
+            "quantization", f"{name}: {num_columns} input features on each rank aren't whole groups of "
+            f"{scheme.group_size}: expected {other}",
+        )  # fmt: skip
 
 
 def projections(layer: nn.Module, path: str, config: Any) -> dict[str, list[str]]:

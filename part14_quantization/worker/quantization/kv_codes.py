@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .calibration import causal_attention
 from .scheme import FP8_MAX, to_fp8
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.uint8}  # uint8: the bits of e4m3, for which few libraries have a type
@@ -51,8 +51,7 @@ def measure_scales(
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for which, numbers in enumerate((key, value)):
             largest[layer, which] = numbers.abs().amax(dim=(0, 2)).float().cpu()
-        q, k, v = (heads.transpose(0, 1).unsqueeze(0) for heads in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        return causal_attention(layer, query, key, value)
 
     forward(attend)
     return round_up(torch.where(largest == 0, 1.0, largest / LARGEST_CODES[dtype]))

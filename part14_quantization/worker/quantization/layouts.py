@@ -93,7 +93,7 @@ class GPTQLayout:
         words_shape = (-(-num_columns // per_word), num_rows)
         words = reader.read(f"{name}.qweight", words_shape, (slice(None), part.rows), INT32)
         codes = unpack_words(words.T, bits, num_columns)
-        scale = reader.read(f"{name}.scales", (num_groups, num_rows), (slice(None), part.rows)).T.float()
+        scale = read_transposed_scales(reader, f"{name}.scales", num_rows, num_groups, part)
         words = reader.read(f"{name}.qzeros", (num_groups, -(-num_rows // per_word)), (), INT32)
         if self.is_version_1:
             words = words + sum(1 << place for place in range(0, 32, bits))  # in int32, which wraps around
@@ -117,7 +117,7 @@ class AWQLayout:
         codes = unpack_words(words, 4, num_rows, AWQ_ORDER).T[part.rows]
         words = reader.read(f"{name}.qzeros", (num_groups, -(-num_rows // 8)), (), INT32)
         zero = unpack_words(words, 4, num_rows, AWQ_ORDER).T[part.rows]
-        scale = reader.read(f"{name}.scales", (num_groups, num_rows), (slice(None), part.rows)).T.float()
+        scale = read_transposed_scales(reader, f"{name}.scales", num_rows, num_groups, part)
         return take_part(signed(codes, 4), scale, signed(zero, 4), None, name, part, self.scheme)
 
 
@@ -136,6 +136,8 @@ def take_part(
             wanted = f"expected {-scheme.min_code} with sym, got {found}"
             raise FieldError("model", f"{name}: zero points: {wanted} (checkpoint_format gptq stores them minus 1)")
         zero = None
+    if groups is not None:
+        check_groups(groups, scheme.group_size or part.num_columns, name)
     if groups is not None and not torch.equal(groups, groups.sort().values):
         if part.columns.indices(part.num_columns) != (0, part.num_columns, 1):
             raise FieldError(
@@ -166,15 +168,34 @@ def straddling(start: int, stop: int, group_size: int) -> str:
     return f"columns {start} to {stop - 1} of this rank aren't whole groups of {group_size}: expected fewer ranks"
 
 
+def check_groups(groups: Tensor, group_size: int, name: str) -> None:
+    """Raises FieldError if the groups of the columns aren't all of the same size."""
+    if not torch.equal(groups.sort().values, torch.arange(len(groups)) // group_size):
+        sizes = f"{len(groups) // group_size} groups of {group_size} columns"
+        raise FieldError("model", f"{name}: g_idx: expected {sizes}, got others")
+
+
 def read_scales(reader: CheckpointReader, name: str, num_rows: int, num_groups: int) -> Tensor:
     """[num_rows, num_groups], float32. A single scale is for the whole matrix. Raises FieldError if one is below 0."""
     if reader.shape_of(name) in ((1,), ()):
         stored = reader.read(name, reader.shape_of(name) or ()).reshape(1, 1).expand(num_rows, num_groups)
     else:
         stored = reader.read(name, (num_rows, num_groups))
-    if not (stored >= 0).all():
-        raise FieldError("model", f"{name}: expected scales of at least 0, got {stored.min().item()}")
-    return stored.float()
+    return checked(stored.float(), name)
+
+
+def read_transposed_scales(
+    reader: CheckpointReader, name: str, num_rows: int, num_groups: int, part: Part
+) -> Tensor:  # fmt: skip
+    """Scales of the part's rows that are stored as [num_groups, num_rows]: [rows of the part, num_groups], float32."""
+    return checked(reader.read(name, (num_groups, num_rows), (slice(None), part.rows)).T.float(), name)
+
+
+def checked(scale: Tensor, name: str) -> Tensor:
+    """Raises FieldError if a scale is below 0."""
+    if not (scale >= 0).all():
+        raise FieldError("model", f"{name}: expected scales of at least 0, got {scale.min().item()}")
+    return scale
 
 
 def read_group_index(reader: CheckpointReader, name: str, num_columns: int) -> Tensor | None:

@@ -33,7 +33,7 @@ def unpack_nibbles(packed: Tensor, group_size: int) -> Tensor:
 def pack_words(codes: Tensor, bits: int, order: tuple[int, ...] = IN_ORDER) -> Tensor:
     """Several codes in each word, the first in its lowest bits, along the last dimension.
 
-    codes: […, n], of which any integer type, 0 to 2^bits - 1; n is padded to whole words. order: which code each place
+    codes: […, n], of any integer type, 0 to 2^bits - 1; n is padded to whole words. order: which code each place
     of a word has. Returns […, number of words], int32.
     """
     per_word = WORD_BITS // bits

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .weight import QuantizedWeight
 
 TILE_ROWS = 256  # of a matrix, whose numbers are needed at once
+INT8PACK_COLUMNS = 16
 MAX_INT8PACK_ROWS = 16  # for more, torch's product with bfloat16 numbers is faster
 MIN_CUDA_INT_MM_ROWS = 17
 
@@ -23,12 +24,12 @@ MIN_CUDA_INT_MM_ROWS = 17
 def product(rows: Tensor, weight: QuantizedWeight) -> Tensor:
     """rows · matrixᵀ. rows: [n, columns]; returns [n, rows of the matrix], in the dtype of the input."""
     scheme = weight.scheme
-    if scheme.activations == "int8" and scheme.group_size is None:
+    if scheme.activations == "int8" and has_int_mm(weight, rows):
         return int8_product(rows, weight.codes, weight.scale)
     rows = round_inputs(rows, scheme)
     if rows.is_cuda:
         return cuda_product(rows, weight)
-    if has_int8pack(scheme, rows.dtype) and len(rows) <= MAX_INT8PACK_ROWS:
+    if has_int8pack(weight, rows) and len(rows) <= MAX_INT8PACK_ROWS:
         return torch._weight_int8pack_mm(rows.contiguous(), weight.codes, weight.scale[:, 0].to(rows.dtype))
     return cpu_product(rows, weight, [0, len(rows)])
 
@@ -89,10 +90,17 @@ def reference_product(rows: Tensor, weight: QuantizedWeight) -> Tensor:
     return F.linear(rows, weight.dequantized().to(rows.dtype))
 
 
-def has_int8pack(scheme: Scheme, dtype: torch.dtype) -> bool:
-    """Whether torch has a fast product for this on a CPU: for bfloat16 and int8 with a scale for each row."""
+def has_int8pack(weight: QuantizedWeight, rows: Tensor) -> bool:
+    """Whether torch has a fast product for this on a CPU: for bfloat16 and int8 with a scale for each row. With a
+    number of columns that isn't a multiple of 16, it would read what isn't there."""
+    scheme = weight.scheme
     is_int8 = scheme.kind == "int" and scheme.bits == 8 and scheme.group_size is None and scheme.is_symmetric
-    return is_int8 and dtype == torch.bfloat16
+    return is_int8 and rows.dtype == torch.bfloat16 and weight.shape[-1] % INT8PACK_COLUMNS == 0
+
+
+def has_int_mm(weight: QuantizedWeight, rows: Tensor) -> bool:
+    """Whether torch can multiply these integers: on a GPU, sizes must be divisible by 8."""
+    return weight.scheme.group_size is None and not (rows.is_cuda and any(size % 8 for size in weight.shape[-2:]))
 
 
 def int8_product(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ def int8_product(rows: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a · bᵀ of int8 matrices, int32. On a GPU, torch's product needs more than 16 rows, and sizes divisible by 8."""
+    """a · bᵀ of int8 matrices, int32. On a GPU, torch's product needs more than 16 rows, a multiple of 8."""
     if not a.is_cuda:
         return torch._int_mm(a, b.T)
     num_rows = len(a)

@@ -51,10 +51,7 @@ class Scheme:
         if self.group_size is None:
             return 1
         if num_columns % self.group_size:
-            raise FieldError(
-                "quantization", f"expected the input features of each rank to be a multiple of the group size, "
-                f"{self.group_size}, got {num_columns}: choose another quantization_group_size or fewer ranks",
-            )  # fmt: skip
+            raise FieldError("quantization", f"{num_columns} input features aren't whole groups of {self.group_size}")
         return num_columns // self.group_size
 
     def split(self, matrix: Tensor) -> Tensor:

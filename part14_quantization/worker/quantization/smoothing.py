@@ -28,12 +28,14 @@ SHRINK_FACTORS = tuple(1 - step / 20 for step in range(11))  # 1.0, 0.95, … 0.
 class Pair:
     """A place where factors can be moved. makers: tensors whose rows, or numbers, become the input features. users:
     matrices that read them, [rows, columns] each. inputs: what is known about the features. others: further tensors
-    with a column for each feature, which are not quantized."""
+    with a column for each feature, which are not quantized. parts: what is known about the features of some of the
+    users alone."""
 
     makers: list[Tensor]
     users: list[Tensor]
     inputs: InputStats
     others: list[Tensor] = field(default_factory=list)
+    parts: list[InputStats] = field(default_factory=list)
 
     def move(self, factors: Tensor) -> None:
         """Divide the features by factors, [columns]."""
@@ -41,9 +43,10 @@ class Pair:
             maker /= factors.view(-1, *[1] * (maker.ndim - 1)).to(maker.dtype)
         for user in (*self.users, *self.others):
             user *= factors.to(user.dtype)
-        self.inputs.second_moment /= torch.outer(factors, factors)
-        self.inputs.mean_abs /= factors
-        self.inputs.max_abs /= factors
+        for stats in (self.inputs, *self.parts):
+            stats.second_moment /= torch.outer(factors, factors)
+            stats.mean_abs /= factors
+            stats.max_abs /= factors
 
 
 def find_pairs(layer: DecoderLayer, stats: dict[str, list[InputStats]]) -> list[Pair]:
@@ -90,7 +93,8 @@ def mixture_pairs(mixture: MixtureOfExperts, norm: Tensor, stats: dict[str, list
     if shared is not None:
         users.append(shared.gate_up_proj.weight.data)
         others.append(shared.gate)
-    pairs = [Pair([norm], users, inputs, others)]
+        every = [*every, *stats["mlp.shared_expert.gate_up_proj.weight"]]
+    pairs = [Pair([norm], users, inputs, others, every)]
     for expert, down in enumerate(stats["mlp.experts.down"]):
         pairs.append(Pair([experts.gate_up.data[expert, size:]], [experts.down.data[expert]], down))
     if shared is not None:
@@ -141,7 +145,7 @@ def quantize_clipped(
     change less. matrix: [rows, columns]; second_moment: [columns, columns]."""
     groups = scheme.split(matrix.float())  # [rows, num_groups, columns of a group]
     blocks = torch.stack([block for block in diagonal_blocks(second_moment, groups.shape[-1])])
-    scale, zero = find_scales(groups, scheme)
+    scale, zero = find_scales(groups, scheme, scale_dtype)
     best_scale, best_error = scale, torch.full_like(scale, torch.inf)
     for factor in SHRINK_FACTORS:
         tried = as_stored(scale * factor, scale_dtype)

@@ -61,6 +61,10 @@ class QuantizedWeight(Weight):
             self.zero[place] = quantized.zero
         if self.order is not None:
             self._set_order(quantized.order, name)
+        elif quantized.order is not None:
+            raise FieldError(
+                "model", f"{name} has groups of scattered columns (g_idx), but not by its config (desc_act)"
+            )
 
     def _set_order(self, order: Tensor | None, name: str) -> None:
         """All projections of this matrix have the same input, so the same order."""

@@ -50,11 +50,10 @@ class CompressedTensorsWriter:
             tensors[f"{name}.weight"] = codes.codes.view(torch.float8_e4m3fn) if is_fp8 else codes.codes
             return tensors
         bits, offset = self.scheme.bits, -self.scheme.min_code
-        tensors[f"{name}.weight_packed"] = pack_words(codes.codes + offset & 2**bits - 1, bits)
+        tensors[f"{name}.weight_packed"] = pack_words(codes.codes.int() + offset, bits)
         tensors[f"{name}.weight_shape"] = torch.tensor(codes.codes.shape)
         if codes.zero is not None:
-            zero = codes.zero + offset & 2**bits - 1
-            tensors[f"{name}.weight_zero_point"] = pack_words(zero.T, bits).T.contiguous()
+            tensors[f"{name}.weight_zero_point"] = pack_words((codes.zero.int() + offset).T, bits).T.contiguous()
         return tensors
 
     def settings(self) -> dict[str, Any]:
@@ -92,8 +91,8 @@ class GPTQWriter:
         zero = torch.zeros_like(codes.scale, dtype=torch.int8) if codes.zero is None else codes.zero
         group_size = self.scheme.group_size or num_columns
         return {
-            f"{name}.qweight": pack_words(codes.codes + offset & 2**bits - 1, bits).T.contiguous(),
-            f"{name}.qzeros": pack_words((zero.int() + offset - self.is_version_1).T, bits),
+            f"{name}.qweight": pack_words(codes.codes.int() + offset, bits).T.contiguous(),
+            f"{name}.qzeros": pack_words((zero.int() + offset - int(self.is_version_1)).T, bits),
             f"{name}.scales": codes.scale.T.to(self.scale_dtype).contiguous(),
             f"{name}.g_idx": torch.arange(num_columns, dtype=torch.int32) // group_size,
         }

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from rich.progress import Progress
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -364,7 +364,10 @@ def test_a_checkpoint_is_complete(
     assert index["weight_map"] == names, f"the index isn't what the files have. {QUANTIZER.format('_finish')}"
     others = [name for name, file in names.items() if (file == weights[0]) != (".layers.0." in name)]
     assert not others, f"the first file has layer 0: {others} are in another one's. {QUANTIZER.format('_quantize')}"
-    assert index["metadata"]["total_size"] > 0, f"got {index['metadata']}. {QUANTIZER.format('_finish')}"
+    size = sum(tensor.nbytes for file in weights for tensor in load_file(out / file).values())
+    assert index["metadata"]["total_size"] == size, (
+        f"all tensors have {size} bytes: got {index['metadata']}. {QUANTIZER.format('_finish')}"
+    )
     output = " ".join(capsys.readouterr().out.split())
     # 48 · (48 + 16 + 16 + 48 + 3 · 96) weights in each of 2 layers; 4 bits, and 32 of 16 weights' scale
     assert "39,936 weights of linear layers: 6.00 bits each with scales, 2.67 times smaller" in output, (
@@ -396,6 +399,20 @@ def test_rows_are_not_longer_than_the_model_allows(tmp_path: Path) -> None:
         write(flags(checkpoint.directory, tmp_path / "out", method="gptq"))
     found = len(rows), {len(row) for row in rows}
     assert found == (NUM_ROWS, {24}), f"4 rows of at most 24 tokens: got {found}. {QUANTIZER.format('run')}"
+
+
+def test_rows_that_are_longer_than_all_texts(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """There are none then, and gptq would round to nearest in silence."""
+    quantizer = Quantizer(flags(models().directory, tmp_path / "out", method="gptq", row_tokens=10**6))
+    allowed = mock.patch.object(Checkpoint, "max_model_len", 10**6)
+    with allowed, refused("row_tokens", "expected at most .*, got 1000000", "See corpus.py::calibration_rows."):
+        quantizer.run(mock.Mock())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, cuda is allowed")
+def test_cuda_without_a_gpu() -> None:
+    with refused("device", "expected cpu, or cuda where torch sees a GPU", "See quantize.py::QuantizeConfig."):
+        flags("tiny", Path("out"), device="cuda")
 
 
 @torch.inference_mode()
@@ -534,6 +551,21 @@ def test_a_file_is_there_in_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors")), f"got {list(tmp_path.iterdir())}. {WRITE_TENSORS}"
 
 
+def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path: Path) -> None:
+    """A power failure after the renaming must not leave an empty file with the right name."""
+    with mock.patch("os.fsync", side_effect=Interrupted), pytest.raises(Interrupted):
+        quantize.write_tensors({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    found = list(tmp_path.glob("*.safetensors"))
+    assert not found, f"{found} was renamed before it was written to the disk. See quantize.py::replace."
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """An error that the command line reports in one line."""
+    full = mock.patch.object(quantize, "save_file", side_effect=SafetensorError("No space left on device"))
+    with full, pytest.raises(OSError, match="cannot write .*model.unfinished: No space left"):
+        quantize.write_tensors({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+
+
 def test_a_view_is_written_as_a_tensor(tmp_path: Path) -> None:
     """The columns of a matrix aren't one run of memory, which safetensors wants."""
     matrix = torch.arange(6.0).view(2, 3)
@@ -630,6 +662,14 @@ def test_a_damaged_state(text: str, unfinished: QuantizeConfig) -> None:
         Quantizer(unfinished)
 
 
+def test_a_state_that_was_not_written_yet(models: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """A run was killed just after it had made the file: nothing else is there, so there is nothing to mix up."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "quantize.json").touch()
+    out = write(flags(models().directory, tmp_path / "out"))
+    assert (out / "config.json").is_file(), f"got {sorted(contents(out))}. {DIRECTORY}"
+
+
 def test_two_runs_at_once(unfinished: QuantizeConfig) -> None:
     first = Quantizer(unfinished)
     with refused("out", "another run is writing to", DIRECTORY):
@@ -672,6 +712,7 @@ def test_a_quantized_model_is_refused(models: Callable[..., Checkpoint], tmp_pat
         (dict(group_size=7), "group_size", "expected -1 or an even number above 0, got 7"),
         (dict(group_size=1), "group_size", "got 1"),
         (dict(group_size=-2), "group_size", "got -2"),
+        (dict(device="tpu"), "device", "expected cpu, or cuda where torch sees a GPU, got 'tpu'"),
         (dict(num_rows=0), "num_rows", "expected at least 1, got 0"),
         (dict(row_tokens=0), "row_tokens", "expected at least 1, got 0"),
         (dict(method="smoothquant"), "activations", "W8A8 needs --bits 8 --group-size -1, symmetric, and --format int"),
@@ -680,8 +721,10 @@ def test_a_quantized_model_is_refused(models: Callable[..., Checkpoint], tmp_pat
         (dict(activations="int8", bits=8, group_size=-1, symmetric=False), "activations", "W8A8 needs"),
         (dict(activations="int8", bits=8, group_size=-1, format="fp8"), "activations", "W8A8 needs"),
         (dict(format="fp8"), "format", "fp8 needs --bits 8 --group-size -1 --method rtn, symmetric"),
-        (dict(format="fp8", bits=8, method="gptq"), "format", "fp8 needs"),
-        (dict(format="fp8", bits=8, symmetric=False), "format", "fp8 needs"),
+        (dict(format="fp8", bits=8), "format", "fp8 needs"),
+        (dict(format="fp8", bits=8, group_size=-1, method="gptq"), "format", "fp8 needs"),
+        (dict(format="fp8", bits=8, group_size=-1, symmetric=False), "format", "fp8 needs"),
+        (dict(format="fp8", group_size=-1), "format", "fp8 needs"),
         (dict(format="fp8", bits=8, group_size=-1, layout="gptq"), "layout", "gptq has only integers"),
         (dict(**W8A8, layout="gptq"), "layout", "gptq has only integers, and no activations"),
         (dict(method="smoothquant", bits=8, group_size=-1, layout="gptq"), "layout", "expected compressed-tensors"),

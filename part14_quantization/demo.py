@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,13 @@ PROG = "part14_quantization.demo"
 QUESTION = "What is a KV cache?"
 KV_MEMORY = 4 * 2**20
 SPEED_TOKENS, SPEED_REPEATS = 16, 2
-LADDER: list[tuple[str, dict[str, Any], int | None]] = [  # name, the engine's flags, bits that weights are rounded to
-    ("32 (float32)", {}, None),
-    ("16 (bfloat16)", {"dtype": "bfloat16"}, None),
-    ("8 (int8)", {"quantization": "int8"}, None),
-    ("4 (int4)", {"quantization": "int4"}, None),
-    ("3", {}, 3),
-    ("2", {}, 2),
+LADDER: list[tuple[str, dict[str, Any], int | None]] = [  # name, the engine's flags, bits of the rounded weights
+    ("32 bits (float32)", {}, None),
+    ("16 bits (bfloat16)", {"dtype": "bfloat16"}, None),
+    ("8 bits (int8)", {"quantization": "int8"}, None),
+    ("4 bits (int4)", {"quantization": "int4"}, None),
+    ("3 bits", {}, 3),
+    ("2 bits", {}, 2),
 ]
 SPEEDS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -65,7 +66,8 @@ def ladder(console: Console, model: str) -> None:
             scheme = Scheme(bits=bits, group_size=128)
             round_weights(model_of(llm), scheme)
             size = num_linear_weights(model_of(llm)) * (bits + 32 / 128) / 8  # if they were packed
-        console.print(f"{name} bits, {size / 1e6:.1f} MB of linear layers:\n  {ask(llm)}\n", highlight=False)
+        console.print(f"{name}, {size / 1e6:.1f} MB of linear layers:", highlight=False)
+        console.print(textwrap.fill(ask(llm), 78, initial_indent="  ", subsequent_indent="  ") + "\n", highlight=False)
 
 
 def speeds(console: Console, model: str) -> None:

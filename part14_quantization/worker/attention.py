@@ -46,7 +46,7 @@ class PagedAttention:
         """query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim].
 
         Returns query's shape. The kernels know nothing about the scales of a cache that has codes: a head's scale is
-        the same for all keys, so the query is multiplied with it instead, and the output with the one of the values.
+        the same for all keys, so the query is multiplied by it instead, and the output by that of the values.
         """
         self.kv_cache.store(layer, key, value, metadata.slot_mapping)
         scales = None if self.kv_cache.scales is None else self.kv_cache.scales[layer]

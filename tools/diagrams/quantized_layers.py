@@ -114,13 +114,13 @@ def kv_codes() -> Drawing:
     drawing = Drawing(
         "Keys and values as int8 codes",
         "A layer divides the keys and values of a new token by their scales, rounds them, and writes the codes to the "
-        "KV pool. The query is multiplied with the scale of the keys before the attention kernel, and the kernel's "
+        "KV pool. The query is multiplied by the scale of the keys before the attention kernel, and the kernel's "
         "output with the scale of the values. The kernel itself reads codes only. There is a scale for the keys and "
         "one for the values of each layer and KV head. A token of tiny takes 6,144 bytes in float32 and 1,536 bytes "
         "in int8.",
     )
     top = drawing.heading(
-        "The kernel reads codes and needs no scales: the query and the output are multiplied with them instead."
+        "The kernel reads codes and needs no scales: the query and the output are multiplied by them instead."
     )
     gap = (RIGHT - MARGIN - sum(LANE_WIDTHS)) / (len(LANE_WIDTHS) - 1)
     lefts = [MARGIN + sum(LANE_WIDTHS[:index]) + index * gap for index in range(len(LANE_WIDTHS))]

@@ -1,7 +1,7 @@
 """Move factors between the layers of a model without changing what it computes: AWQ (Lin et al., 2024) and SmoothQuant
 (Xiao et al., 2023).
 
-If input feature j of a matrix is divided by s[j] where it is made, and column j of the matrix is multiplied with s[j],
+If input feature j of a matrix is divided by s[j] where it is made, and column j of the matrix is multiplied by s[j],
 the output stays the same. But the rounding errors don't.
 """
 
@@ -110,8 +110,8 @@ def smooth(layer: DecoderLayer, stats: dict[str, list[InputStats]], find: Callab
 
 
 def awq_factors(pair: Pair, scheme: Scheme) -> Tensor:
-    """AWQ: columns with large inputs should have small errors, so they are multiplied with mean_abs^exponent. Of
-    several exponents, from 0 (nothing changes) to 1, the one with which the outputs change least."""
+    """AWQ: columns with large inputs should have small errors, so they are multiplied by mean_abs^exponent. Of
+    several exponents, from 0 (nothing changes) to 0.95, the one with which the outputs change least."""
     best, best_error = torch.ones_like(pair.inputs.mean_abs), torch.inf
     for step in range(NUM_EXPONENTS):
         factors = pair.inputs.mean_abs.clamp(min=1e-6) ** (step / NUM_EXPONENTS)

@@ -151,7 +151,7 @@ def test_a_dtype_other_than_16_or_32_bit_floats_is_refused(tmp_path: Path, dtype
     with ExitStack() as stack:
         refused(lambda: SafetensorsReader(tmp_path, stack), *words)
         with pytest.MonkeyPatch.context() as patch:  # a tensor whose name is no weight's is refused when it is read
-            patch.setattr(checkpoint_reader, "check_safetensors", lambda _: None)
+            patch.setattr(checkpoint_reader, "check_safetensors", lambda *_: None)
             reader = SafetensorsReader(tmp_path, stack)
         for index in ((), (slice(0, 2),)):
             refused(lambda index=index: reader.read("layer.weight", (4, 4), index), *words)

@@ -79,7 +79,7 @@ def test_a_page_needs_no_key(tiny_tokenizer: PreTrainedTokenizerBase, path: str)
 def test_the_pages_are_in_the_package() -> None:
     """An editable install finds them in the checkout, any other one because pyproject.toml names them."""
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r"(?m)^\[tool.setuptools.package-data\]\ncommon = \[\"([^\"]+)\"\]$", project)
+    found = re.search(r"(?m)^\[tool.setuptools.package-data\]\ncommon = \[\"(pages/[^\"]+)\"", project)
     assert found, "pyproject.toml doesn't name the pages"
     packed = {path.name for path in PAGES_DIR.parent.glob(found[1])}
     assert packed == set(PAGES.values()) == {path.name for path in PAGES_DIR.iterdir()}, f"got {packed}"

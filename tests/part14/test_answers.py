@@ -210,6 +210,21 @@ def test_random_lives(models: SmallModels, tmp_path: Path) -> None:
     assert all(got[name] >= count for name, count in wanted.items()), f"too few to prove anything: {got}"
 
 
+def test_a_quantized_draft_model_for_a_target_that_is_not(models: SmallModels) -> None:
+    """The answer is the target's, and the draft model, which is the target in int8, is nearly always right."""
+    flags = {
+        "speculative_method": "draft_model",
+        "speculative_model": models.target,
+        "speculative_quantization": "int8",
+    }
+    engine, prompt = SmallEngine(PART, models, **flags), list(range(30, 50))
+    assert engine.generate(prompt, max_tokens=20) == models.greedy(prompt, 20), LOOK
+    worker, stats = engine.worker, engine.core.speculation.stats
+    sizes = [sum(each.nbytes for each in model.layers.parameters()) for model in (worker.drafter.model, worker.model)]
+    assert sizes[0] < sizes[1] / 3, f"layers of {sizes[0]} bytes: expected a quarter of {sizes[1]}. See worker.py."
+    assert stats.num_accepted_tokens > stats.num_draft_tokens / 2, f"few were accepted: {stats}. {LOOK}"
+
+
 KV_KINDS = ("auto", "int8", "fp8")
 
 

@@ -59,7 +59,7 @@ class QuantizeConfig:
     format: Literal["int", "fp8"] = option("int", "fp8: floats of 8 bits, with rtn")
     activations: Literal["none", "int8"] = option("none", "int8: W8A8, which needs 8 bits and group size -1")
     layout: Literal["compressed-tensors", "gptq"] = option("compressed-tensors", "how the codes are stored")
-    num_rows: int = option(128, "calibration: rows of text", 1)
+    num_rows: int = option(128, "calibration: at most so many rows of text", 1)
     row_tokens: int = option(256, "calibration: tokens in a row", 1)
     device: str | None = option(None, "cpu or cuda (None: cuda if there is one)")
 

@@ -203,6 +203,7 @@ WEIGHTS = "config_groups.group_0.weights"
         ("gptq-v1", set_key("group_size", 0), "group_size 0 is not supported: expected one of -1, an even number"),
         ("gptq-v1", set_key("lm_head", True), "lm_head True is not supported"),
         ("gptq-v1", set_all("scales", -1), "scales: expected scales of at least 0, got -1"),
+        ("ct-fp8", set_all("weight_scale", 256), "expected scales up to 128.0, got 256"),
         ("ct-w4a16", set_key("ignore", ["re:("]), "ignore: 're:.' is no regular expression"),
         ("ct-w4a16", set_key("config_groups", []), r"config_groups \[\] is not supported"),
         ("ct-w4a16", set_key("config_groups.group_0.targets", "Linear"), "targets 'Linear' is not supported"),

@@ -15,6 +15,7 @@ from .packing import AWQ_ORDER, unpack_words
 from .scheme import Quantized, Scheme, quantize
 
 INT32, INT8, FP8 = ("I32",), ("I8",), ("F8_E4M3",)
+MAX_FP8_SCALE = 128.0  # times 2^120, the kernels' factor, it is a float32 number
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ class PlainLayout:
         codes = reader.read(f"{name}.weight", part.shape, part.index, dtypes).view(torch.int8)
         num_groups = self.scheme.num_groups(part.num_columns)
         scale = read_scales(reader, f"{name}.weight_scale", part.num_rows, num_groups)[part.rows]
+        if self.scheme.kind == "fp8" and len(scale) and scale.max() > MAX_FP8_SCALE:
+            raise FieldError("model", f"{name}: expected scales up to {MAX_FP8_SCALE}, got {scale.max().item()}")
         return Quantized(codes, scale[:, group_slice(self.scheme, part, name)])
 
 

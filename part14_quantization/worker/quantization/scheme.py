@@ -159,4 +159,4 @@ def quantize_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
     scales, [n, 1], float32."""
     rows = rows.float()
     scale = symmetric_scale(rows.unsqueeze(1), -127, 127)
-    return (rows / scale).round().to(torch.int8), scale
+    return (rows / scale).round().clamp(-127, 127).to(torch.int8), scale

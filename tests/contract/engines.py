@@ -235,13 +235,13 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
         (12, "offload, n-gram lookup", {**offload, **LOOKUP}),
         (12, "offload, tp 2", {**offload, **two}),
         (12, "offload, 2 stages, small chunks", {**offload, **small, "pipeline_parallel_size": 2}),
+        (12, "weight offload", {"cpu_offload_gb": 1.0}),
+        (12, "weight offload, n-gram lookup, small chunks", {"cpu_offload_gb": 1.0, **LOOKUP, **small}),
         (14, "int4", int4),
         (14, "int4, tp 2, a draft model in int8, small chunks", {**int4, **two, **drafted, **small, **draft_int8}),
         (14, "int8, ep 2, small chunks", {"quantization": "int8", **ep, **small}),
         (14, "int4, offload, n-gram lookup, 2 stages", {**int4, **offload, **LOOKUP, "pipeline_parallel_size": 2}),
         (14, "int8, weight offload", {"quantization": "int8", "cpu_offload_gb": 1.0}),
-        (12, "weight offload", {"cpu_offload_gb": 1.0}),
-        (12, "weight offload, n-gram lookup, small chunks", {"cpu_offload_gb": 1.0, **LOOKUP, **small}),
     ]
     number = number_of(part)
     newest = max(number_of(path.name) for path in ROOT.glob("part[0-9][0-9]_*") if (path / "__init__.py").is_file())

@@ -52,14 +52,12 @@ class QuantizationFlags:
 def choose_layouts(config: Any, flags: QuantizationFlags) -> LayoutFor | None:
     """None: nothing is quantized. config: the checkpoint's. Raises FieldError for a method or a setting that we can't
     read, and for a flag beside a checkpoint that is quantized already."""
-    settings = getattr(config, "quantization_config", None)
+    settings = quantization_settings(config)
     if settings is None:
         if flags.name == "auto":
             return None
         layout = QuantizeOnLoad(flags.scheme())
         return lambda name: layout
-    if not isinstance(settings, dict):
-        settings = settings.to_dict()
     method = settings.get("quant_method")
     if flags.name != "auto":
         raise FieldError(
@@ -74,18 +72,29 @@ def choose_layouts(config: Any, flags: QuantizationFlags) -> LayoutFor | None:
     raise unsupported("quant_method", method, METHODS)
 
 
+def quantization_settings(config: Any) -> dict[str, Any] | None:
+    """The config's quantization_config, None if there is none. Raises FieldError if it isn't an object."""
+    settings = getattr(config, "quantization_config", None)
+    return None if settings is None else as_object("quantization_config", settings)
+
+
+def as_object(key: str, found: object) -> dict[str, Any]:
+    """Raises FieldError for what isn't a JSON object."""
+    if not isinstance(found, dict):
+        raise FieldError("model", f"config.json: {key}: expected an object, got {found!r}")
+    return found
+
+
 def compressed_tensors(settings: Mapping[str, Any]) -> LayoutFor:
     """Of several groups that fit, one that names the projection counts most, and one for all layers of a class
     least."""
     if settings.get("quantization_status", "compressed") != "compressed":
         raise unsupported("quantization_status", settings["quantization_status"], ("compressed",))
-    groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise unsupported("config_groups", groups, ("an object",))
+    groups = as_object("config_groups", settings.get("config_groups"))
     ignored = patterns("ignore", settings.get("ignore") or [])
     layouts = [
         (target, compressed_layout(group, group.get("format") or settings.get("format")))
-        for group in groups.values()
+        for group in (as_object(key, group) for key, group in groups.items())
         for target in patterns("targets", group.get("targets") or [])
     ]
     layouts.sort(key=lambda pair: (pair[0] == "Linear", pair[0].startswith("re:")))
@@ -122,13 +131,13 @@ def group_size_of(key: str, value: object) -> int | None:
 
 
 def compressed_layout(group: Mapping[str, Any], format: object) -> Layout:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = as_object("weights", group.get("weights")), group.get("input_activations")
     kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
     if strategy not in ("channel", "group", "tensor"):
         raise unsupported("weights.strategy", strategy, ("channel", "group", "tensor"))
     if group.get("output_activations"):
         raise unsupported("output_activations", group["output_activations"], (None,))
-    activations = activation_dtype(inputs) if inputs else None
+    activations = None if inputs is None else activation_dtype(as_object("input_activations", inputs))
     if weights.get("dynamic"):
         raise unsupported("weights.dynamic", weights["dynamic"], (False,))
     group_size = group_size_of("weights.group_size", weights.get("group_size")) if strategy == "group" else None

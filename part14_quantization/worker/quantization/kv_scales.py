@@ -12,6 +12,7 @@ from common.errors import FieldError
 
 from ...config import EngineConfig
 from ..model import DecoderModel
+from .choice import as_object, quantization_settings
 from .kv_codes import KV_DTYPES, KVFormat, measure_scales
 
 NUM_TOKENS = 1_024  # of text, on which scales are measured
@@ -44,9 +45,9 @@ def choose_kv_format(model: DecoderModel, config: EngineConfig, checkpoint: Chec
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
     """What the checkpoint's own scales are for: FP8, unless its config says otherwise."""
-    settings = getattr(checkpoint.config, "quantization_config", None) or {}
-    scheme = (settings if isinstance(settings, dict) else settings.to_dict()).get("kv_cache_scheme") or {}
-    return "int8" if scheme.get("type") == "int" else "fp8"
+    scheme = (quantization_settings(checkpoint.config) or {}).get("kv_cache_scheme")
+    is_int = scheme is not None and as_object("kv_cache_scheme", scheme).get("type") == "int"
+    return "int8" if is_int else "fp8"
 
 
 @torch.inference_mode()

@@ -65,6 +65,8 @@ class QuantizeConfig:
 
     def __post_init__(self) -> None:
         check_minimums(self)
+        if not self.out:
+            raise FieldError("out", "expected a directory, got an empty string")
         if self.bits not in (4, 8):
             raise FieldError("bits", f"expected 4 or 8, got {self.bits}")
         if self.group_size != -1 and (self.group_size < 2 or self.group_size % 2):
@@ -223,6 +225,8 @@ def prepare_directory(out: Path, state: dict[str, Any]) -> TextIO:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise FieldError("out", f"{out} is not a directory") from error
+    except OSError as error:
+        raise FieldError("out", f"cannot make {out}: {error.strerror}") from error
     file = out / STATE
     if not file.is_file() and any(out.iterdir()):
         raise FieldError("out", f"{out} isn't empty: expected an empty or a new directory")

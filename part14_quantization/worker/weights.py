@@ -29,6 +29,8 @@ from .weight_offload import (
     num_bytes,
 )
 
+MAX_KV_SCALE = 2.0**20
+
 logger = logging.getLogger(__name__)
 
 
@@ -137,9 +139,10 @@ def read_kv_scales(model: DecoderModel, reader: CheckpointReader) -> Tensor | No
             if len(scale) not in (1, model.kv_heads.total):
                 wanted = f"expected one number or {model.kv_heads.total}"
                 raise FieldError("model", f"{reader.source}: {found} has {len(scale)}: {wanted}")
-            if not (scale > 0).all():
+            if not ((scale > 0) & (scale <= MAX_KV_SCALE)).all():
                 raise FieldError(
-                    "model", f"{reader.source}: {found}: expected a scale above 0, got {scale.min().item()}"
+                    "model",
+                    f"{reader.source}: {found}: expected scales above 0, up to {MAX_KV_SCALE:g}, got {scale.tolist()}",
                 )
             scales.append(scale.expand(model.kv_heads.total)[model.kv_heads.slice])
     if scales and len(scales) != 2 * model.num_layers:

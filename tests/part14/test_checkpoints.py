@@ -185,7 +185,7 @@ def set_all(part: str, value: float) -> Callable[[dict[str, Tensor], dict[str, A
     return change
 
 
-WEIGHTS = "config_groups.group_0.weights"
+WEIGHTS, INPUTS = "config_groups.group_0.weights", "config_groups.group_0.input_activations"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,12 @@ WEIGHTS = "config_groups.group_0.weights"
         ("ct-w4a16", set_key("config_groups.group_0.targets", "Linear"), "targets 'Linear' is not supported"),
         ("ct-w4a16", set_key(f"{WEIGHTS}.group_size", None), "weights.group_size None is not supported"),
         ("ct-w4a16", set_key(f"{WEIGHTS}.dynamic", True), "weights.dynamic True is not supported"),
+        ("gptq-v1", set_key("bits", 4.0), "bits 4.0 is not supported"),
+        ("awq", set_key("bits", 4.0), "bits 4.0 is not supported"),
+        ("ct-w8a16", set_key(f"{WEIGHTS}.num_bits", 8.0), "weights.num_bits 8.0 is not supported"),
+        ("ct-w8a8", set_key(f"{INPUTS}.num_bits", [8]), "input_activations .* supported"),
+        ("ct-w4a16", set_key("transform_config", {"R1": {}}), "transform_config .* is not supported"),
+        ("ct-kv-fp8", set_all("k_scale", float("inf")), "k_scale.*infinity|k_scale: expected scales"),
         ("awq", set_key("version", "gemv"), "version 'gemv' is not supported: expected one of gemm"),
         ("awq", set_key("zero_point", False), "zero_point False is not supported"),
         ("awq", set_key("quant_method", "bitsandbytes"), "quant_method 'bitsandbytes' is not supported"),

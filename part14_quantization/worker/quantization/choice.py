@@ -90,6 +90,9 @@ def compressed_tensors(settings: Mapping[str, Any]) -> LayoutFor:
     least."""
     if settings.get("quantization_status", "compressed") != "compressed":
         raise unsupported("quantization_status", settings["quantization_status"], ("compressed",))
+    for key in ("transform_config", "sparsity_config"):
+        if settings.get(key):
+            raise unsupported(key, settings[key], (None,))
     groups = as_object("config_groups", settings.get("config_groups"))
     ignored = patterns("ignore", settings.get("ignore") or [])
     layouts = [
@@ -133,6 +136,8 @@ def group_size_of(key: str, value: object) -> int | None:
 def compressed_layout(group: Mapping[str, Any], format: object) -> Layout:
     weights, inputs = as_object("weights", group.get("weights")), group.get("input_activations")
     kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
+    if type(bits) is not int:
+        raise unsupported("weights.num_bits", bits, (4, 8))
     if strategy not in ("channel", "group", "tensor"):
         raise unsupported("weights.strategy", strategy, ("channel", "group", "tensor"))
     if group.get("output_activations"):
@@ -165,14 +170,14 @@ def activation_dtype(inputs: Mapping[str, Any]) -> Any:
         )  # fmt: skip
     kinds = {("int", 8): "int8", ("float", 8): "fp8"}
     found = inputs.get("type", "int"), inputs.get("num_bits")
-    if found not in kinds:
+    if found not in tuple(kinds):
         raise unsupported("input_activations", found, tuple(kinds))
     return kinds[found]
 
 
 def gptq(settings: Mapping[str, Any]) -> LayoutFor:
     bits, version = settings.get("bits"), settings.get("checkpoint_format") or "gptq"
-    if bits not in (4, 8):
+    if type(bits) is not int or bits not in (4, 8):
         raise unsupported("bits", bits, (4, 8))
     if version not in ("gptq", "gptq_v2"):
         raise unsupported("checkpoint_format", version, ("gptq", "gptq_v2"))
@@ -187,7 +192,7 @@ def gptq(settings: Mapping[str, Any]) -> LayoutFor:
 
 def awq(settings: Mapping[str, Any]) -> LayoutFor:
     bits, version = settings.get("bits", settings.get("w_bit")), str(settings.get("version", "gemm")).lower()
-    if bits != 4:
+    if type(bits) is not int or bits != 4:
         raise unsupported("bits", bits, (4,))
     if version != "gemm":
         raise unsupported("version", version, ("gemm",))
@@ -243,7 +248,7 @@ def check_groups(name: str, num_columns: int, scheme: Scheme, flags: Quantizatio
     if scheme.group_size is not None and num_columns % scheme.group_size:
         other = "another quantization_group_size or fewer ranks" if flags.name == "int4" else "fewer ranks"
         raise FieldError(
-            "quantization", f"{name}: {num_columns} input features on each rank aren't whole groups of "
+            "model" if flags.name == "auto" else "quantization", f"{name}: {num_columns} input features on each rank aren't whole groups of "
             f"{scheme.group_size}: expected {other}",
         )  # fmt: skip
 

@@ -246,11 +246,10 @@ def prepare_layers(module: nn.Module, config: Any, flags: QuantizationFlags, pat
 def check_groups(name: str, num_columns: int, scheme: Scheme, flags: QuantizationFlags) -> None:
     """Raises FieldError if a rank's columns aren't whole groups."""
     if scheme.group_size is not None and num_columns % scheme.group_size:
+        field = "model" if flags.name == "auto" else "quantization"
         other = "another quantization_group_size or fewer ranks" if flags.name == "int4" else "fewer ranks"
-        raise FieldError(
-            "model" if flags.name == "auto" else "quantization", f"{name}: {num_columns} input features on each rank aren't whole groups of "
-            f"{scheme.group_size}: expected {other}",
-        )  # fmt: skip
+        found = f"{num_columns} input features on each rank aren't whole groups of {scheme.group_size}"
+        raise FieldError(field, f"{name}: {found}: expected {other}")
 
 
 def projections(layer: nn.Module, path: str, config: Any) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ import msgspec
 from common.errors import FieldError
 
 SCHEMA_VERSION = 1
-FLUSH_INTERVAL_S = 1.0
+FLUSH_INTERVAL_S = 0.1
 
 _ENGINE, _REQUESTS, _RANKS = 1, 2, 3  # the groups of tracks in an export, "processes" in the format's terms
 _DETAILS = ("num_computed", "num_cached", "num_blocks", "num_sampled")  # of a request's slice

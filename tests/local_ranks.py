@@ -193,6 +193,7 @@ class LocalExecutor:
         self.worker = self.answering[0]
         self.num_blocks = min(worker.num_blocks_available() for worker in self.workers)
         self.num_host_blocks = self.weight_bytes = self.bytes_per_block = 0
+        self.kernels: dict[str, tuple[str, str]] = {}
         self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: dict[int, list[Any]] = {}
         if getattr(config, "kv_offload_gib", 0):  # from part 12 on

@@ -160,6 +160,7 @@ class ScriptedExecutor:
         self.part, self.config = part, config
         self.num_blocks, self.num_host_blocks = config.num_kv_blocks, 0
         self.weight_bytes = self.bytes_per_block = 0
+        self.kernels: dict[str, tuple[str, str]] = {}
         self.encode = part.messages.encode
         self.decode_input = msgspec.msgpack.Decoder(part.messages.StepInput).decode
         self.decode_output = msgspec.msgpack.Decoder(part.messages.StepOutput).decode

@@ -1,0 +1,1 @@
+"""Part 14: quantization."""

@@ -1,0 +1,57 @@
+"""python -m <this part>: load a model and serve it."""
+
+from __future__ import annotations
+
+from common import startup
+from common.threads import limit_spinning
+
+if __name__ == "__main__":  # before the imports below load torch
+    startup.begin()
+    limit_spinning()
+
+from common.cli import exit_on_error, parse_configs
+from common.serve import ServerConfig, listen, serve_app, show_url
+
+from . import __doc__ as PART
+from .api.async_engine import AsyncLLM
+from .api.server import create_app
+from .config import EngineConfig
+from .torchrun import Torchrun
+from .worker.rank_process import run_torchrun_rank
+
+PROG = __package__
+DESCRIPTION = f"""{PART}
+
+  curl -N http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "What is a KV cache?"}}], "temperature": 0, "stream": true}}'
+"""
+
+
+def serve(server: ServerConfig, config: EngineConfig) -> None:
+    listener = listen(server.host, server.port)
+    engine = AsyncLLM(config)
+    cores = ", ".join(str(process.pid) for process in engine.core.processes)
+    message = (
+        f"serving {engine.model_name} on {show_url(server.host, listener.getsockname()[1])} "
+        f"({engine.device}, context of {engine.max_model_len} tokens, {engine.num_kv_blocks - 1:,} KV blocks "
+        f"of {engine.block_size} tokens, engine core in process {cores})"
+    )
+    try:
+        serve_app(create_app(engine, server), listener, message, cause_of_death=lambda: engine.cause_of_death)
+    finally:
+        engine.shutdown()
+
+
+def main() -> None:
+    server, config = parse_configs((ServerConfig, EngineConfig), DESCRIPTION, prog=PROG)
+    torchrun = Torchrun.from_environment()
+    if torchrun is not None:
+        exit_on_error(PROG, lambda: torchrun.check(config))
+    if torchrun is not None and torchrun.rank > 0:
+        exit_on_error(PROG, lambda: run_torchrun_rank(torchrun, config))
+    else:
+        exit_on_error(PROG, lambda: serve(server, config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Talks to clients: HTTP, text, streams. It knows nothing about blocks and tensors."""

@@ -1,0 +1,1 @@
+"""A server in front of several replicas: it chooses one for each request, and passes the answer through."""

@@ -1,0 +1,1 @@
+"""Computes: the model, the KV cache, attention, sampling. It imports nothing from core or api."""

@@ -1,0 +1,170 @@
+"""Measure the candidates for an operation once, and keep the result on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .build import cache_directory
+
+if TYPE_CHECKING:
+    from .ops import Situation
+
+NUM_SEQS, CONTEXT_LEN, BLOCK_SIZE = 16, 512, 16  # of the batch that is measured: decodes
+REPEATS = 7
+Functions = Mapping[str, Callable[..., Tensor]]
+
+
+class Tuner:
+    """Keeps what it has measured in a file. path: of the file; None for one in the user's cache directory."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or cache_directory() / "autotune.json"
+        self.num_measured = 0
+
+    def measure(self, operation: str, candidates: Mapping[str, Functions], situation: Situation) -> dict[str, float]:
+        """Seconds for each candidate that runs, by its name: from the file, if all of them have been measured before,
+        with the same code, on such a device and for such a model. Empty for an operation that has no case here."""
+        make_case = CASES.get(operation)
+        if make_case is None:
+            return {}
+        key = " ".join([operation, *candidates, device_name(situation.device), *map(str, shape(situation)), sources()])
+        known = self._read()
+        if key not in known:
+            self.num_measured += 1
+            known[key] = time_all(make_case(situation), candidates, situation.device)
+            self._write(known)
+        return dict(known[key])
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        try:
+            known = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _write(self, known: dict[str, dict[str, float]]) -> None:
+        """A reader sees the old file or the new one. If it can't be written, the next start measures again."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(self.path)
+
+
+def shape(situation: Situation) -> tuple[Any, ...]:
+    return (
+        situation.dtype, situation.kv_dtype, situation.num_heads, situation.num_kv_heads, situation.head_dim,
+        situation.hidden_size, situation.vocab_size,
+    )  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu of {os.cpu_count()} cores"
+
+
+@cache
+def sources() -> str:
+    """A hash of the kernels' code."""
+    found = hashlib.sha256(torch.__version__.encode())
+    paths = [path for suffix in ("py", "cu", "cuh", "h") for path in Path(__file__).parent.rglob(f"*.{suffix}")]
+    for path in sorted(paths):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def time_all(
+    run: Callable[[Functions], object], candidates: Mapping[str, Functions], device: torch.device
+) -> dict[str, float]:
+    """The median of several runs of each candidate, which take turns. One that fails is left out."""
+    times: dict[str, list[float]] = {}
+    for name, functions in candidates.items():
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            run(functions)  # compiles
+            times[name] = []
+    for _ in range(REPEATS):
+        for name in times:
+            times[name].append(seconds(partial(run, candidates[name]), device))
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, on a GPU until its kernels are done."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def attention_case(situation: Situation) -> Callable[[Functions], object]:
+    heads, device = (situation.num_heads, situation.head_dim), situation.device
+    num_blocks = NUM_SEQS * CONTEXT_LEN // BLOCK_SIZE
+    query = torch.randn(NUM_SEQS, *heads, dtype=situation.dtype, device=device)
+    kv_cache = torch.zeros(
+        num_blocks, BLOCK_SIZE, 2, situation.num_kv_heads, situation.head_dim, dtype=situation.kv_dtype, device=device
+    )
+    tables = torch.arange(num_blocks, dtype=torch.int32, device=device).view(NUM_SEQS, -1)
+    starts = torch.arange(NUM_SEQS + 1, dtype=torch.int32, device=device)
+    lens = torch.full((NUM_SEQS,), CONTEXT_LEN, dtype=torch.int32, device=device)
+    return lambda functions: functions["paged_attention"](query, kv_cache, tables, starts, lens, 1, 1.0)
+
+
+def norm_case(situation: Situation) -> Callable[[Functions], object]:
+    rows, residual = (
+        torch.randn(NUM_SEQS, situation.hidden_size, dtype=situation.dtype, device=situation.device) for _ in range(2)
+    )
+    weight = torch.ones(situation.hidden_size, dtype=situation.dtype, device=situation.device)
+    return lambda functions: functions["add_rms_norm"](rows, residual, weight, 1e-5)
+
+
+def activation_case(situation: Situation) -> Callable[[Functions], object]:
+    rows = torch.randn(NUM_SEQS, 8 * situation.hidden_size, dtype=situation.dtype, device=situation.device)
+    return lambda functions: functions["silu_and_mul"](rows)
+
+
+def rotary_case(situation: Situation) -> Callable[[Functions], object]:
+    dtype, device, size = situation.dtype, situation.device, situation.head_dim
+    query = torch.randn(NUM_SEQS, situation.num_heads, size, dtype=dtype, device=device)
+    key, value = (torch.randn(NUM_SEQS, situation.num_kv_heads, size, dtype=dtype, device=device) for _ in range(2))
+    positions = torch.arange(NUM_SEQS, device=device)
+    table = torch.ones(NUM_SEQS, size, dtype=dtype, device=device)
+    kv_cache = torch.empty(1, NUM_SEQS, 2, situation.num_kv_heads, size, dtype=situation.kv_dtype, device=device)
+    has_codes = situation.kv_dtype in (torch.int8, torch.uint8)
+    scales = torch.ones(2, situation.num_kv_heads, device=device) if has_codes else None
+    return lambda functions: functions["rotate_and_store"](
+        query, key, value, positions, table, kv_cache, positions, scales
+    )
+
+
+def sampling_case(situation: Situation) -> Callable[[Functions], object]:
+    logits = torch.randn(NUM_SEQS, situation.vocab_size, device=situation.device)
+    ones = torch.ones(NUM_SEQS, device=situation.device)
+    top_k = torch.full((NUM_SEQS,), min(50, situation.vocab_size), dtype=torch.int32, device=situation.device)
+    seeds = torch.arange(NUM_SEQS, device=situation.device)
+    return lambda functions: functions["sample"](logits, ones, top_k, ones * 0.9, ones * 0, seeds, seeds)
+
+
+CASES: dict[str, Callable[[Any], Callable[[Functions], object]]] = {
+    "attention": attention_case,
+    "norm": norm_case,
+    "activation": activation_case,
+    "rotary": rotary_case,
+    "sampling": sampling_case,
+}

@@ -1,0 +1,1 @@
+"""Weights, activations and KV cache with fewer bits."""

@@ -6,6 +6,9 @@
 #                          Kubernetes, in a .venv-clients of their own
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
+#   make bench-check       measure part 15's kernels, and compare with the committed results
+#   make nvcc              compile part 15's CUDA kernels with nvcc, and compare what each needs with results/part15_nvcc.json;
+#                          make setup-cuda installs nvcc where there is none
 #   make workshop ARGS="start 1"      the exercises: list, start, check, hint, diff, catch-up; the same as .venv/bin/workshop
 #   make doctor            what this machine has and what it lacks; needs no set-up
 #   make gpu               everything that needs a CUDA device, in eight minutes; before it, where there is a network:
@@ -36,7 +39,8 @@ endif
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # else each of many processes compiles all that it imports
 
-.PHONY: help setup demo test setup-clients test-clients serve bench workshop doctor gpu gpu-wheels lint transcripts clean
+.PHONY: help setup demo test setup-clients test-clients serve bench bench-check nvcc setup-cuda workshop doctor gpu gpu-wheels \
+	lint transcripts clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -73,6 +77,15 @@ serve: $(READY)
 
 bench: $(READY)
 	@$(PY) -m $(PART_DIR).bench $(ARGS)
+
+bench-check: $(READY)
+	@$(PY) -m part15_full_architecture.bench --check
+
+nvcc: $(READY)
+	@$(PY) -m part15_full_architecture.lab.kernel_resources $(ARGS)
+
+setup-cuda: $(READY)
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[cuda]'
 
 workshop: $(READY)  # status 1: an exercise is not solved yet, which is no error of make
 	@$(VENV)/bin/workshop $(ARGS) || [ $$? -eq 1 ]

@@ -17,6 +17,7 @@ from .api.async_engine import AsyncLLM
 from .api.server import create_app
 from .config import EngineConfig
 from .torchrun import Torchrun
+from .worker.kernels.names import show_kernels
 from .worker.rank_process import run_torchrun_rank
 
 PROG = __package__
@@ -34,7 +35,7 @@ def serve(server: ServerConfig, config: EngineConfig) -> None:
     message = (
         f"serving {engine.model_name} on {show_url(server.host, listener.getsockname()[1])} "
         f"({engine.device}, context of {engine.max_model_len} tokens, {engine.num_kv_blocks - 1:,} KV blocks "
-        f"of {engine.block_size} tokens, engine core in process {cores})"
+        f"of {engine.block_size} tokens, engine core in process {cores}; kernels: {show_kernels(engine.kernels)})"
     )
     try:
         serve_app(create_app(engine, server), listener, message, cause_of_death=lambda: engine.cause_of_death)

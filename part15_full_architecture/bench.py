@@ -1,268 +1,244 @@
-"""python -m part15_full_architecture.bench: quality and speed against bytes, for every method.
+"""python -m part15_full_architecture.bench: each operation beside torch's, and decode speed with the kernels added one by
+one.
 
-Writes results/part14.json and results/part14.png.
+Writes results/part15.json and results/part15.png. With --check, it measures the operations only, and fails if one has
+lost more than 30% of its committed advantage over torch.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import plotting
 from common.cli import check_minimums, exit_on_error, option, parse_config
-from common.results import median, write_result
+from common.errors import FieldError
+from common.results import write_result
+from common.threads import set_num_threads
 
 from .config import EngineConfig
-from .lab.quality import perplexity, share_exact
-from .lab.rounding import (
-    linear_bytes,
-    model_of,
-    num_linear_weights,
-    plant_outliers,
-    quantize_layers,
-    round_weights,
-    smooth_activations,
-)
-from .lab.speed import decode_speeds
+from .lab.kernel_times import measure
+from .lab.speed import decode_speeds, generate_s
 from .llm import LLM
-from .quantize import QuantizeConfig, Quantizer
-from .worker.quantization.scheme import Scheme
 
 BATCHES = (1, 32)
-OUTLIER_FACTORS = (1, 10, 30, 100)
-SMALLEST_SHOWN = 0.01  # %
-LABELS = {
-    "int4": (-22, 0),
-    "int4, GPTQ": (-30, -4),
-    "int4, AWQ": (-30, 0),
-    "nf4": (6, -6),
-    "W8A8, SmoothQuant": (-95, 8),
-}
-W8A8 = Scheme(bits=8, activations="int8")
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A way to run a model. flags: the engine's. written: flags of a checkpoint that is quantized first. bits: weights
-    are rounded to so many bits in memory, where they stay float32."""
-
-    name: str
-    flags: dict[str, Any] = field(default_factory=dict)
-    written: dict[str, Any] | None = None
-    bits: int | None = None
-
-
-BF16, WHOLE_ROWS = {"dtype": "bfloat16"}, {"group_size": -1}
-QUALITY = [
-    Variant("fp32"),
-    Variant("bf16", BF16),
-    Variant("int8", {"quantization": "int8"}),
-    Variant("fp8", {"quantization": "fp8"}),
-    Variant("W8A8", {"quantization": "w8a8"}),
-    Variant("W8A8, SmoothQuant", written={"method": "smoothquant", "bits": 8, **WHOLE_ROWS}),
-    Variant("int4, whole rows", written={"method": "rtn", **WHOLE_ROWS}),
-    Variant("int4", {"quantization": "int4"}),
-    Variant("int4, groups of 32", {"quantization": "int4", "quantization_group_size": 32}),
-    Variant("nf4", {"quantization": "nf4"}),
-    Variant("int4, GPTQ", written={"method": "gptq"}),
-    Variant("int4, AWQ", written={"method": "awq"}),
-    Variant("3 bits", bits=3),
-    Variant("KV int8", {"kv_cache_dtype": "int8"}),
-    Variant("KV fp8", {"kv_cache_dtype": "fp8"}),
-    Variant("KV fp8, scale 1", {"kv_cache_dtype": "fp8", "calculate_kv_scales": False}),
-    Variant("int4, GPTQ, KV int8", {"kv_cache_dtype": "int8"}, written={"method": "gptq"}),
-]
-SPEED = [
-    Variant("fp32"),
-    Variant("bf16", BF16),
-    Variant("int8, fp32", {"quantization": "int8"}),
-    Variant("int8, bf16", {"quantization": "int8", **BF16}),
-    Variant("int4, fp32", {"quantization": "int4"}),
-    Variant("int4, bf16", {"quantization": "int4", **BF16}),
-    Variant("fp8, fp32", {"quantization": "fp8"}),
-    Variant("nf4, fp32", {"quantization": "nf4"}),
-    Variant("W8A8, fp32", {"quantization": "w8a8"}),
-    Variant("W8A8, bf16", {"quantization": "w8a8", **BF16}),
-]
+SAMPLED = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1}
+FLOOR = 0.7  # of a committed advantage over torch
+BEFORE = {"norm": "torch", "rotary": "torch", "activation": "torch", "sampling": "torch"}  # as in part 14
+ADDED = {"part 14's": (), "+ norm": ("norm",), "+ rotary": ("rotary",), "+ activation": ("activation",)}
+MODELS: dict[str, list[dict[str, Any]]] = {
+    "tiny": [{}], "random:llama-110m": [{}, {"dtype": "bfloat16"}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
-    model: str = option("tiny", "for quality: a shipped model, a directory or a Hugging Face id")
-    speed_model: str = option("random:llama-110m", "for speed: any model")
-    num_tokens: int = option(32, "output tokens of each request when speed is measured", 1)
-    repeats: int = option(3, "runs, in turns; medians are reported", 1)
+    num_tokens: int = option(32, "output tokens of each request when decode speed is measured", 1)
+    repeats: int = option(5, "runs, in turns; medians are reported", 1)
     results_dir: str = option("results", "folder for the JSON and the plot")
+    check: bool = option(False, "measure the operations only, and compare with the committed results")
 
     def __post_init__(self) -> None:
         check_minimums(self)
 
 
-def load(variant: Variant, model: str, directory: Path) -> LLM:
-    """An engine. directory: for checkpoints, which are written only once."""
-    if variant.written is not None:
-        path = directory / "-".join(map(str, variant.written.values()))
-        if not path.exists():
-            with Progress(disable=True) as progress:
-                Quantizer(QuantizeConfig(model=model, out=str(path), **variant.written)).run(progress)
-        model = str(path)
-    llm = LLM(EngineConfig(model=model, num_kv_blocks=2_048, **variant.flags))
-    if variant.bits is not None:
-        round_weights(model_of(llm), Scheme(bits=variant.bits, group_size=128))
-    return llm
+class CallCounter(TorchDispatchMode):
+    """Counts torch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_calls += 1
+        return func(*args, **(kwargs or {}))
 
 
-def describe(llm: LLM) -> dict[str, Any]:
-    model = model_of(llm)
-    num_bytes = linear_bytes(model)
-    executor = llm.engine.executor
-    return {
-        "linear_mb": round(num_bytes / 1e6, 2), "bits_per_weight": round(8 * num_bytes / num_linear_weights(model), 2),
-        "weights_mb": round(executor.weight_bytes / 1e6, 2),
-        "kv_bytes_per_token": executor.bytes_per_block // llm.engine.blocks.block_size,
+def measure_operations(repeats: int) -> dict[str, Any]:
+    """One thread, float32."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {model: measure(model, torch.float32, "cpu", repeats) for model in MODELS}
+    torch.set_num_threads(before)
+    return found
+
+
+def variants() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Kernels added one by one to those that part 14 has."""
+    wanted = dict(BEFORE)
+    for name, added in ADDED.items():
+        wanted = {operation: backend for operation, backend in wanted.items() if operation not in added}
+        yield name, {"kernels": kernels_flag(wanted), "pack_weights": False}
+    yield "+ sampling", {"pack_weights": False}
+    yield "+ packed matrices", {}
+
+
+def kernels_flag(wanted: dict[str, str]) -> str:
+    return ",".join(f"{operation}={backend}" for operation, backend in wanted.items()) or "auto"
+
+
+def measure_engines(config: BenchConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for model, settings in MODELS.items():
+        for flags in settings:
+            engines = {name: engine(model, **flags, **own) for name, own in variants()}
+            rows = found[f"{model}, {flags.get('dtype', 'float32')}"] = {
+                name: {"operators_per_step": operators_per_step(llm)} for name, llm in engines.items()
+            }
+            for batch_size in BATCHES:
+                for name, speed in decode_speeds(engines, batch_size, config.num_tokens, config.repeats).items():
+                    rows[name][f"greedy_{batch_size}"] = speed
+                speeds = decode_speeds(engines, batch_size, config.num_tokens, config.repeats, **SAMPLED)
+                for name, speed in speeds.items():
+                    rows[name][f"sampled_{batch_size}"] = speed
+    return found
+
+
+def measure_padding(config: BenchConfig) -> dict[str, Any]:
+    """Where it loses: padded steps on a CPU, which has no launches to save. 5 requests in buckets of 5 and of 8."""
+    engines = {
+        "no buckets": engine("tiny"), "bucket of 5": engine("tiny", cudagraph_capture_sizes="5"),
+        "bucket of 8": engine("tiny", cudagraph_capture_sizes="8"),
     }  # fmt: skip
+    return decode_speeds(engines, 5, config.num_tokens, config.repeats)
 
 
-def measure_quality(config: BenchConfig, directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    engines: dict[str, LLM] = {}
-    for variant in QUALITY:
-        seconds, llm = load_times(variant, config, directory)
-        engines[variant.name] = llm
-        found[variant.name] = {
-            **describe(llm), "perplexity": round(perplexity(llm), 4), "exact": round(share_exact(llm), 4),
-            "load_s": round(seconds, 2),
-        }  # fmt: skip
-    for batch_size in BATCHES:
-        for name, speed in decode_speeds(engines, batch_size, config.num_tokens, config.repeats).items():
-            found[name][f"tokens_per_s_{batch_size}"] = speed
-    return found
+def measure_emulation() -> dict[str, float]:
+    """Seconds for 32 output tokens of one request: with the kernels in Numba, and in emulated CUDA."""
+    engines = {"numba": engine("tiny"), "cuda, emulated": engine("tiny", kernels="cuda")}
+    for llm in engines.values():
+        generate_s(llm, 1, 4)  # compiles
+    return {name: round(generate_s(llm, 1, 32), 3) for name, llm in engines.items()}
 
 
-def load_times(variant: Variant, config: BenchConfig, directory: Path) -> tuple[float, LLM]:
-    """Seconds to load a model, and the engine. The first time, a checkpoint may be written and kernels compiled."""
-    llm, seconds = load(variant, config.model, directory), list[float]()
-    for _ in range(config.repeats):
-        start_s = time.perf_counter()
-        llm = load(variant, config.model, directory)
-        seconds.append(time.perf_counter() - start_s)
-    return median(seconds), llm
+def engine(model: str, **flags: Any) -> LLM:
+    return LLM(EngineConfig(model=model, num_kv_blocks=1_024, **flags))
 
 
-def measure_speed(config: BenchConfig, directory: Path) -> dict[str, Any]:
-    engines = {variant.name: load(variant, config.speed_model, directory) for variant in SPEED}
-    found = {name: describe(llm) for name, llm in engines.items()}
-    for batch_size in BATCHES:
-        for name, speed in decode_speeds(engines, batch_size, config.num_tokens, config.repeats).items():
-            found[name][f"tokens_per_s_{batch_size}"] = speed
-    return found
+def operators_per_step(llm: LLM) -> int:
+    """torch's operators in a decode step of 32 requests."""
+    runner = llm.engine.executor.worker.runner  # type: ignore[attr-defined]
+    counts = list[int]()
+    with counting(runner, counts):
+        generate_s(llm, 32, 8)
+    return counts[-1]
 
 
-def measure_outliers(config: BenchConfig) -> dict[str, Any]:
-    """Perplexity when a few activations are larger than the others by a factor: in float32, with W8A8, and with W8A8
-    after SmoothQuant."""
-    found: dict[str, Any] = {}
-    for factor in OUTLIER_FACTORS:
-        values = found[str(factor)] = {}
-        for name, is_smoothed, scheme in (("fp32", False, None), ("W8A8", False, W8A8), ("SmoothQuant", True, W8A8)):
-            llm = LLM(EngineConfig(model=config.model))
-            plant_outliers(model_of(llm), factor)
-            if is_smoothed:
-                smooth_activations(llm)
-            if scheme is not None:
-                quantize_layers(model_of(llm), scheme)
-            values[name] = round(perplexity(llm), 4)
-    return found
+@contextmanager
+def counting(runner: Any, counts: list[int]) -> Iterator[None]:
+    """Inside, the operators of each step are counted."""
+    run = runner.run
+
+    def run_counted(*args: Any, **named: Any) -> Any:
+        with CallCounter() as counter:
+            result = run(*args, **named)
+        counts.append(counter.num_calls)
+        return result
+
+    runner.run = run_counted
+    try:
+        yield
+    finally:
+        del runner.run
 
 
 def measure_all(config: BenchConfig) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        return {
-            "quality": measure_quality(config, Path(directory)), "speed": measure_speed(config, Path(directory)),
-            "outliers": measure_outliers(config),
-        }  # fmt: skip
+    set_num_threads(None)
+    return {
+        "operations": measure_operations(config.repeats), "engines": measure_engines(config),
+        "padding": measure_padding(config), "emulation_s": measure_emulation(),
+    }  # fmt: skip
+
+
+def check(config: BenchConfig) -> None:
+    """Raises FieldError naming the operations that have lost their advantage over torch."""
+    path = Path(config.results_dir) / "part15.json"
+    committed = json.loads(path.read_text())["measurements"]["operations"]
+    slower = []
+    for model, operations in measure_operations(config.repeats).items():
+        for name, values in operations.items():
+            for backend, speedup in values["speedup"].items():
+                expected = committed[model][name]["speedup"].get(backend)
+                if expected is not None and speedup < FLOOR * expected:
+                    slower.append(f"{model}, {name}: {backend} is {speedup} times as fast as torch, was {expected}")
+    if slower:
+        raise FieldError("check", "; ".join(slower))
+    print(f"all operations have at least {FLOOR:.0%} of their advantage over torch in {path}")
 
 
 def plot(m: dict[str, Any], path: Path) -> None:
     fig, axes = plotting.panels(
-        [
-            ("Quality (tiny)", "bits per weight", "perplexity, more than fp32 (%)"),
-            ("Speed (110M)", "", "tokens/s, times fp32"),
-            ("W8A8 and outliers", "outliers, times larger", "perplexity"),
-        ]
+        [("Operations (tiny, 32 requests)", "", "times torch")]
+        + [(f"Decode ({name})", "", "tokens/s, times part 14's") for name in m["engines"]]
     )
-    plot_quality(axes[0], m["quality"])
-    names, width = [variant.name for variant in SPEED], 0.4
-    for offset, batch_size in enumerate(BATCHES):
-        speeds = [m["speed"][name][f"tokens_per_s_{batch_size}"] for name in names]
-        places = [place + (offset - 0.5) * width for place in range(len(names))]
-        axes[1].bar(
-            places, [speed / speeds[names.index("fp32")] for speed in speeds], width, label=f"batch {batch_size}"
-        )
-    axes[1].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=9)
-    axes[1].axhline(1, color="gray", linewidth=1)
-    for name in ("fp32", "W8A8", "SmoothQuant"):
-        values = [m["outliers"][str(factor)][name] for factor in OUTLIER_FACTORS]
-        axes[2].plot(OUTLIER_FACTORS, values, "o-", label=name)
-    axes[2].set_xscale("log")
-    axes[2].set_xticks(OUTLIER_FACTORS, map(str, OUTLIER_FACTORS))
-    axes[2].minorticks_off()
-    for ax in axes[1:]:
+    found = {
+        name.partition(",")[0]: each for name, each in m["operations"]["tiny"].items() if name.endswith(", 32 rows")
+    }
+    names = ("norm", "rotary", "attention", "activation", "sampling")
+    bars = axes[0].bar(range(len(names)), [found[name]["speedup"]["numba"] for name in names])
+    axes[0].set_yscale("log")
+    axes[0].set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=9)
+    plotting.label_bars(axes[0], bars, "{:.1f}", fontsize=9)
+    for ax, rows in zip(axes[1:], m["engines"].values(), strict=True):
+        order = [name for name, _ in variants()]
+        for key, label in (
+            ("greedy_1", "greedy, batch 1"),
+            ("greedy_32", "greedy, batch 32"),
+            ("sampled_32", "sampled, batch 32"),
+        ):
+            base = rows[order[0]][key]
+            ax.plot(range(len(order)), [rows[name][key] / base for name in order], "o-", label=label)
+        ax.set_xticks(range(len(order)), order, rotation=40, ha="right", fontsize=9)
+        ax.axhline(1, color="gray", linewidth=1)
         ax.legend(fontsize=9)
     plotting.save(fig, path)
 
 
-def plot_quality(ax: Any, quality: dict[str, Any]) -> None:
-    """Weights alone, and each name beside its point: to the right, but where two points are close."""
-    base = quality["fp32"]["perplexity"]
-    for name in (variant.name for variant in QUALITY):
-        found = quality[name]
-        if name in ("fp32", "bf16") or "KV" in name:
-            continue
-        bits = 3.25 if name == "3 bits" else found["bits_per_weight"]
-        worse = max(SMALLEST_SHOWN, 100 * (found["perplexity"] / base - 1))
-        [point] = ax.plot(bits, worse, "o")
-        ax.annotate(
-            name.removeprefix("int4, "), (bits, worse), LABELS.get(name, (6, 0)), textcoords="offset points",
-            va="center", fontsize=8, color=point.get_color(),
-        )  # fmt: skip
-    ax.set_xlim(2.2, 10)
-    ax.set_yscale("log")
-
-
 def report(console: Console, m: dict[str, Any]) -> None:
-    for title in ("quality", "speed"):
-        columns = list(next(iter(m[title].values())))
-        table = Table(title, *columns, box=SIMPLE)
-        for name, found in m[title].items():
-            table.add_row(name, *(f"{found[column]:,}" for column in columns))
+    for model, operations in m["operations"].items():
+        table = Table(model, "torch (µs)", "numba (µs)", "torch / numba", box=SIMPLE)
+        for name, values in operations.items():
+            table.add_row(
+                name, *(f"{values['us'][key]:,.1f}" for key in ("torch", "numba")), f"{values['speedup']['numba']:.1f}"
+            )
         console.print(table)
-    for factor, found in m["outliers"].items():
-        console.print(f"outliers, {factor} times larger: perplexity {found}", highlight=False)
+    for model, rows in m["engines"].items():
+        columns = list(next(iter(rows.values())))
+        table = Table(model, *columns, box=SIMPLE)
+        for name, found in rows.items():
+            table.add_row(name, *(f"{found[column]:,.0f}" for column in columns))
+        console.print(table)
+    console.print(f"padding, tokens/s: {m['padding']}", highlight=False)
+    console.print(f"emulation, s: {m['emulation_s']}", highlight=False)
 
 
 def run(config: BenchConfig) -> None:
+    if config.check:
+        check(config)
+        return
     results, measurements = Path(config.results_dir), measure_all(config)
-    report(Console(width=170), measurements)
-    settings = {key: value for key, value in asdict(config).items() if key != "results_dir"}
+    report(Console(width=160), measurements)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("results_dir", "check")}
     write_result(
-        results / "part14.json", benchmark="part14", config=settings, seed=0, repeats=config.repeats,
+        results / "part15.json", benchmark="part15", config=settings, seed=0, repeats=config.repeats,
         measurements=measurements,
     )  # fmt: skip
-    plot(measurements, results / "part14.png")
+    plot(measurements, results / "part15.png")
 
 
 def main() -> None:
     prog = "part15_full_architecture.bench"
-    config = parse_config(BenchConfig, "Quality and speed against bytes, for every method.", prog)
+    config = parse_config(BenchConfig, "Each operation beside torch's, and decode speed with the kernels added.", prog)
     exit_on_error(prog, lambda: run(config))
 
 

@@ -15,6 +15,7 @@ from .kv_params import MIN_SECRET_CHARS, SECRET_VARIABLE
 from .worker.kernels.names import AUTO, parse_kernels
 
 MAX_GIB, MAX_SECONDS = 1_048_576, 86_400
+MAX_GRAPH_SIZE = 8_192  # tokens
 LIMITS = {
     "tensor_parallel_size": 1_024, "pipeline_parallel_size": 1_024, "data_parallel_size": 1_024,
     "num_redundant_experts": 1_024, "distributed_timeout": 86_400,
@@ -93,6 +94,13 @@ class EngineConfig:
         "auto", "the same as quantization, for the draft model"
     )
     cpu_offload_gb: float = option(0.0, "weights of each rank that don't stay on the device, in GiB (0: none)")
+    pack_weights: bool = option(True, "on cpu, rearrange matrices for faster products where a measurement shows a gain")
+    enforce_eager: bool = option(False, "on cuda, launch each kernel of a step by itself instead of a CUDA graph")
+    cudagraph_capture_sizes: str = option(
+        "",
+        "sizes of steps, in tokens, for which there are CUDA graphs, such as 1,2,4,8 (default on cuda: up to 256; "
+        "on cpu, where steps are then only padded, none)",
+    )
     trace: str | None = option(None, "trace file, one line per step; python -m common.trace view shows it")
     kernels: str = option(
         AUTO,
@@ -103,6 +111,19 @@ class EngineConfig:
     @property
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def graph_sizes(self, default: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes of steps for which there are graphs. default: on cuda. Raises FieldError."""
+        if self.enforce_eager or not self.cudagraph_capture_sizes:
+            is_on = self.device is not None and self.device.startswith("cuda") and not self.enforce_eager
+            return default if is_on else ()
+        parts = [part.strip() for part in self.cudagraph_capture_sizes.split(",")]
+        wrong = [part for part in parts if not (part.isdecimal() and 1 <= int(part) <= MAX_GRAPH_SIZE)]
+        if wrong:
+            raise FieldError(
+                "cudagraph_capture_sizes", f"expected numbers from 1 to {MAX_GRAPH_SIZE}, got {wrong[0]!r}"
+            )
+        return tuple(sorted({int(part) for part in parts}))
 
     @property
     def has_kv_tiers(self) -> bool:
@@ -130,6 +151,7 @@ class EngineConfig:
         if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and default_device() == "cpu"):
             raise FieldError("device", f"expected cpu, or cuda where torch sees a GPU, got {device!r}")
         parse_kernels(self.kernels)
+        self.graph_sizes(())
         if self.data_parallel_size > 1 and device != "cpu" and self.num_ranks > 1 and not self.enable_expert_parallel:
             raise FieldError("data_parallel_size", "on GPUs, expected one rank for each engine core; use the router")
         self._check_experts()

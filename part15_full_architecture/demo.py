@@ -1,11 +1,16 @@
-"""python -m part15_full_architecture.demo: the same question with fewer and fewer bits, and what is gained."""
+"""python -m part15_full_architecture.demo: one answer from four backends, and CUDA kernels without a GPU."""
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 import textwrap
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -13,95 +18,98 @@ from common.cli import exit_on_error, option, parse_config
 from common.sampling_params import SamplingParams
 
 from .config import EngineConfig
+from .lab.kernel_times import measure
 from .lab.quality import chat, text_of
-from .lab.rounding import linear_bytes, model_of, num_linear_weights, round_weights
-from .lab.speed import decode_speeds
 from .llm import LLM
-from .worker.quantization.scheme import Scheme
+from .worker.kernels.build import SOURCES, NoCompilerError, find_cxx
 
 PROG = "part15_full_architecture.demo"
 QUESTION = "What is a KV cache?"
-KV_MEMORY = 4 * 2**20
-SPEED_TOKENS, SPEED_REPEATS = 16, 2
-LADDER: list[tuple[str, dict[str, Any], int | None]] = [  # name, the engine's flags, bits of the rounded weights
-    ("32 bits (float32)", {}, None),
-    ("16 bits (bfloat16)", {"dtype": "bfloat16"}, None),
-    ("8 bits (int8)", {"quantization": "int8"}, None),
-    ("4 bits (int4)", {"quantization": "int4"}, None),
-    ("3 bits", {}, 3),
-    ("2 bits", {}, 2),
-]
-SPEEDS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8, float32 activations": {"quantization": "int8"},
-    "int4, float32 activations": {"quantization": "int4"},
-    "int8, bfloat16 activations": {"quantization": "int8", "dtype": "bfloat16"},
+NUM_ROWS = 32
+REPEATS = 5
+ENGINES: dict[str, dict[str, Any]] = {  # what is said of an engine, and its flags
+    "torch, the references": {"kernels": "torch"},
+    "numba, the default on a CPU": {},
+    "cuda, emulated": {"kernels": "cuda"},
+    "numba, steps padded to 1, 2, 4 … tokens": {"cudagraph_capture_sizes": "1,2,4,8,16,32"},
 }
+MISTAKES = {"barrier_in_a_branch": "", "missing_barrier": "thread"}  # program → the sanitizer that it needs
 
 
 @dataclass(frozen=True, slots=True)
 class DemoConfig:
     model: str = option("tiny", "a shipped model, a directory, a Hugging Face id or random:<preset>")
-    speed_model: str = option("random:llama-110m", "the model whose speed is measured")
 
 
-def engine(model: str, **flags: Any) -> LLM:
-    return LLM(EngineConfig(**{"model": model, "num_kv_blocks": 256, **flags}))
+def operations(console: Console, model: str) -> None:
+    console.rule(f"1. The operations of a step, {NUM_ROWS} requests")
+    torch.set_num_threads(1)
+    found = measure(model, torch.float32, "cpu", REPEATS)
+    table = Table(f"{model}, one thread", "torch (µs)", "numba (µs)", "torch / numba")
+    for name, values in found.items():
+        operation, _, rows = name.partition(", ")
+        if rows == f"{NUM_ROWS} rows":
+            times = values["us"]
+            table.add_row(
+                operation, *(f"{times[key]:,.0f}" for key in ("torch", "numba")), f"{values['speedup']['numba']:.1f}"
+            )
+    console.print(table)
 
 
-def ask(llm: LLM) -> str:
-    [output] = llm.generate([chat(QUESTION)], SamplingParams(temperature=0, max_tokens=48))
-    return text_of(output.outputs[0].token_ids)
-
-
-def ladder(console: Console, model: str) -> None:
-    """The same answer, until there are too few bits for it."""
-    console.rule("1. Fewer bits per weight")
+def answers(console: Console, model: str) -> None:
+    console.rule("2. One answer")
     console.print(f"{QUESTION}\n", highlight=False)
-    for name, flags, bits in LADDER:
-        llm = engine(model, **flags)
-        size: float = linear_bytes(model_of(llm))
-        if bits is not None:
-            scheme = Scheme(bits=bits, group_size=128)
-            round_weights(model_of(llm), scheme)
-            size = num_linear_weights(model_of(llm)) * (bits + 32 / 128) / 8  # if they were packed
-        console.print(f"{name}, {size / 1e6:.1f} MB of linear layers:", highlight=False)
-        console.print(textwrap.fill(ask(llm), 78, initial_indent="  ", subsequent_indent="  ") + "\n", highlight=False)
+    first = None
+    for name, flags in ENGINES.items():
+        try:
+            llm = LLM(EngineConfig(model=model, num_kv_blocks=256, **flags))
+        except NoCompilerError as error:
+            console.print(f"{name}: {error}", highlight=False)
+            continue
+        start_s = time.perf_counter()
+        [output] = llm.generate([chat(QUESTION)], SamplingParams(temperature=0, max_tokens=24))
+        seconds = time.perf_counter() - start_s
+        token_ids = list(output.outputs[0].token_ids)
+        is_same = "" if first is None else "the same tokens" if token_ids == first else "OTHER TOKENS"
+        console.print(f"{name}: {seconds:.2f} s {is_same}", highlight=False)
+        if first is None:
+            first = token_ids
+            console.print(
+                textwrap.fill(text_of(token_ids), 78, initial_indent="  ", subsequent_indent="  "), highlight=False
+            )
 
 
-def speeds(console: Console, model: str) -> None:
-    console.rule("2. Decode speed, one request")
-    engines = {name: engine(model, **flags) for name, flags in SPEEDS.items()}
-    found = decode_speeds(engines, 1, SPEED_TOKENS, SPEED_REPEATS)
-    table = Table(model, "weights (MB)", "tokens/s", "times float32")
-    for name, speed in found.items():
-        size = engines[name].engine.executor.weight_bytes / 1e6
-        table.add_row(name, f"{size:.0f}", f"{speed:.0f}", f"{speed / found['float32']:.1f}")
-    console.print(table)
+def mistakes(console: Console) -> None:
+    console.rule("3. What a GPU would not tell")
+    for name, sanitizer in MISTAKES.items():
+        source = SOURCES / "cuda_on_cpu" / "mistakes" / f"{name}.cu"
+        report = run_program(source, sanitizer)
+        console.print(f"{name}.cu{f', compiled with -fsanitize={sanitizer}' if sanitizer else ''}:", highlight=False)
+        console.print(textwrap.fill(report, 78, initial_indent="  ", subsequent_indent="  "), highlight=False)
 
 
-def kv_cache(console: Console, model: str) -> None:
-    console.rule("3. Quantized keys and values")
-    table = Table("KV cache", "bytes per token", f"tokens in {KV_MEMORY // 2**20} MiB", "answer")
-    expected = None
-    for kind in ("auto", "int8", "fp8"):
-        llm = engine(model, num_kv_blocks=None, kv_cache_memory=KV_MEMORY, kv_cache_dtype=kind)
-        blocks, answer = llm.engine.blocks, ask(llm)
-        expected = expected or answer
-        per_token = llm.engine.executor.bytes_per_block // blocks.block_size
-        is_same = "the same" if answer == expected else "another one"
-        name = "float32" if kind == "auto" else kind
-        table.add_row(name, f"{per_token:,}", f"{blocks.num_blocks * blocks.block_size:,}", is_same)
-    console.print(table)
+def run_program(source: Path, sanitizer: str) -> str:
+    """Compile a program with a kernel for this CPU, run it, and return the line that names its mistake."""
+    with tempfile.TemporaryDirectory() as directory:
+        flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-pthread", "-x", "c++"]
+        flags += [f"-fsanitize={sanitizer}"] if sanitizer else []
+        program = f"{directory}/program"
+        subprocess.run([find_cxx(), *flags, source.name, "-o", program], cwd=source.parent, check=True)
+        done = subprocess.run([program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    lines = done.stdout.splitlines()
+    found = next((line for line in lines if line.startswith(("error:", "SUMMARY:"))), lines[0])
+    return found.replace(f"{source.parent}/", "")
 
 
 def run(config: DemoConfig) -> None:
     console = Console(width=80)
-    console.print(f"Part 14: quantization. Model {config.model}.\n", highlight=False)
-    ladder(console, config.model)
-    speeds(console, config.speed_model)
-    kv_cache(console, config.model)
+    console.print(f"Part 15: the full architecture. Model {config.model}.\n", highlight=False)
+    operations(console, config.model)
+    answers(console, config.model)
+    try:
+        mistakes(console)
+    except NoCompilerError as error:
+        console.print(str(error), highlight=False)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Exercise markers: the lines `# exercise: NAME` and `# exercise: end`. Each part has its own.
+"""Exercise markers: the lines `# exercise: NAME` and `# exercise: end`, with // in CUDA C++. Each part has its own.
 
 Parts are compared and merged without them: `without_markers`. After a merge, `with_markers_of` restores a part's own.
+Both kinds are found in any text, since a marker of the one language would be an error in the other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from difflib import SequenceMatcher
 
 from workshop import bodies
 
-MARKER = re.compile(bodies.MARKER.pattern.encode() + rb"\r?\n?")
+COMMENTS = "|".join(dict.fromkeys(language.comment for language in bodies.LANGUAGES.values()))
+MARKER = re.compile(rf"[ \t]*(?:{COMMENTS}) exercise: (\w+)[ \t]*\r?\n?".encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def _split(content: bytes) -> tuple[list[bytes], list[Marker]]:
     markers: list[Marker] = []
     for line in content.splitlines(keepends=True):
         if found := MARKER.fullmatch(line):
-            name = found[2].decode()
+            name = found[1].decode()
             exercise = markers[-1].exercise if name == "end" and markers else name
             markers.append(Marker(line, len(lines), exercise, name == "end"))
         else:

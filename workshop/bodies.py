@@ -1,4 +1,7 @@
-"""The bodies between `# exercise: NAME` and `# exercise: end`: find, blank and replace them."""
+"""The bodies between `# exercise: NAME` and `# exercise: end`: find, blank and replace them.
+
+In CUDA C++ the markers are `// exercise: NAME` and `// exercise: end`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,41 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from workshop.course import Exercise, WorkshopError
 
-MARKER = re.compile(r"([ \t]*)# exercise: (\w+)[ \t]*")
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """How a language writes markers and blank bodies. comment: what begins a comment; before, after: what a blank body
+    has around its message."""
+
+    comment: str
+    before: str
+    after: str
+
+    @property
+    def marker(self) -> re.Pattern[str]:
+        """A whole marker line: its indent and its name."""
+        return re.compile(rf"([ \t]*){self.comment} exercise: (\w+)[ \t]*")
+
+    def show_marker(self, name: str) -> str:
+        """A marker as it stands in a message to the learner."""
+        return f"`{self.comment} exercise: {name}`"
+
+
+PYTHON = Language("#", "raise NotImplementedError(", ")")
+CUDA = Language("//", "EXERCISE(", ");")  # a macro that ends the launch with this message
+LANGUAGES = {".py": PYTHON, ".cu": CUDA, ".cuh": CUDA}
+
+
+def language_of(file: str) -> Language:
+    """Raises WorkshopError if a file of this kind can't have exercises."""
+    suffix = PurePath(file).suffix
+    if suffix not in LANGUAGES:
+        raise WorkshopError(f"{file}: an exercise must be in a file that ends with {' or '.join(LANGUAGES)}")
+    return LANGUAGES[suffix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +56,30 @@ class Body:
     lines: tuple[str, ...]
 
     def is_blank(self, exercise: Exercise) -> bool:
-        """Whether the body is still only the `raise` that blanking wrote."""
+        """Whether the body is still only the line that blanking wrote."""
+        before = language_of(exercise.file).before
         written = [line.strip() for line in self.lines if line.strip()]
-        return len(written) == 1 and written[0].startswith(f'raise NotImplementedError("{exercise.blank}')
+        return len(written) == 1 and written[0].startswith(f'{before}"{exercise.blank}')
 
 
 def find_bodies(text: str, where: str) -> dict[str, Body]:
-    """All bodies of a file, in order. Raises WorkshopError naming the line of an unmatched marker."""
+    """All bodies of a file, in order. where: the file, whose suffix decides how its markers are written.
+
+    Raises WorkshopError naming the line of an unmatched marker.
+    """
+    language = language_of(where)
+    pattern, show = language.marker, language.show_marker
     bodies: dict[str, Body] = {}
     opened: tuple[str, str, int] | None = None
     lines = text.split("\n")
     for index, line in enumerate(lines):
-        marker = MARKER.fullmatch(line)
+        marker = pattern.fullmatch(line)
         if marker is None:
             continue
         indent, name = marker.groups()
         if (name == "end") != (opened is not None):
-            what = "has no start marker" if opened is None else f"comes before the end of `# exercise: {opened[1]}`"
-            raise WorkshopError(f"{where}:{index + 1}: `# exercise: {name}` {what}")
+            what = "has no start marker" if opened is None else f"comes before the end of {show(opened[1])}"
+            raise WorkshopError(f"{where}:{index + 1}: {show(name)} {what}")
         if opened is None:
             if name in bodies:
                 raise WorkshopError(f"{where}:{index + 1}: exercise {name} appears a second time")
@@ -48,7 +88,7 @@ def find_bodies(text: str, where: str) -> dict[str, Body]:
             bodies[opened[1]] = Body(opened[1], opened[0], opened[2], tuple(lines[opened[2] : index]))
             opened = None
     if opened is not None:
-        raise WorkshopError(f"{where}:{opened[2]}: `# exercise: {opened[1]}` has no `# exercise: end`; put it back")
+        raise WorkshopError(f"{where}:{opened[2]}: {show(opened[1])} has no {show('end')}; put it back")
     return bodies
 
 
@@ -67,12 +107,15 @@ def replace_bodies(text: str, new: Mapping[str, Iterable[str]], where: str) -> t
 
 
 def blank_bodies(text: str, exercises: Iterable[Exercise], where: str) -> str:
-    """Replace every body with one `raise` that names it. Raises WorkshopError if exercises.md does not describe it."""
+    """Replace every body with one line that fails and names it.
+
+    Raises WorkshopError if exercises.md does not describe one of them.
+    """
     known = {exercise.name: exercise for exercise in exercises}
-    new = {}
+    language, new = language_of(where), {}
     for name, body in find_bodies(text, where).items():
         if name not in known:
             raise WorkshopError(f"{where}: exercise {name} is not described in exercises.md")
         message = json.dumps(f"{known[name].blank} {known[name].task}", ensure_ascii=False)
-        new[name] = [f"{body.indent}raise NotImplementedError({message})"]
+        new[name] = [f"{body.indent}{language.before}{message}{language.after}"]
     return replace_bodies(text, new, where)[0]

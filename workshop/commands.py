@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from workshop import COMMAND, workspace
+from workshop.bodies import language_of
 from workshop.check import Checker, watch
 from workshop.course import Exercise, Part, WorkshopError, find_part, read_parts
 from workshop.report import Report, width
@@ -41,9 +42,9 @@ def start(part: Part, args: argparse.Namespace, report: Report) -> int:
         about = f"{exercise.difficulty}, {exercise.minutes} min, lesson: {exercise.lesson}"
         where = f"{exercise.file}::{exercise.symbol}"
         report.say(f"{exercise.name:<{width(part.exercises)}}  {where}  ({about})", indent=2)
-    report.say(
-        f"\nRead {copy}/README.md first. Then open {copy}/{part.exercises[0].file}, look for `# exercise:` and keep"
-    )
+    file = part.exercises[0].file
+    comment = language_of(file).comment
+    report.say(f"\nRead {copy}/README.md first. Then open {copy}/{file}, look for `{comment} exercise:` and keep")
     report.say(f"`{COMMAND} check {part.number} --watch` running beside the editor.")
     return 0
 

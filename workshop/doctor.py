@@ -105,17 +105,33 @@ def check_ports(root: Path) -> list[Finding]:
 
 
 def check_compiler(root: Path) -> list[Finding]:
-    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    compiler = find_compiler("c++", "g++", "clang++")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    mac = sys.platform == "darwin"
     if compiler is None:
-        advice = "xcode-select --install" if mac else "sudo apt install g++ (or your system's package)"
-        return [Finding(Level.NOTE, "compiler", "no C++ compiler", f"only part 15's C++ kernels need one: {advice}")]
+        advice = f"only part 15's C++ kernels need one: {compiler_advice()}"
+        return [Finding(Level.NOTE, "compiler", "no C++ compiler", advice)]
     if not header.is_file():
         advice = f"part 15 needs it: sudo apt install python3.{sys.version_info.minor}-dev (or your system's package)"
         return [Finding(Level.NOTE, "compiler", f"{compiler}, but no Python.h", advice)]
     return [Finding(Level.OK, "compiler", compiler)]
+
+
+def check_cuda_compiler(root: Path) -> list[Finding]:
+    """The exercises in CUDA C++ are emulated on the CPU, so nvcc is not needed."""
+    compiler = find_compiler("g++", "clang++")
+    if compiler is None:
+        advice = f"only part 15's CUDA exercises need one: {compiler_advice()}"
+        return [Finding(Level.NOTE, "CUDA C++", "no g++ or clang++", advice)]
+    return [Finding(Level.OK, "CUDA C++", f"{compiler}, which builds part 15's CUDA exercises for the CPU")]
+
+
+def find_compiler(*names: str) -> str | None:
+    """The path of the compiler in CXX, or of the first of these names."""
+    return next((path for name in (os.environ.get("CXX", ""), *names) if name and (path := shutil.which(name))), None)
+
+
+def compiler_advice() -> str:
+    return "xcode-select --install" if sys.platform == "darwin" else "sudo apt install g++ (or your system's package)"
 
 
 def check_gpu(root: Path) -> list[Finding]:
@@ -221,6 +237,6 @@ def weights_problem(path: Path) -> str:
 
 
 CHECKS: list[Callable[[Path], list[Finding]]] = [
-    check_python, check_cores, check_memory, check_disk, check_ports, check_compiler, check_gpu,
+    check_python, check_cores, check_memory, check_disk, check_ports, check_compiler, check_cuda_compiler, check_gpu,
     check_packages, check_models,
 ]  # fmt: skip

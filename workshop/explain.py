@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import linecache
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from workshop.bodies import MARKER, find_bodies
+from workshop.bodies import find_bodies, language_of
 from workshop.course import WorkshopError
+from workshop.kernel_sources import FOLDER
+from workshop.workspace import sources
 
 MAX_LINE_CHARS = 90
+# Errors of part 15's CUDA C++: their text names the lines, and no frame of Python's traceback does.
+COMPILE_ERROR, KERNEL_ERROR = "CompileError", "KernelError"
+BLANK_KERNEL = re.compile(r"\bpart\d\d \w+: .*", re.DOTALL)
+COMPILER_MESSAGE = re.compile(r"^\S.*[:)] (?:fatal )?error\b.*:.*(?:\n[ \t].*)*", re.MULTILINE)  # and what it quotes
+SOURCE_LINE = re.compile(r"([\w./-]+\.cuh?)[:(](\d+)")  # as g++, clang++ and nvcc write it
 
 
 def leaf(error: BaseException) -> BaseException:
@@ -22,13 +30,17 @@ def leaf(error: BaseException) -> BaseException:
 
 
 def explain(error: BaseException) -> str:
-    """The test's own message, or else the one from Python or pytest."""
+    """The test's own message, or else the one from Python, pytest, a compiler or a kernel."""
     text, kind = str(error).strip(), type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{kind}: {error.msg}" + (f"\n{error.text.rstrip()}" if error.text else "")
     if isinstance(error, AssertionError):
         module, line = raised_by(error)
         return f"{kind}: {text}" if module.startswith("part") else text or line
+    if kind == KERNEL_ERROR and (blank := BLANK_KERNEL.search(text)):
+        return blank[0]
+    if kind == COMPILE_ERROR and (first := COMPILER_MESSAGE.search(text)):
+        return f"{kind}: {first[0]}"
     return text if isinstance(error, NotImplementedError | pytest.fail.Exception) else f"{kind}: {text}"
 
 
@@ -49,10 +61,10 @@ class Locator:
     def __init__(self, copy: Path, lent: Iterable[str]) -> None:
         self.copy = copy
         self.own: set[tuple[str, int]] = set()  # file and line number of what the learner wrote in the checked bodies
-        for path in copy.rglob("*.py"):
+        for path in sources(copy):
             try:
                 bodies = find_bodies(path.read_text(encoding="utf-8"), path.name)
-            except (WorkshopError, UnicodeDecodeError):  # importing the file reports it
+            except (WorkshopError, UnicodeDecodeError):  # importing or compiling the file reports it
                 continue
             for body in bodies.values():
                 if body.name not in lent:
@@ -62,6 +74,8 @@ class Locator:
         """See Failure: raised_at and called_from. An error that was caught and reported by a test counts, too."""
         if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_relative_to(self.copy):
             return self.line(error.filename, error.lineno or 0), None
+        if type(error).__name__ in (COMPILE_ERROR, KERNEL_ERROR):
+            return self.locate_in_kernels(str(error))
         raised_at = called_from = None
         frame = error.__traceback__
         while frame is not None:
@@ -74,7 +88,20 @@ class Locator:
             return self.locate(error.__context__)
         return raised_at, called_from
 
+    def locate_in_kernels(self, text: str) -> tuple[str | None, str | None]:
+        """The line of CUDA C++ that an error's text names, and the first one that the learner wrote."""
+        first = COMPILER_MESSAGE.search(text)
+        end = first.end() if first else len(text)
+        lines, own = [], []
+        for match in SOURCE_LINE.finditer(text):
+            path, number = self.copy / FOLDER / match[1], int(match[2])
+            if path.is_file() and path.is_relative_to(self.copy):
+                lines += [self.line(str(path), number)] if match.start() < end else []
+                own += [self.line(str(path), number)] if (str(path), number) in self.own else []
+        return (lines[-1], own[0] if own else lines[-1]) if lines else (None, None)
+
     def line(self, file: str, number: int, function: str | None = None) -> str:
         where = f"{Path(file).relative_to(self.copy).as_posix()}:{number}" + (f" in {function}" if function else "")
         text = linecache.getline(file, number).strip()
-        return where if not function or not text or MARKER.fullmatch(text) else f"{where}: {text[:MAX_LINE_CHARS]}"
+        is_plain = not function or not text or language_of(file).marker.fullmatch(text)
+        return where if is_plain else f"{where}: {text[:MAX_LINE_CHARS]}"

@@ -6,7 +6,7 @@ import re
 
 # A test names the function and the section of the lesson that it is about. `check` knows better where to look: each
 # exercise is checked alone, so whatever fails is that exercise's fault.
-POINTER = re.compile(r"[.:;]?\s*\b([Ll]ook at|See) (?:(?!\.\s)[^\n])*?\.py\b[^\n]*?(\.(?=\s|$)|$)")
+POINTER = re.compile(r"[.:;]?\s*\b([Ll]ook at|See) (?:(?!\.\s)[^\n])*?\.(?:py|cuh?)\b[^\n]*?(\.(?=\s|$)|$)")
 EXPECTED = re.compile(
     r"(?P<case>.*?)[:,;.]?\s*\b[Ee]xpected (?P<expected>.+?)[,;]? (?:and |but )?got (?P<got>.+)", re.DOTALL
 )

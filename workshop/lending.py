@@ -37,10 +37,13 @@ class CopyFinder(MetaPathFinder):
 
     def lend(self, text: str, path: Path) -> tuple[str, list[int]]:
         """The text of the learner's file with the lent bodies, and each line's number in the file."""
+        return replace_bodies(text, self.lent_bodies(path), path.name)
+
+    def lent_bodies(self, path: Path) -> dict[str, tuple[str, ...]]:
+        """The lines of the bodies that the reference lends to the learner's file."""
         reference = self.reference / path.relative_to(self.workspace / self.reference.name)
         bodies = find_bodies(reference.read_text(encoding="utf-8"), str(reference)) if reference.is_file() else {}
-        lent = {name: body.lines for name, body in bodies.items() if name in self.lent}
-        return replace_bodies(text, lent, path.name)
+        return {name: body.lines for name, body in bodies.items() if name in self.lent}
 
 
 class LendingLoader(SourceFileLoader):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from workshop.explain import Locator, explain, leaf
+from workshop.kernel_sources import with_own_paths
 
 MAX_OUTPUT_CHARS = 2_000
 
@@ -39,8 +40,12 @@ class EventWriter:
             assert call.excinfo is not None, "a failed test raised an exception"
             self.write_failure(item.nodeid, call.excinfo.value, str(report.longrepr), report.capstdout)
         elif report.when == "call" or report.skipped:
-            self.write(report.outcome, test=item.nodeid)
+            self.write(report.outcome, test=item.nodeid, reason=reason_of(report))
         return report
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:  # a whole file
+            self.write("skipped", test=report.nodeid, reason=reason_of(report))
 
     def pytest_exception_interact(self, node: pytest.Collector, call: pytest.CallInfo, report: Any) -> None:
         if isinstance(report, pytest.CollectReport) and call.excinfo is not None:  # the test's file cannot be imported
@@ -54,10 +59,15 @@ class EventWriter:
         self.write(
             "failed",
             test=test,
-            message=explain(error),
+            message=with_own_paths(explain(error), self.locator.copy),
             kind=type(error).__name__,
             raised_at=raised_at,
             called_from=called_from,
-            traceback=traceback,
+            traceback=with_own_paths(traceback, self.locator.copy),
             output=output[-MAX_OUTPUT_CHARS:],
         )
+
+
+def reason_of(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test or a file is skipped; empty if it is not."""
+    return str(report.longrepr[2]).removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float
     tests: set[str] = set()
     passed: set[str] = set()
     failures: dict[str, Failure] = {}
+    reasons: dict[str, None] = {}  # of skipped tests
     current: str | None = "(import)"
     for line in events.read_text(encoding="utf-8").splitlines() if events.exists() else []:
         fields = json.loads(line)
@@ -72,14 +74,17 @@ def read_result(events: Path, log: Path, copy: Path, status: int, limit_s: float
             failures.setdefault(fields["test"], Failure(**fields))
         elif event == "skipped":
             tests.discard(fields["test"])
+            reasons[fields["reason"]] = None
         else:
             passed.add(fields["test"])
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     if current is not None and "(most recent call first)" in text:
         failures[current] = timed_out(current, text, copy, limit_s)
+    elif reasons and not (current or failures or passed):
+        failures["(pytest)"] = Failure("(pytest)", f"every test was skipped: {'; '.join(reasons)}", traceback=text)
     elif current is not None or not (failures or passed):
         test = current or "(pytest)"
-        failures[test] = Failure(test, f"pytest ended early, with status {status}: {last_line(text)}", traceback=text)
+        failures[test] = Failure(test, f"pytest ended early, {ending(status, text)}", traceback=text)
     passed -= failures.keys()
     tests |= {test for test in failures if "::" in test}
     return Result(len(tests | passed), len(passed), tuple(failures.values()), frozenset(passed))
@@ -96,6 +101,15 @@ def timed_out(test: str, text: str, copy: Path, limit_s: float) -> Failure:
     if "Timeout (" in text:
         message = "still waiting after minutes, so it was stopped. What does it wait for?"
     return Failure(test, message, "Timeout", line, line, traceback=text)
+
+
+def ending(status: int, text: str) -> str:
+    """What an exit status says, or else the last line of the output. A crash of compiled code shows as a signal."""
+    if status >= 0:
+        return f"with status {status}: {last_line(text)}"
+    name = signal.Signals(-status).name
+    is_bad_address = name in ("SIGSEGV", "SIGBUS")
+    return f"by the signal {name}: {'is an index outside of its array?' if is_bad_address else last_line(text)}"
 
 
 def last_line(text: str) -> str:

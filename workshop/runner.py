@@ -81,7 +81,7 @@ class Runner:
         events, log = (Path(self.folder.name) / name for name in ("events", "log"))
         for file in (events, log):
             file.unlink(missing_ok=True)
-        files = dict.fromkeys(exercise.file for exercise in self.part.exercises)
+        files = dict.fromkeys(e.file for e in self.part.exercises if e.file.endswith(".py"))
         modules = [f"{self.part.name}.{file.removesuffix('.py').replace('/', '.')}" for file in files]
         paths = {"workspace": workspace, "reference": self.part.path, "events": events, "log": log}
         job = Job(

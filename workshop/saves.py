@@ -8,11 +8,12 @@ from types import TracebackType
 
 import watchfiles
 
+from workshop.bodies import LANGUAGES
 from workshop.course import Part
 
 
 class Saves:
-    """Watches the Python files of the learner's copy in a thread, also if the copy is replaced."""
+    """Watches the source files of the learner's copy in a thread, also if the copy is replaced."""
 
     def __init__(self, part: Part) -> None:
         self.copy = part.copy
@@ -26,7 +27,7 @@ class Saves:
             self._saved.set()
 
     def _is_source(self, change: watchfiles.Change, path: str) -> bool:
-        return path.endswith(".py") and Path(path).is_relative_to(self.copy)
+        return path.endswith(tuple(LANGUAGES)) and Path(path).is_relative_to(self.copy)
 
     def any(self) -> bool:
         """Whether a file was saved since forget()."""

@@ -27,6 +27,7 @@ from typing import TextIO
 
 from common import startup
 from workshop.course import WorkshopError
+from workshop.kernel_sources import use_kernel_sources
 from workshop.lending import CopyFinder, install
 
 # macOS has fork, but its system libraries are not fork-safe; WORKSHOP_NO_FORK is for the tests.
@@ -175,6 +176,7 @@ def run(job: Job) -> int:
     finder = CopyFinder(Path(job.workspace), reference, job.lent)
     install(finder)
     use_kernel_cache(Path(job.events).parent, finder)
+    use_kernel_sources(Path(job.events).parent, finder)
     for module in job.modules:  # pytest would report such a failure at length, or abort if it is in a conftest.py
         try:
             importlib.import_module(module)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from workshop import COMMAND
-from workshop.bodies import Body, blank_bodies, find_bodies, replace_bodies
+from workshop.bodies import LANGUAGES, Body, blank_bodies, find_bodies, language_of, replace_bodies
 from workshop.course import Exercise, Part, WorkshopError
 from workshop.lesson import place_lesson
 from workshop.results import State
@@ -59,8 +59,9 @@ def fill_in(part: Part, exercises: list[Exercise]) -> Path:
     texts = {exercise.file: read_copy(part, exercise.file) for exercise in exercises}
     for exercise in exercises:
         if exercise.name not in find_bodies(texts[exercise.file], exercise.file):
+            marker = language_of(exercise.file).show_marker(exercise.name)
             raise WorkshopError(
-                f"{exercise.file} no longer has the line `# exercise: {exercise.name}`; "
+                f"{exercise.file} no longer has the line {marker}; "
                 f"`{COMMAND} catch-up {part.number}` replaces the whole part"
             )
         new = {exercise.name: reference_bodies(part)[exercise.name].lines}
@@ -172,13 +173,15 @@ def reference_bodies(part: Part) -> dict[str, Body]:
         bodies |= find_bodies(path.read_text(encoding="utf-8"), str(path))
     for exercise in part.exercises:
         if exercise.name not in bodies:
-            raise WorkshopError(f"{part.name} has no line `# exercise: {exercise.name}`, which exercises.md describes")
+            marker = language_of(exercise.file).show_marker(exercise.name)
+            raise WorkshopError(f"{part.name} has no line {marker}, which exercises.md describes")
     return bodies
 
 
 def sources(folder: Path) -> list[Path]:
-    """The Python files of a part."""
-    return sorted(path for path in folder.rglob("*.py") if "build" not in path.relative_to(folder).parts)
+    """The files of a part that may have exercises: Python and CUDA C++."""
+    paths = (path for path in folder.rglob("*") if path.suffix in LANGUAGES)
+    return sorted(path for path in paths if "build" not in path.relative_to(folder).parts)
 
 
 def read_copy(part: Part, file: str) -> str:

@@ -16,10 +16,11 @@ from pathlib import Path
 from workshop.course import Exercise, Part, WorkshopError
 from workshop.results import Result
 from workshop.runner import Runner
-from workshop.workspace import IGNORED
+from workshop.workspace import IGNORED, sources
 
 HEADER = re.compile(r"Name: ([^\n]+)\nCaught by: ([^\n]+)\nExplanation: (.+?)\n+(?=diff |--- )", re.DOTALL)
-ADDRESS = re.compile(r"0x[0-9a-f]+")
+# What differs from run to run: addresses, and which of a kernel's threads was the first to notice a mistake.
+VARYING = re.compile(r"0x[0-9a-f]+|\b(block|thread) \(\d+,\d+,\d+\)")
 Signature = dict[str, str]  # failing test → its message
 
 
@@ -61,7 +62,7 @@ def write_wrong_copy(part: Part, wrong: WrongSolution, workspace: Path) -> None:
 
 
 def signature(result: Result) -> Signature:
-    return {failure.test: ADDRESS.sub("…", failure.message) for failure in result.failures}
+    return {failure.test: VARYING.sub("…", failure.message) for failure in result.failures}
 
 
 def find_lookalikes(
@@ -105,7 +106,7 @@ def cached_signature(
 def digest(part: Part, wrong: WrongSolution) -> str:
     """A hash of all files that a wrong solution's failures depend on."""
     tests = part.root / "tests"
-    files = {wrong.path, *part.path.rglob("*.py"), *part.tests.glob("*.py"), *tests.glob("*.py")}
+    files = {wrong.path, *sources(part.path), *part.tests.glob("*.py"), *tests.glob("*.py")}
     files |= {*(part.root / "common").rglob("*.py")}
     hashed = hashlib.sha256()
     for file in sorted(files):

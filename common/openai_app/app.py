@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ VERSION = "1.0"
 class AppOptions:
     """api_key protects all but /health, /ping, /metrics and /version (None: no key needed). body_timeout_s: how long a
     request's body may take to arrive. root_path: where a proxy in front of the server has put it. log_stats: whether
-    serve_app logs the lines of StatsLog.
+    serve_app logs the lines of StatsLog. infos: what /metrics says about the engine that doesn't change, see Metrics.
     """
 
     api_key: str | None = None
@@ -49,6 +49,7 @@ class AppOptions:
     browsers: BrowserPolicy = field(default_factory=BrowserPolicy)
     root_path: str = ""
     log_stats: bool = False
+    infos: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> AppOptions:
@@ -63,7 +64,7 @@ class OpenAIServer:
 
     def __init__(self, engine: ServingEngine, options: AppOptions) -> None:
         self.engine, self.options = engine, options
-        self.metrics = Metrics(engine.stats)
+        self.metrics = Metrics(engine.stats, options.infos)
         self.token_texts = TokenTexts(engine.tokenizer)
         self.started = int(time.time())
         self._ending = threading.Lock()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -48,14 +48,22 @@ COUNTERS = {
 }
 
 
+INFOS = {
+    "kernel_backend": "Which backend computes an operation, and why; always 1.",
+}
+
+
 class Metrics:
     """One app's metrics. "Request" in their names means an engine request: each choice is one.
 
-    stats returns the engine's own numbers; it is called at each scrape.
+    stats returns the engine's own numbers; it is called at each scrape. infos: facts that don't change, by their names
+    in INFOS, each as a list of label sets.
     """
 
-    def __init__(self, stats: Callable[[], Mapping[str, float]]) -> None:
-        self._stats = stats
+    def __init__(
+        self, stats: Callable[[], Mapping[str, float]], infos: Mapping[str, Sequence[Mapping[str, str]]] | None = None
+    ) -> None:
+        self._stats, self._infos = stats, infos or {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self.success = self._counter("request_success", "Finished requests, by finish reason.", "finished_reason")
@@ -80,7 +88,12 @@ class Metrics:
         )
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """The engine's gauges and counters; prometheus_client calls this at each scrape."""
+        """The engine's gauges, counters and facts; prometheus_client calls this at each scrape."""
+        for name, label_sets in self._infos.items():
+            family = GaugeMetricFamily(f"engine:{name}_info", INFOS[name], labels=list(label_sets[0]))
+            for labels in label_sets:
+                family.add_metric(list(labels.values()), 1)
+            yield family
         for name, value in self._stats().items():
             if name in GAUGES:
                 yield GaugeMetricFamily(f"engine:{name}", GAUGES[name], value)

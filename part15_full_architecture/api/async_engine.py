@@ -79,7 +79,7 @@ class AsyncLLM:
         self.processor = OutputProcessor(self.tokenizer)
         self.core = make_core_client(config)
         self.limits, self.num_kv_blocks = self.core.ready.limits, self.core.ready.num_kv_blocks
-        self.kv_sources = self.core.ready.kv_sources
+        self.kv_sources, self.kernels = self.core.ready.kv_sources, self.core.ready.kernels
         self.max_model_len, self.vocab_size = self.limits.max_model_len, self.limits.vocab_size
         self.max_request_len = min(self.max_model_len, self.limits.num_kv_tokens + 1)  # the last token is not stored
         self.max_num_unfinished = config.data_parallel_size * config.max_num_seqs + config.max_queued_requests

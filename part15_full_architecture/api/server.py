@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -40,7 +42,12 @@ class KVTransferHeader:
 def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
     """The engine starts and ends with the app. Besides OpenAI's API, there are POST /reset_prefix_cache, as in vLLM,
     and GET /kv_transfer: where other engines fetch this one's KV."""
-    app = create_openai_app(engine, AppOptions.from_config(config))
+    backends = [
+        {"operation": operation, "backend": backend, "reason": reason}
+        for operation, (backend, reason) in engine.kernels.items()
+    ]
+    infos = {"kernel_backend": backends} if backends else {}
+    app = create_openai_app(engine, replace(AppOptions.from_config(config), infos=infos))
 
     async def reset_prefix_cache(request: Request) -> JSONResponse:
         if config.api_key is not None:

@@ -233,6 +233,19 @@ class DecoderModel(nn.Module):
     def device(self) -> str:
         return str(self.rotary_embedding.table.device)
 
+    @property
+    def output_embedding(self) -> VocabParallelEmbedding | None:
+        """The LM head, which may be the embedding of the tokens; only the last stage has one."""
+        if not self.stage.is_last:
+            return None
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of matrices that are packed, besides the parameters."""
+        packed = [each for module in self.modules() if (each := getattr(module, "packed", None)) is not None]
+        return sum(each.nbytes for each in packed)
+
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Run tokens of any number of sequences, laid end to end, through this stage's layers.
 
@@ -259,9 +272,8 @@ class DecoderModel(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden_size], only the rows to sample from, in the last stage. Returns [n, vocab_size], float32,
         on all ranks of the group."""
-        output_embedding = self.embed_tokens if self.lm_head is None else self.lm_head
-        assert output_embedding is not None, "the last stage has the LM head"
-        return output_embedding.logits(hidden)
+        assert self.output_embedding is not None, "the last stage has the LM head"
+        return self.output_embedding.logits(hidden)
 
 
 def num_parameters(model: nn.Module) -> int:

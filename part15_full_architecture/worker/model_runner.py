@@ -17,6 +17,7 @@ from ..messages import ScheduledRequest, StepInput, StepOutput
 from .attention import AttentionMetadata, PagedAttention
 from .device import to_device
 from .draft_model import DraftModelProposer, samples_drafts
+from .graphs import DEFAULT_SIZES, StepGraphs, can_be_captured
 from .kernels.ops import Kernels
 from .kv_cache import KVCache, slot_mapping
 from .model import Attend, DecoderModel, Rotation
@@ -81,12 +82,18 @@ class ModelRunner:
         self.tokens = TokenBuffer(config.max_num_seqs, config.max_model_len, self.device)
         self.states = RequestStates(config.max_num_seqs, config.max_model_len, config.block_size)
         self.attention: PagedAttention | None = None  # set_cache() comes first
+        self.graphs: StepGraphs | None = None
         self.num_tokens_computed = 0
 
     def set_cache(self, kv_cache: KVCache) -> None:
         self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, self.kernels)
         if self.drafter is not None:
             self.drafter.set_cache(kv_cache.num_blocks)
+        sizes = self.config.graph_sizes(DEFAULT_SIZES)
+        if sizes and can_be_captured(self.model):
+            self.graphs = StepGraphs(self.model, self.attention, sizes, self.states.block_tables.shape[1])
+            with torch.inference_mode():
+                self.graphs.capture()
 
     @property
     def pools(self) -> list[Tensor]:
@@ -191,10 +198,7 @@ class ModelRunner:
         self.tokens.write(batch.new_indices, batch.new_token_ids)
         self.tokens.write(batch.draft_indices, batch.draft_token_ids)
         input_ids = self.tokens.read(batch.input_indices)
-        attend: Attend = partial(self.attention.attend, batch.metadata)
-        if note_layer is not None:
-            attend = partial(attend_and_note, attend, note_layer)
-        hidden = self.model(input_ids, batch.positions, attend)
+        hidden = self._forward(self.attention, input_ids, batch, note_layer)
         if not self.model.stage.is_last:
             return SamplerOutput(batch.logits_indices[:0], None)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
@@ -204,6 +208,20 @@ class ModelRunner:
         self.tokens.write(batch.output_indices, sampled.token_ids)
         draft_token_ids = None if self.drafter is None else self._propose(batch, sampled, self.drafter)
         return replace(sampled, draft_token_ids=draft_token_ids, prompt_logprobs=prompt_logprobs)
+
+    def _forward(
+        self, attention: PagedAttention, input_ids: Tensor, batch: Batch, note_layer: Callable[[int], None] | None
+    ) -> Tensor:
+        """The hidden states of the step's tokens: from a graph, if there is one for this step."""
+        if self.graphs is not None and note_layer is None:
+            hidden = self.graphs.run(input_ids, batch.positions, batch.metadata)
+            if hidden is not None:
+                return hidden
+        attend: Attend = partial(attention.attend, batch.metadata)
+        if note_layer is not None:
+            attend = partial(attend_and_note, attend, note_layer)
+        computed: Tensor = self.model(input_ids, batch.positions, attend)
+        return computed
 
     @torch.inference_mode()
     def run_dummy(self) -> SamplerOutput:

@@ -18,7 +18,7 @@ from common.errors import FieldError
 
 from ..messages import Collective
 from .linear import Embedding, Linear
-from .weight import Part
+from .weight import Packed, Part
 
 VOCAB_PADDING = 64  # as in vLLM: the padded vocabulary's size is a multiple of it
 
@@ -222,6 +222,7 @@ class VocabParallelEmbedding(Embedding):
         self.vocab_size, self.group = vocab_size, group
         self.shard = group.split("the padded vocabulary", padded_vocab_size(vocab_size, group.size))
         super().__init__(len(self.shard), hidden_size)
+        self.packed: Packed | None = None  # for logits()
 
     def load(self, reader: CheckpointReader, path: str) -> None:
         num_real = min(max(0, self.vocab_size - self.shard.start), len(self.shard))
@@ -240,7 +241,8 @@ class VocabParallelEmbedding(Embedding):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of all token ids. hidden: [n, hidden_size]; returns [n, vocab_size], float32, on all ranks."""
-        own = F.linear(hidden, self.weight).float()
+        own = F.linear(hidden, self.weight) if self.packed is None else self.packed.product(hidden)
+        own = own.float()
         return self.group.all_gather(own)[:, : self.vocab_size]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,14 @@ class Part:
         return self.rows, self.columns
 
 
+class Packed(Protocol):
+    """A matrix in another order, see packed_matrix.py."""
+
+    nbytes: int
+
+    def product(self, rows: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
 class Weight(nn.Module):
     """The matrix of a layer, [rows, columns], or those of its experts, [num_experts, rows, columns], as they are in the
     checkpoint: in floating point.
@@ -49,6 +57,7 @@ class Weight(nn.Module):
         super().__init__()
         self.shape = shape
         self.data = nn.Parameter(torch.empty(shape))
+        self.packed: Packed | None = None  # takes the place of data
 
     def read(self, reader: CheckpointReader, name: str, part: Part, place: Place) -> None:
         """Read the part of a projection. name: its name in the checkpoint. place: where it belongs in this matrix."""
@@ -56,7 +65,7 @@ class Weight(nn.Module):
 
     def forward(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product. rows: […, columns]; bias: [rows of the matrix]. Returns […, rows of the matrix]."""
-        return F.linear(rows, self.data, bias)
+        return F.linear(rows, self.data, bias) if self.packed is None else self.packed.product(rows, bias)
 
     def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         """The first counts[0] rows times the first expert's matrix, and so on: see reference.py::grouped_linear."""

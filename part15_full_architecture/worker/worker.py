@@ -25,6 +25,7 @@ from .kv_tiers import make_tiers
 from .kv_transfer import KVTransferAgent
 from .model import DecoderModel
 from .model_runner import ModelRunner, to_step_output
+from .packed_matrix import pack_matrices
 from .parallel import Groups
 from .quantization.choice import QuantizationFlags
 from .quantization.kv_codes import KVFormat
@@ -90,7 +91,7 @@ class Worker:
     def weight_bytes(self) -> int:
         """Of the model, and of the draft model if there is one."""
         models = [self.model] if self.drafter is None else [self.model, self.drafter.model]
-        return sum(parameter.nbytes for model in models for parameter in model.parameters())
+        return sum(model.packed_bytes + sum(parameter.nbytes for parameter in model.parameters()) for model in models)
 
     @property
     def bytes_per_block(self) -> int:
@@ -207,6 +208,8 @@ def use_kernels(model: DecoderModel, kv_format: KVFormat, config: EngineConfig) 
     )  # fmt: skip
     kernels = choose_kernels(config.kernels, situation)
     model.use(kernels)
+    if config.pack_weights and model.device == "cpu":
+        pack_matrices(model)
     return kernels
 
 

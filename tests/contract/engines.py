@@ -211,7 +211,7 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
     ep = {**two, "enable_expert_parallel": True}
     offload = {"kv_offload_gib": 0.001}
     int4 = {"quantization": "int4", "quantization_group_size": GROUP_SIZE}
-    draft_int8 = {"speculative_quantization": "int8"}
+    draft_int8, graphs = {"speculative_quantization": "int8"}, {"cudagraph_capture_sizes": "1,2,4,8,16"}
     since: list[tuple[int, str, dict[str, Any]]] = [
         (5, "async", {}),
         (5, "sync", {"async_scheduling": False}),
@@ -242,6 +242,10 @@ def kinds_of(part: str, models: SmallModels, *, with_ranks: bool = True) -> dict
         (14, "int8, ep 2, small chunks", {"quantization": "int8", **ep, **small}),
         (14, "int4, offload, n-gram lookup, 2 stages", {**int4, **offload, **LOOKUP, "pipeline_parallel_size": 2}),
         (14, "int8, weight offload", {"quantization": "int8", "cpu_offload_gb": 1.0}),
+        (15, "the references", {"kernels": "torch"}),
+        (15, "padded steps", graphs),
+        (15, "padded steps, tp 2, a draft model, small chunks", {**graphs, **two, **drafted, **small}),
+        (15, "padded steps, int4, offload, n-gram lookup", {**graphs, **int4, **offload, **LOOKUP}),
     ]
     number = number_of(part)
     newest = max(number_of(path.name) for path in ROOT.glob("part[0-9][0-9]_*") if (path / "__init__.py").is_file())

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,12 +104,12 @@ class Guarded:
     """Tensors with bytes before and after them that nobody may use: as numbers and scales they are NaN, as FP8 codes
     too. check() tells whether they are as they were."""
 
-    def __init__(self, device: str, misalignment: int = 0) -> None:
-        self.device, self.misalignment = device, misalignment  # elements after an address that is divisible by 16
+    def __init__(self, device: str, misalignments: dict[str, int] | None = None) -> None:
+        self.device, self.misalignments = device, misalignments or {}  # in elements, to an address divisible by 16
         self.buffers = list[tuple[str, Tensor, int, int]]()
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        start = GUARD + self.misalignment * dtype.itemsize
+        start = GUARD + self.misalignments.get(name, 0) * dtype.itemsize
         end = start + torch.Size(shape).numel() * dtype.itemsize
         buffer = torch.full((-(-end // 16) * 16 + GUARD,), 0xFF if dtype.is_floating_point else 0x7F, dtype=torch.uint8)
         buffer = buffer.to(self.device)
@@ -158,11 +160,11 @@ def check_product(got: Tensor, rows: Tensor, matrix: Tensor, what: str, look: st
 
 def check_quantized(
     kernel: str, dtype: str, scheme: Scheme, num_rows: int, out_features: int, num_columns: int, device: str,
-    misalignment: int = 0,
+    misalignments: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
     """One product, with guards around all tensors."""
     torch.manual_seed(num_rows * 1_000 + out_features)
-    weight, guarded = make_weight(scheme, out_features, num_columns), Guarded(device, misalignment)
+    weight, guarded = make_weight(scheme, out_features, num_columns), Guarded(device, misalignments)
     rows = torch.randn(num_rows, num_columns).to(DTYPES[dtype])
     copies = replace(
         weight,
@@ -230,8 +232,8 @@ def test_gemm_with_many_columns(kind: str, device: str) -> None:
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
 def test_tensors_that_are_not_aligned(kernel: str, dtype: str, device: str) -> None:
     """Sizes allow to load 16 bytes at once, but addresses don't."""
-    for misalignment in (1, 4):
-        check_quantized(kernel, dtype, INT4, 5, 20, 160, device, misalignment)
+    for name, misalignment in product(("rows", "codes", "scale", "zero", "output"), (1, 4)):
+        check_quantized(kernel, dtype, INT4, 5, 20, 160, device, {name: misalignment})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -273,8 +275,8 @@ def test_it_equals_the_reference(kind: str, dtype: str, num_rows: int, device: s
     got = quantized.quantized_linear(rows.to(device), *arguments).cpu()
     difference, limit = float((got - expected).abs().max()), float(expected.abs().max()) * STEP[rows.dtype]
     assert difference <= limit, (
-        f"{num_rows} rows of {dtype}: the largest difference to the reference is {difference:.2g}, more than {limit:.2g}. "
-        + LAUNCH.format("quantized_linear")
+        f"{num_rows} rows of {dtype}: the largest difference to the reference is {difference:.2g}, more than "
+        f"{limit:.2g}. " + LAUNCH.format("quantized_linear")
     )
 
 
@@ -422,14 +424,15 @@ COUNTS = {
 
 
 def check_grouped(
-    dtype: str, counts: list[int], out_features: int, in_features: int, device: str, misalignment: int = 0
-) -> None:
+    dtype: str, counts: list[int], out_features: int, in_features: int, device: str,
+    misalignments: dict[str, int] | None = None,
+) -> None:  # fmt: skip
     """One product, with guards around all tensors."""
     torch.manual_seed(sum(counts) + out_features)
     num_rows = sum(counts)
     rows = torch.randn(num_rows, in_features).to(DTYPES[dtype])
     weight = torch.randn(len(counts), out_features, in_features).to(DTYPES[dtype])
-    guarded = Guarded(device, misalignment)
+    guarded = Guarded(device, misalignments)
     own_counts = torch.tensor(counts, dtype=torch.int64, device=device)
     arguments = guarded.copy("rows", rows), guarded.copy("weight", weight), own_counts
     with guarded.outputs():
@@ -468,8 +471,8 @@ def test_grouped_products_with_any_number_of_columns(in_features: int, dtype: st
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_that_are_not_aligned(dtype: str, device: str) -> None:
-    for misalignment in (1, 2, 4):
-        check_grouped(dtype, [5, 2], 20, 64, device, misalignment)
+    for name, misalignment in product(("rows", "weight", "output"), (1, 2, 4)):
+        check_grouped(dtype, [5, 2], 20, 64, device, {name: misalignment})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -558,6 +561,16 @@ def test_groups_that_do_not_fit_are_refused(change: dict[str, Any], message: str
     raise AssertionError(f"{list(change)} was accepted; expected: {message}. {look}")
 
 
+@pytest.mark.parametrize("order", ["reverse", "random:1", "random:2"])
+def test_the_order_of_threads_does_not_matter(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the emulation, a barrier that is missing shows when threads run in another order."""
+    monkeypatch.setenv("COC_ORDER", order)
+    for num_rows, (kernel, dtype) in product((9, 40), KERNELS):
+        check_quantized(kernel, dtype, INT4, num_rows, 70, 96 * 19, "cpu")
+    for dtype, in_features in product(DTYPES, (63, 450)):
+        check_grouped(dtype, [9, 18, 1], 40, in_features, "cpu")
+
+
 # ---- memory that may not be touched: in a process of its own, since a fault ends it
 
 
@@ -576,51 +589,33 @@ def between_pages(tensor: Tensor, is_at_the_end: bool) -> Tensor:
 
 def run_between_pages(call: Callable[..., Tensor], *arguments: Any) -> None:
     for is_at_the_end in (True, False):
+        guard = partial(between_pages, is_at_the_end=is_at_the_end)
 
-        def guard(each: Any, is_at_the_end: bool = is_at_the_end) -> Any:
-            return between_pages(each, is_at_the_end) if isinstance(each, Tensor) else each
+        def new_empty(like: Tensor, *shape: int, guard: Callable[[Tensor], Tensor] = guard) -> Tensor:
+            return guard(torch.zeros(shape, dtype=like.dtype))
 
-        with mock.patch.object(
-            Tensor,
-            "new_empty",
-            lambda like, *shape, guard=guard: guard(torch.zeros(shape, dtype=like.dtype)),
-            create=True,
-        ):
-            call(*(guard(each) for each in arguments))
+        with mock.patch.object(Tensor, "new_empty", new_empty, create=True):
+            call(*(guard(each) if isinstance(each, Tensor) else each for each in arguments))
 
 
 def products_between_pages() -> Iterator[str]:
     """Says what is computed next, before it is computed."""
-    for kind in KINDS:
-        for group_size, num_columns in ((6, 30), (16, 48), (32, 96), (128, 640)):
-            for out_features in (1, 40):
-                weight = make_weight(replace(KINDS[kind], group_size=group_size), out_features, num_columns)
-                for num_rows, dtype in (
-                    (1, torch.float32),
-                    (3, torch.bfloat16),
-                    (9, torch.float16),
-                    (33, torch.float16),
-                ):
-                    rows = torch.randn(num_rows, num_columns).to(dtype)
-                    yield f"{kind}, groups of {group_size}, {out_features} outputs, {num_rows} rows of {dtype}"
-                    run_between_pages(quantized.quantized_linear, rows, *weight.arguments())
-    for dtype in DTYPES.values():
-        for in_features in (7, 72, 128):
-            for counts in ([3, 0, 20], [70, 1]):
-                rows = torch.randn(sum(counts), in_features).to(dtype)
-                weights = torch.randn(len(counts), 40, in_features).to(dtype)
-                yield f"grouped_linear, {counts} rows of {dtype}, {in_features} columns"
-                run_between_pages(grouped.grouped_linear, rows, weights, torch.tensor(counts))
+    sizes = ((1, torch.float32), (3, torch.bfloat16), (9, torch.float16), (33, torch.float16))
+    for kind, (group_size, num_columns) in product(KINDS, ((6, 30), (16, 48), (32, 96), (128, 640))):
+        for out_features, (num_rows, dtype) in product((1, 40), sizes):
+            weight = make_weight(replace(KINDS[kind], group_size=group_size), out_features, num_columns)
+            yield f"{kind}, groups of {group_size}, {out_features} outputs, {num_rows} rows of {dtype}"
+            rows = torch.randn(num_rows, num_columns).to(dtype)
+            run_between_pages(quantized.quantized_linear, rows, *weight.arguments())
+    for dtype, in_features, counts in product(DTYPES.values(), (7, 72, 128), ([3, 0, 20], [70, 1])):
+        rows, weights = torch.randn(sum(counts), in_features), torch.randn(len(counts), 40, in_features)
+        yield f"grouped_linear, {counts} rows of {dtype}, {in_features} columns"
+        run_between_pages(grouped.grouped_linear, rows.to(dtype), weights.to(dtype), torch.tensor(counts))
 
 
 def test_memory_around_the_tensors_is_not_touched() -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     last = done.stdout.strip().splitlines()[-1:]
     assert done.returncode == 0, (
         f"a kernel read or wrote outside of its tensors (exit status {done.returncode}; -11 is a fault): {last}. "
@@ -629,5 +624,5 @@ def test_memory_around_the_tensors_is_not_touched() -> None:
 
 
 if __name__ == "__main__":
-    for product in products_between_pages():
-        print(product, flush=True)
+    for case in products_between_pages():
+        print(case, flush=True)

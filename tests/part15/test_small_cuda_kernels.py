@@ -4,7 +4,8 @@ references. The kernels run on this CPU, in the emulation, and on a GPU if there
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,36 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+GUARD = 256  # numbers before and after an output
+
+
+@pytest.fixture(autouse=True)
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts guards around all tensors from torch.empty, to notice a kernel that writes outside its output."""
+    real_empty, blocks = torch.empty, []
+
+    def empty(*shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+        size = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+        memory = real_empty(GUARD + size.numel() + GUARD, dtype=dtype, device=device)
+        memory[:GUARD], memory[-GUARD:] = 99, 99
+        blocks.append((memory, size))
+        return memory[GUARD:-GUARD].view(size)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda t: empty(*t.shape, dtype=t.dtype, device=t.device))
+    yield
+    for memory, size in blocks:
+        for name, guard in (("before", memory[:GUARD]), ("after", memory[-GUARD:])):
+            assert bool((guard == 99).all()), f"a kernel wrote {name} a tensor of shape {tuple(size)}"
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def unaligned(tensor: Tensor) -> Tensor:
     """A contiguous copy that begins 2 or 4 bytes after a multiple of 16: packs of 16 bytes can't be loaded from it."""
-    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    memory = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
     return memory[1:].view(tensor.shape).copy_(tensor)
 
 
@@ -259,9 +283,10 @@ def test_rms_norm_equals_the_reference(dtype: torch.dtype, device: str) -> None:
 
 @by_dtype
 def test_rms_norm_of_heads_in_a_larger_projection(dtype: torch.dtype, device: str) -> None:
-    for num_tokens, num_heads, head_dim, columns in ((5, 3, 32, 160), (2, 4, 128, 1024), (3, 2, 64, 131), (1, 1, 6, 7)):
+    cases = ((5, 3, 32, 160, 0), (2, 4, 128, 1024, 512), (3, 2, 64, 131, 0), (3, 2, 64, 160, 1), (1, 1, 6, 7, 1))
+    for num_tokens, num_heads, head_dim, columns, start in cases:
         qkv = randn(num_tokens, columns, dtype=dtype).to(device)
-        heads = qkv[:, 1:][:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+        heads = qkv[:, start : start + num_heads * head_dim].unflatten(1, (num_heads, head_dim))
         weight = randn(head_dim, dtype=dtype, seed=1)
         rows = heads.cpu().float().flatten(0, 1)
         exact = reference.add_rms_norm(rows, torch.zeros_like(rows), weight.float(), EPS).view(heads.shape)
@@ -273,11 +298,10 @@ def test_rms_norm_of_heads_in_a_larger_projection(dtype: torch.dtype, device: st
 def test_norm_of_unaligned_and_of_no_rows(device: str) -> None:
     rows, residual, weight = randn(4, 64), randn(4, 64, seed=1), randn(64, seed=2)
     exact = reference.add_rms_norm(rows, residual.clone(), weight, EPS)
-    for which in range(3):
-        tensors = [unaligned(t) if i == which else t.clone() for i, t in enumerate((rows, residual, weight))]
-        got = add_rms_norm(*(tensor.to(device) if i != which else unaligned(tensor.to(device))
-                             for i, tensor in enumerate(tensors)), EPS)  # fmt: skip
-        check(got, exact, NORM, f"argument {which} at an odd address")
+    for which, name in enumerate(("rows", "residual", "weight")):
+        tensors = [tensor.to(device).clone() for tensor in (rows, residual, weight)]
+        tensors[which] = unaligned(tensors[which])
+        check(add_rms_norm(tensors[0], tensors[1], tensors[2], EPS), exact, NORM, f"{name} at an odd address")
     assert rms_norm(rows[:0].to(device), weight.to(device), EPS).shape == (0, 64), "no rows: expected shape (0, 64)"
 
 
@@ -290,9 +314,12 @@ CACHE_DTYPES = (None, torch.int8, torch.uint8)
 def rotary_batch(
     num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str, extra: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values as slices of one projection with extra unused columns; positions; a table of angles."""
-    qkv = 3 * randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim + extra, dtype=dtype).to(device)
-    heads = qkv[:, extra:].unflatten(1, (-1, head_dim))
+    """Queries, keys and values as slices of one projection; positions; a table of angles.
+
+    extra: unused columns. If there are any, the slices begin at the second column, so at an odd address."""
+    size, start = (num_heads + 2 * num_kv_heads) * head_dim, min(extra, 1)
+    qkv = 3 * randn(num_tokens, size + extra, dtype=dtype).to(device)
+    heads = qkv[:, start : start + size].unflatten(1, (-1, head_dim))
     query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     positions = torch.randperm(300, generator=torch.Generator().manual_seed(1))[:num_tokens].to(device)
     angles = torch.outer(torch.arange(300.0), 1e4 ** (-torch.arange(head_dim // 2) / (head_dim // 2)))
@@ -304,7 +331,7 @@ def rotary_batch(
 @pytest.mark.parametrize(
     ("sizes", "extra"),
     [((9, 4, 2, 32), 0), ((5, 8, 1, 64), 0), ((3, 6, 3, 128), 0), ((4, 2, 2, 20), 0), ((4, 3, 1, 6), 0),
-     ((4, 4, 2, 64), 1), ((2, 40, 10, 8), 0)],
+     ((4, 4, 2, 64), 1), ((4, 4, 2, 64), 16), ((2, 40, 10, 8), 0)],
     ids=str,
 )  # fmt: skip
 def test_rotate_and_store_equals_the_reference(
@@ -315,7 +342,7 @@ def test_rotate_and_store_equals_the_reference(
     slots = torch.randperm(24, generator=torch.Generator().manual_seed(2))[:num_tokens]
     slots[1] = -1
     scales = None if cache_dtype is None else 0.02 + torch.rand(2, num_kv_heads) / 20
-    cache = torch.full((6, 4, 2, num_kv_heads, head_dim), 77, dtype=cache_dtype or dtype, device=device)
+    cache = torch.empty(6, 4, 2, num_kv_heads, head_dim, dtype=cache_dtype or dtype, device=device).fill_(77)
     expected_cache = cache.cpu().clone()
     arguments = [tensor.cpu() for tensor in (query, key, value, positions, table)]
     expected = reference.rotate_and_store(*arguments, expected_cache, slots, scales)
@@ -341,6 +368,22 @@ def test_rotate_and_store_equals_the_reference(
     assert int(differs.sum()) <= 2 + differs.numel() // 50, f"{case}: {int(differs.sum())} codes of keys. {ROTARY}"
     step = (got_keys[kept].int() - expected_keys[kept].int()).abs().max()
     assert step <= 1, f"{case}: codes of keys differ by up to {step}: expected 1 at most. {ROTARY}"
+
+
+def test_queries_keys_and_values_with_different_strides(device: str) -> None:
+    query, key, value, positions, table = rotary_batch(5, 2, 2, 32, torch.float32, device)
+    for columns, which in product((80, 65), ("query", "key", "value")):  # packs can't be loaded with a stride of 65
+        tensors = {"query": query.contiguous(), "key": key.contiguous(), "value": value.contiguous()}
+        tensors[which] = torch.zeros(5, columns, device=device)[:, :64].view(5, 2, 32).copy_(tensors[which])
+        cache = torch.zeros(2, 4, 2, 2, 32, device=device)
+        expected_cache, slots = cache.cpu().clone(), torch.tensor([7, 1, 0, 4, 6])
+        arguments = [tensor.cpu() for tensor in (query, key, value, positions, table)]
+        expected = reference.rotate_and_store(*arguments, expected_cache, slots)
+        got = rotate_and_store(
+            **tensors, positions=positions, table=table, kv_cache=cache, slot_mapping=slots.to(device)
+        )
+        check(got, expected, ROTARY, f"{which} has a stride of {columns}: queries")
+        check(cache, expected_cache, ROTARY, f"{which} has a stride of {columns}: cache")
 
 
 def test_codes_of_values_saturate(device: str) -> None:
@@ -568,7 +611,7 @@ def test_a_token_depends_on_nothing_but_its_row(device: str, monkeypatch: pytest
     reverse = sample(*(argument.flip(0).contiguous() for argument in on_device)).cpu().flip(0)
     check_equal(reverse, together, SAMPLING, "the same rows, last one first")
     for order in ("reverse", "random:3"):  # of the threads, in the emulation
-        monkeypatch.setenv("COC_ORDER", order)
+        monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
         check_equal(sample(*on_device), together, SAMPLING, f"thread order {order}")
 
 

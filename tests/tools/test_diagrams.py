@@ -9,30 +9,54 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from common.openai_app.metrics import Metrics
 from part06_chunked_prefill.core.block_manager import BlockManager as Part06BlockManager
 from part06_chunked_prefill.core.request import Request as Part06Request
 from part06_chunked_prefill.core.scheduler import Scheduler
 from part07_prefix_caching.core.block_manager import BlockManager
 from part07_prefix_caching.core.request import Request
+from part14_quantization.worker import attention as part14_attention
+from part14_quantization.worker import kv_cache as part14_kv_cache
+from part14_quantization.worker import linear as part14_linear
+from part14_quantization.worker import model as part14_model
+from part14_quantization.worker import parallel as part14_parallel
 from part14_quantization.worker.quantization import cpu_kernels, products
 from part14_quantization.worker.quantization.gptq import inverse_factor, spread_error
+from part14_quantization.worker.quantization.kv_codes import KVFormat as Part14KVFormat
 from part14_quantization.worker.quantization.packing import pack_nibbles
 from part14_quantization.worker.quantization.scheme import Scheme, dequantize, quantize
+from part15_full_architecture.worker import model as part15_model
+from part15_full_architecture.worker.attention import AttentionMetadata, PagedAttention
+from part15_full_architecture.worker.graphs import StepGraphs
+from part15_full_architecture.worker.kernels import autotune, build, ops, reference
+from part15_full_architecture.worker.kernels.cuda import attention as cuda_attention
+from part15_full_architecture.worker.kv_cache import KVCache
+from part15_full_architecture.worker.parallel import Groups
+from part15_full_architecture.worker.quantization.kv_codes import KVFormat
 from tests.scripted import params_for
 from tools.diagrams import __main__ as command
 from tools.diagrams import (
     architecture,
     batches,
+    fusion,
+    gpu,
+    kernel_choice,
     kv_blocks,
     metrics,
     one_request,
     overview,
     quantization,
     quantized_layers,
+    step_graphs,
     theme,
     transformer,
 )
@@ -44,6 +68,7 @@ from tools.diagrams.svg import Drawing
 ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 REFERENCE = re.compile(r"docs/diagrams/([\w.-]+)\.svg|\]\((?:\./)?diagrams/([\w.-]+)\.svg")
+CUDA_FILES = sorted((ROOT / "part15_full_architecture" / "worker" / "kernels" / "cuda").rglob("*.cu*"))
 PARTS = sorted(path for path in ROOT.glob("part[0-9][0-9]_*") if path.is_dir())
 each_diagram = pytest.mark.parametrize("name", sorted(DIAGRAMS))
 
@@ -200,16 +225,34 @@ def test_every_diagram_is_referenced() -> None:
     assert not DIAGRAMS.keys() - found, f"no page shows {sorted(DIAGRAMS.keys() - found)}"
 
 
+def test_a_reference_leads_from_its_page_to_the_file() -> None:
+    """Also from a page in a folder of a part, such as worker/kernels/README.md, which has further to go."""
+    links = [
+        (page, link)
+        for page in pages()
+        for link in re.findall(r"!\[[^\]]*\]\(([^)\s]*diagrams/[\w.-]+\.svg)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert any(len(page.relative_to(ROOT).parts) > 2 for page, _ in links), "pages in folders of parts are read, too"
+    broken = [f"{page.relative_to(ROOT)}: {link}" for page, link in links if not (page.parent / link).is_file()]
+    assert not broken, f"these links lead nowhere: {broken}"
+
+
 # What they show is what the code does
 
 
 def test_code_names_in_diagrams_are_in_the_code() -> None:
-    sources = [*ROOT.glob("part*/**/*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("models/*/config.json")]
+    sources = [
+        *ROOT.glob("part*/**/*.py"),
+        *ROOT.glob("common/**/*.py"),
+        *ROOT.glob("models/*/config.json"),
+        *CUDA_FILES,
+    ]
     words = {word for path in sources for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
     unknown = {
         f"{name}: {word}"
         for name, draw in DIAGRAMS.items()
         for placed in draw().texts
+        if placed.text != kernel_choice.METRIC  # its name is put together, see test_choices_are_those_of_part_15
         for run, font in metrics.split_code(placed.text, placed.font)
         if font.mono
         for word in re.findall(r"[A-Za-z_]{4,}", run)
@@ -360,3 +403,189 @@ def test_the_two_columns_of_the_gptq_figure() -> None:
 def test_products_are_chosen_as_in_part_14() -> None:
     limits = quantized_layers.KERNEL_ROWS, quantized_layers.INT8PACK_ROWS, quantized_layers.TILE_ROWS
     assert limits == (cpu_kernels.MAX_KERNEL_ROWS, products.MAX_INT8PACK_ROWS, products.TILE_ROWS)
+
+
+NUM_TOKENS, HIDDEN_SIZE = 3, 256  # of tiny
+
+
+def layer_config() -> SimpleNamespace:
+    config = json.loads((ROOT / "models" / "tiny" / "config.json").read_text(encoding="utf-8"))
+    assert config["hidden_size"] == HIDDEN_SIZE, "the unit of the figure is a hidden state of tiny"
+    return SimpleNamespace(**config)
+
+
+def in_hidden_states(tensors: list[Any]) -> float:
+    """The size of activations: not of weights, whole caches and tables, which have other first dimensions."""
+    own = [
+        each
+        for each in tensors
+        if isinstance(each, Tensor) and len(each) == NUM_TOKENS and each.dtype.is_floating_point
+    ]
+    return sum(each.numel() for each in own) / (NUM_TOKENS * HIDDEN_SIZE)
+
+
+class Launches(TorchDispatchMode):
+    """Notes (reads, writes), in hidden states, of each of torch's operations that isn't a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = list[tuple[float, float]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
+        owners = {each.untyped_storage().data_ptr() for each in tensors}
+        if func is torch.ops.aten.index_put_.default:
+            self.found.append((in_hidden_states(tensors[1:]), in_hidden_states(tensors[1:])))
+        elif isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in owners:
+            # cosines and sines have one head, [num_tokens, 1, head_dim / 2]: they are shared by all heads
+            self.found.append(
+                (in_hidden_states([each for each in tensors if each.shape[1:2] != (1,)]), in_hidden_states([result]))
+            )
+        return result
+
+
+def test_small_operations_of_the_fusion_figure_are_those_of_part_14(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = layer_config()
+    # On a GPU, torch has a kernel for the norm. Attention stays as it is: both are one operation here.
+    monkeypatch.setattr(part14_linear.RMSNorm, "forward", lambda norm, hidden: hidden.clone())
+    monkeypatch.setattr(part14_attention, "load_backend", lambda *arguments: lambda query, *rest: query.clone())
+    layer = part14_model.DecoderLayer(config, 0, 0, part14_parallel.Groups())
+    model = SimpleNamespace(num_layers=1, num_kv_heads=4, head_dim=32, device="cpu")
+    cache = part14_kv_cache.KVCache(model, 2, 4, Part14KVFormat(torch.float32))  # type: ignore[arg-type]
+    slots, unused = torch.arange(NUM_TOKENS), torch.zeros(1)
+    metadata = part14_attention.AttentionMetadata(slots, unused, unused, unused, 1)
+    attend = part14_attention.PagedAttention(cache, 1.0, "torch").attend
+    hidden, cos, sin = (torch.zeros(NUM_TOKENS, *shape) for shape in ((HIDDEN_SIZE,), (1, 16), (1, 16)))
+    with torch.inference_mode(), Launches() as launches:
+        layer(hidden, cos, sin, lambda *arguments: attend(metadata, *arguments))
+    expected = [operation for stage in fusion.STAGES for operation in stage.rows]
+    expected = [*expected[1:], expected[0]]  # the figure begins with the add at the end of the layer before
+    found = iter(launches.found)
+    for operation in expected:
+        own = [next(found) for _ in range(operation.launches)]
+        sums = sum(reads for reads, _ in own), sum(writes for _, writes in own)
+        assert sums == (operation.reads, operation.writes), f"{operation.name}: got {own}"
+    assert not list(found), "the figure lacks operations"
+
+
+def test_fused_operations_of_the_figure_are_those_of_part_15() -> None:
+    config, found = layer_config(), list[tuple[str, float, float]]()
+
+    def add_rms_norm(rows: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        found.append(("`add_rms_norm`", in_hidden_states([rows, residual]), in_hidden_states([rows, residual])))
+        return rows
+
+    def rotate_and_store(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        size = in_hidden_states([query, key, value])
+        found.append(("`rotate_and_store`", size, size))
+        return query
+
+    def paged_attention(query: Tensor, *rest: Any) -> Tensor:
+        found.append(("attention", in_hidden_states([query]), in_hidden_states([query])))
+        return query
+
+    def silu_and_mul(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        found.append(("`silu_and_mul`", in_hidden_states([gate_up]), in_hidden_states([gate])))
+        return up
+
+    kernels = ops.Kernels(
+        add_rms_norm=add_rms_norm, rotate_and_store=rotate_and_store, paged_attention=paged_attention,
+        silu_and_mul=silu_and_mul,
+    )  # fmt: skip
+    layer = part15_model.DecoderLayer(config, 0, 0, Groups())
+    for module in layer.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = kernels  # type: ignore[assignment]
+    model = SimpleNamespace(num_layers=1, num_kv_heads=4, head_dim=32, device="cpu")
+    cache = KVCache(model, 2, 4, KVFormat(torch.float32))  # type: ignore[arg-type]
+    attention = PagedAttention(cache, 1.0, kernels)
+    positions, unused = torch.arange(NUM_TOKENS), torch.zeros(1)
+    metadata = AttentionMetadata(positions, unused, unused, unused, 1)
+    hidden, residual = (torch.zeros(NUM_TOKENS, HIDDEN_SIZE) for _ in range(2))
+    with torch.inference_mode():
+        layer(hidden, residual, part15_model.Rotation(positions, torch.zeros(9, 32)),
+              lambda *arguments: attention.attend(metadata, *arguments))  # fmt: skip
+    drawn = [stage.after for stage in fusion.STAGES if not stage.after.name.startswith("product")]
+    assert [(operation.name, operation.reads, operation.writes) for operation in drawn] == found
+
+
+def test_the_rows_of_the_padded_step_are_those_of_the_graphs() -> None:
+    calls = list[dict[str, Any]]()
+
+    def model(input_ids: Tensor, positions: Tensor, attend: Any) -> Tensor:
+        calls.append({"input_ids": input_ids, "positions": positions, **vars(attend.args[0])})
+        return input_ids.unsqueeze(1).float()
+
+    model.device = "cpu"  # type: ignore[attr-defined]
+    attention = SimpleNamespace(attend=lambda *arguments: None)
+    graphs = StepGraphs(model, attention, step_graphs.BUCKETS, step_graphs.MAX_BLOCKS)  # type: ignore[arg-type]
+    graphs.capture()
+    rows = step_graphs.DECODES
+    metadata = AttentionMetadata(
+        slot_mapping=torch.tensor([row.slot for row in rows]),
+        block_tables=torch.tensor([row.block_table for row in rows], dtype=torch.int32),
+        query_start_loc=torch.arange(len(rows) + 1, dtype=torch.int32),
+        context_lens=torch.tensor([row.context_len for row in rows], dtype=torch.int32),
+        max_query_len=1,
+    )
+    ids, positions = torch.tensor([row.input_id for row in rows]), torch.tensor([row.position for row in rows])
+    hidden = graphs.run(ids, positions, metadata)
+    assert hidden is not None and len(hidden) == len(rows), "the rows of padding are dropped"
+    drawn = [(row.input_id, row.position, row.slot, list(row.block_table), row.context_len) for row in step_graphs.ROWS]
+    names = ("input_ids", "positions", "slot_mapping", "block_tables", "context_lens")
+    assert list(zip(*[calls[-1][name].tolist() for name in names], strict=True)) == drawn
+    assert "`query_start_loc`: " + " ".join(map(str, calls[-1]["query_start_loc"].tolist())) in shown("padded_step")
+    for row in rows:
+        slot = row.block_table[row.position // step_graphs.BLOCK_SIZE] * step_graphs.BLOCK_SIZE
+        assert row.slot == slot + row.position % step_graphs.BLOCK_SIZE and row.context_len == row.position + 1
+    used = [block for row in rows for block in row.block_table if block]
+    assert len(set(used)) == len(used), "no block has two owners"
+    assert step_graphs.NUM_LAYERS == transformer.NUM_LAYERS
+    assert len(step_graphs.LAYER) == len(fusion.STAGES), "the kernels of a layer are those of the fusion figure"
+
+
+def test_lanes_are_combined_as_in_common_cuh() -> None:
+    source = (build.SOURCES / "common.cuh").read_text(encoding="utf-8")
+    loop = "for (int offset = WARP / 2; offset > 0; offset /= 2) x = op(x, __shfl_xor_sync(ALL_LANES, x, offset));"
+    assert loop in source, "warp_reduce has changed: does the figure still show it?"
+    assert gpu.shuffles(gpu.WARP) == [16, 8, 4, 2, 1] and gpu.shuffles(len(gpu.LANES)) == [4, 2, 1]
+    numbers = torch.tensor(gpu.LANES)
+    drawn = iter(text for text in shown("warp_reduction") if text.isdecimal())
+    lanes = torch.arange(len(numbers))
+    assert [int(next(drawn)) for _ in lanes] == lanes.tolist()
+    assert [int(next(drawn)) for _ in lanes] == numbers.tolist()
+    for bit in (4, 2, 1):
+        numbers = torch.maximum(numbers, numbers[lanes ^ bit])
+        assert [int(next(drawn)) for _ in lanes] == numbers.tolist(), f"after the shuffle with {bit}"
+    assert numbers.tolist() == [max(gpu.LANES)] * len(gpu.LANES)
+
+
+def test_parts_and_weights_of_the_split_context() -> None:
+    assert gpu.MIN_PART_LEN == cuda_attention.MIN_PART_LEN
+    assert cuda_attention.choose_num_parts(4, gpu.MAX_CONTEXT_LEN, 132) == gpu.NUM_PARTS
+    source = (build.SOURCES / "split_kv.cu").read_text(encoding="utf-8")
+    assert "max(parts.min_part_len, (int)ceil_div(context_len, parts.num_parts))" in source, "see gpu.part_bounds()"
+    assert gpu.part_bounds() == [(0, 128), (128, 200), (200, 200), (200, 200)]
+    assert [bounds[0] == bounds[1] for bounds in gpu.part_bounds()] == [state.output is None for state in gpu.STATES]
+    outputs = torch.tensor([torch.nan if state.output is None else state.output for state in gpu.STATES])
+    log_sums = torch.tensor([state.log_sum for state in gpu.STATES])
+    output, total = reference.merge_states(outputs.unsqueeze(1), log_sums)
+    assert (float(output), float(total)) == pytest.approx((2.5, 1.386), abs=5e-4)
+    lines = {"Output ¼ · 1 + ¾ · 3 = 2.5", "log-sum-exp log(1 + 3) = log 4 = 1.386", "¼", "¾", "log 3", "−∞"}
+    assert lines <= set(shown("split_kv"))
+    assert gpu.weights() == pytest.approx((log_sums - total).exp().tolist())
+
+
+def test_choices_are_those_of_part_15() -> None:
+    assert {name: functions for name, (functions, _) in ops.OPERATIONS.items()} == kernel_choice.OPERATIONS
+    assert ops.PREFERENCE == kernel_choice.CANDIDATES
+    assert set(autotune.CASES) == set(kernel_choice.MEASURED), "the operations that are measured on a GPU"
+    assert all(set(kernel_choice.CANDIDATES[device]) <= set(ops.BACKENDS) for device in ops.PREFERENCE)
+    situation = ops.Situation(torch.device("cpu"), torch.float32, torch.float32, 8, 4, 32, HIDDEN_SIZE, 4096)
+    choices = {name: ops.choose(name, "auto", situation, autotune.Tuner()) for name in ops.OPERATIONS}
+    assert {choice.backend for choice in choices.values()} == {"numba"}, "the first candidate on a CPU"
+    labels = {"operation": "norm", "backend": choices["norm"].backend, "reason": choices["norm"].reason}
+    rendered = Metrics(dict, {"kernel_backend": [labels]}).render().decode()
+    assert kernel_choice.METRIC in rendered.splitlines() and kernel_choice.METRIC in shown("kernel_choice")

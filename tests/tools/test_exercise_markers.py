@@ -31,6 +31,17 @@ def test_only_lines_that_are_just_a_marker_are_removed() -> None:
     assert "exercise" not in PLAIN and len(PLAIN.splitlines()) == len(MARKED.splitlines()) - 4
     text = b"x  # exercise: one\r\n# exercise: two words\r\n  # exercise: one \r\n# exercise: end"
     assert without_markers(text) == b"x  # exercise: one\r\n# exercise: two words\r\n"
+    text = b"x;  // exercise: one\r\n  // exercise: one\n/ exercise: one\n/// exercise: one\n// exercise: end"
+    assert without_markers(text) == b"x;  // exercise: one\r\n/ exercise: one\n/// exercise: one\n", "CUDA C++, too"
+
+
+def test_markers_of_cuda_go_back_to_their_lines() -> None:
+    marked = MARKED.replace("# exercise", "// exercise")
+    plain = without_markers(marked.encode())
+    assert plain == PLAIN.encode(), f"expected {PLAIN}, got {plain.decode()}"
+    content, unsure = with_markers_of(marked.encode(), plain.replace(b"    a = x\n", b"    a = x + 1\n"))
+    assert content.decode() == marked.replace("a = x\n", "a = x + 1\n"), f"got {content.decode()}"
+    assert list(find_bodies(content.decode(), "f.cu")) == ["one", "two"] and unsure == [], f"got {unsure}"
 
 
 @pytest.mark.parametrize(

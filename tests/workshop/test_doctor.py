@@ -51,7 +51,7 @@ def test_it_runs_without_packages_and_accepts_this_machine() -> None:
     code = "import sys; sys.modules['rich'] = None; from workshop.__main__ import main; sys.exit(main(['doctor']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"this machine runs the tests, so it can run the course: {done.stdout}{done.stderr}"
-    for what in ("Python", "cores", "memory", "disk", "ports", "compiler", "GPU", "packages", "models"):
+    for what in ("Python", "cores", "memory", "disk", "ports", "compiler", "CUDA C++", "GPU", "packages", "models"):
         assert f" {what} " in done.stdout, f"the doctor must look at {what}: {done.stdout}"
 
 
@@ -138,7 +138,9 @@ def test_a_small_machine_gets_notes(machine: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 250_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1e9))
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    for check in (doctor.check_cores, doctor.check_memory, doctor.check_disk, doctor.check_compiler):
+    for check in (
+        doctor.check_cores, doctor.check_memory, doctor.check_disk, doctor.check_compiler, doctor.check_cuda_compiler,
+    ):  # fmt: skip
         (finding,) = check(machine)
         assert finding.level is Level.NOTE and finding.advice, f"expected a note with advice, got {finding}"
     (finding,) = doctor.check_gpu(machine)
@@ -151,3 +153,25 @@ def test_a_gpu(machine: Path, monkeypatch: pytest.MonkeyPatch, usable: str, leve
     monkeypatch.setattr(doctor, "run_quietly", lambda command: "H200, 141 GB" if "smi" in command[0] else usable)
     (finding,) = doctor.check_gpu(machine)
     assert finding.level is level and "H200" in finding.found, f"torch says {usable!r}: got {finding}"
+
+
+@pytest.mark.parametrize(
+    ("cxx", "installed", "expected"),
+    [
+        ("", {"g++", "clang++"}, "/bin/g++"),
+        ("", {"c++", "clang++"}, "/bin/clang++"),
+        ("my-cxx", {"my-cxx", "g++"}, "/bin/my-cxx"),
+        ("absent", {"g++"}, "/bin/g++"),
+        ("", {"c++"}, None),  # part 15's build.py::find_cxx would not find it either
+    ],
+)
+def test_a_compiler_for_the_cuda_exercises(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, installed: set[str], expected: str | None
+) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in installed else None)
+    (finding,) = doctor.check_cuda_compiler(machine)
+    if expected is None:
+        assert finding.level is Level.NOTE and "install" in finding.advice, f"it must say what to install: {finding}"
+    else:
+        assert finding.level is Level.OK and finding.found.startswith(f"{expected}, "), f"CXX={cxx!r}: got {finding}"

@@ -37,8 +37,11 @@ class Piece:
         return next((version for version in reversed(self.versions) if version.part <= part), None)
 
 
-def _piece(column: int, y: float, hue: str, *versions: Version, height: float = BOX_HEIGHT) -> Piece:
-    return Piece(Rect(COLUMNS[column], y, BOX_WIDTH, height), hue, versions)
+def _piece(
+    column: int, y: float, hue: str, *versions: Version, height: float = BOX_HEIGHT, num_columns: int = 1
+) -> Piece:
+    width = COLUMNS[column + num_columns - 1] - COLUMNS[column] + BOX_WIDTH
+    return Piece(Rect(COLUMNS[column], y, width, height), hue, versions)
 
 
 PIECES = {
@@ -91,15 +94,17 @@ PIECES = {
         0, 562, "green", Version(3, "Model runner", "one flat batch"),
         Version(4, "Model runner", "decodes and prompts"), Version(5, "Model runner", "prepare, then run"),
         Version(6, "Model runner", "samples if asked"), Version(13, "Model runner", "reports each layer"),
+        Version(15, "Model runner", "replays padded steps"),
     ),
     "model": _piece(
         1, 562, "green", Version(1, "Model", "transformers"), Version(3, "Model", "our own, plain torch"),
         Version(9, "Model", "a part of each layer"), Version(11, "Model", "dense, or experts"),
-        Version(14, "Model", "weights or their codes"),
+        Version(14, "Model", "weights or their codes"), Version(15, "Model", "fused operations"),
     ),
     "attention": _piece(
         2, 562, "green", Version(3, "Attention kernel", "paged decode"),
         Version(6, "Attention kernel", "decodes and chunks"), Version(14, "Attention kernel", "reads numbers or codes"),
+        Version(15, "Attention kernel", "splits long contexts"),
     ),
     "kv_cache": _piece(
         3, 562, "green", Version(1, "KV cache", "DynamicCache"), Version(3, "KV cache", "a pool of blocks"),
@@ -119,6 +124,12 @@ PIECES = {
     "fetcher": _piece(1, 694, "green", Version(12, "Layer fetcher", "weights that don't fit")),
     "copier": _piece(3, 694, "green", Version(12, "Block copier", "host, disk, Redis")),
     "sender": _piece(2, 694, "green", Version(13, "KV sender, receiver", "from engine to engine")),
+    "kernels": _piece(
+        0, 760, "green",
+        Version(15, "Kernels", "CUDA C++, Triton or Numba for each operation, behind one record of functions"),
+        num_columns=3,
+    ),
+    "graphs": _piece(3, 760, "green", Version(15, "CUDA graphs", "a step is one call")),
 }  # fmt: skip
 
 SPINE = (
@@ -152,7 +163,7 @@ ROUTES = {("kv_cache", "sender"): [(668.0, 664.0), (654.0, 664.0), (654.0, 717.0
 ROOMS = (  # (name, what it does, its rectangle)
     ("api", "serves clients", "blue", Rect(MARGIN, 134, RIGHT - MARGIN, 184)),
     ("core", "decides", "purple", Rect(MARGIN, 338, RIGHT - MARGIN, 186)),
-    ("worker", "computes", "green", Rect(MARGIN, 548, RIGHT - MARGIN, 206)),
+    ("worker", "computes", "green", Rect(MARGIN, 548, RIGHT - MARGIN, 272)),
 )
 SUBTITLES = {
     1: "One process, one thread, one request at a time.",
@@ -169,6 +180,7 @@ SUBTITLES = {
     12: "KV blocks and weights that the device has no room for are kept in slower memory.",
     13: "One engine computes the KV of a prompt, another decodes.",
     14: "Weights become codes of 4 or 8 bits, keys and values codes of 8 bits, with scales.",
+    15: "Each operation has several kernels, and a small step is launched as one CUDA graph.",
 }
 
 

@@ -10,6 +10,9 @@ from . import (
     batches,
     disaggregation,
     experts,
+    fusion,
+    gpu,
+    kernel_choice,
     kv_blocks,
     offload,
     one_request,
@@ -20,6 +23,7 @@ from . import (
     ranks,
     router,
     speculation,
+    step_graphs,
     transformer,
 )
 from .svg import Drawing
@@ -50,5 +54,10 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "gptq_step": quantization.gptq_step,
     "quantized_linear": quantized_layers.quantized_linear,
     "kv_codes": quantized_layers.kv_codes,
+    "fused_operations": fusion.fused_operations,
+    "padded_step": step_graphs.padded_step,
+    "kernel_choice": kernel_choice.kernel_choice,
+    "warp_reduction": gpu.warp_reduction,
+    "split_kv": gpu.split_kv,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

@@ -8,7 +8,7 @@ from .geometry import Rect
 from .metrics import HEAD, SMALL
 from .svg import MARGIN, PANEL_RADIUS, WIDTH, Drawing
 
-NEWEST_PART = 14  # boxes of later parts are dashed
+NEWEST_PART = 15  # boxes of later parts are dashed
 RIGHT = WIDTH - MARGIN
 REPLICA_RIGHT, SIDE_LEFT = 648.0, 690.0
 INNER_LEFT, INNER_RIGHT = 50.0, 622.0
@@ -40,10 +40,11 @@ CORE = (
      Part("KV connector", "what to fetch, and when", (13,))),
 )  # fmt: skip
 WORKER = (
-    (Part("Model runner", "flat batch", (3,)), Part("Model", "decoder", (3,)), Part("Attention", "paged", (3,)),
+    (Part("Model runner", "flat batch", (3,)), Part("Model", "decoder", (3,)), Part("Attention", "paged", (3, 15)),
      Part("KV cache", "blocks", (3, 14)), Part("KV sender", "and receiver", (13,))),
     (Part("Token buffer", "on the device", (3,)), Part("Parallel layers", "a slice each", (9,)),
-     Part("CUDA kernels", "dispatcher", (15,)), Part("Block copier", "between tiers", (12,))),
+     Part("Kernels", "CUDA, Triton", (15,)), Part("CUDA graphs", "one launch", (15,)),
+     Part("Block copier", "between tiers", (12,))),
     (Part("Sampler", "verifies draft tokens", (1, 8)), Part("Experts", "all-to-all", (11,)),
      Part("Quantized layers", "fewer bits", (14,)), Part("Draft model", "proposes", (8,))),
 )  # fmt: skip
@@ -60,9 +61,7 @@ def architecture() -> Drawing:
         "per rank (part 9). At the right: more replicas (part 10), a prefill pool that sends KV blocks (part 13), "
         "and the KV tiers CPU memory, disk and Redis (part 12).",
     )
-    drawing.heading(
-        "The number on a box is the part that adds it. Dashed boxes belong to parts that are still to come."
-    )
+    drawing.heading("The number on a box is the part that adds it. A second number is a part that extends it.")
     _front(drawing)
     top = 214.0
     replica = drawing.shape(Rect(MARGIN, top, REPLICA_RIGHT - MARGIN, 646), "page", PANEL_RADIUS)

@@ -21,7 +21,7 @@ from .build import cache_directory
 if TYPE_CHECKING:
     from .ops import Situation
 
-NUM_SEQS, CONTEXT_LEN, BLOCK_SIZE = 16, 512, 16  # of the batch that is measured: decodes
+NUM_SEQS, CONTEXT_LEN, BLOCK_SIZE = 16, 512, 16  # of the batch that is measured
 REPEATS = 7
 Functions = Mapping[str, Callable[..., Tensor]]
 
@@ -33,17 +33,18 @@ class Tuner:
         self.path = path or cache_directory() / "autotune.json"
         self.num_measured = 0
 
-    def measure(self, operation: str, candidates: Mapping[str, Functions], situation: Situation) -> dict[str, float]:
-        """Seconds for each candidate that runs, by its name: from the file, if all of them have been measured before,
-        with the same code, on such a device and for such a model. Empty for an operation that has no case here."""
-        make_case = CASES.get(operation)
-        if make_case is None:
-            return {}
-        key = " ".join([operation, *candidates, device_name(situation.device), *map(str, shape(situation)), sources()])
+    def measure(
+        self, name: str, candidates: Mapping[str, Any], make_case: Callable[[], Callable[[Any], object]],
+        device: torch.device,
+    ) -> dict[str, float]:  # fmt: skip
+        """Seconds for each candidate that runs, by its name: from the file, if they have been measured before with the
+        same code on such a device. name: what is measured, with its sizes. make_case: returns a function that runs a
+        candidate."""
+        key = " ".join([name, *candidates, device_name(device), sources()])
         known = self._read()
         if key not in known:
             self.num_measured += 1
-            known[key] = time_all(make_case(situation), candidates, situation.device)
+            known[key] = time_all(make_case(), candidates, device)
             self._write(known)
         return dict(known[key])
 
@@ -84,14 +85,12 @@ def sources() -> str:
     return found.hexdigest()[:16]
 
 
-def time_all(
-    run: Callable[[Functions], object], candidates: Mapping[str, Functions], device: torch.device
-) -> dict[str, float]:
+def time_all(run: Callable[[Any], object], candidates: Mapping[str, Any], device: torch.device) -> dict[str, float]:
     """The median of several runs of each candidate, which take turns. One that fails is left out."""
     times: dict[str, list[float]] = {}
-    for name, functions in candidates.items():
+    for name, candidate in candidates.items():
         with contextlib.suppress(RuntimeError, NotImplementedError):
-            run(functions)  # compiles
+            run(candidate)  # compiles
             times[name] = []
     for _ in range(REPEATS):
         for name in times:
@@ -123,7 +122,13 @@ def attention_case(situation: Situation) -> Callable[[Functions], object]:
     tables = torch.arange(num_blocks, dtype=torch.int32, device=device).view(NUM_SEQS, -1)
     starts = torch.arange(NUM_SEQS + 1, dtype=torch.int32, device=device)
     lens = torch.full((NUM_SEQS,), CONTEXT_LEN, dtype=torch.int32, device=device)
-    return lambda functions: functions["paged_attention"](query, kv_cache, tables, starts, lens, 1, 1.0)
+    chunk = torch.tensor([0, NUM_SEQS], dtype=torch.int32, device=device)  # of the first sequence, at its end
+
+    def run(functions: Functions) -> None:
+        functions["paged_attention"](query, kv_cache, tables, starts, lens, 1, 1.0)
+        functions["paged_attention"](query, kv_cache, tables[:1], chunk, lens[:1], NUM_SEQS, 1.0)
+
+    return run
 
 
 def norm_case(situation: Situation) -> Callable[[Functions], object]:

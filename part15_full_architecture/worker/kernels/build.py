@@ -1,12 +1,14 @@
 """From a .cu file to a library that can be loaded: by nvcc for a GPU, by a C++ compiler for this CPU.
 
-A library is built once: its name is a hash of the source, the headers beside it, the flags and the compiler's version.
+A library is built once: its name is a hash of the source, the headers that it includes, the flags and the compiler's
+version.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "cuda"
+SOURCES_VARIABLE = "LLM_COURSE_KERNEL_SOURCES"  # a folder in place of cuda/; `workshop check` prepares one
+SOURCES = Path(os.environ.get(SOURCES_VARIABLE) or Path(__file__).parent / "cuda")
+INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 CACHE_VARIABLE = "LLM_COURSE_KERNEL_CACHE"
 CPU_FLAGS = ("-std=c++17", "-O2", "-g", "-march=native", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
@@ -51,8 +55,10 @@ def build(source: Path, target: Target) -> Path:
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        output = Path(directory) / library.name
-        done = subprocess.run([*command, str(source), "-o", str(output)], capture_output=True, text=True, check=False)
+        output = Path(directory).resolve() / library.name
+        # Relative paths, so that neither the library nor the compiler's messages depend on where the sources are.
+        arguments = [*command, os.path.relpath(source, SOURCES), "-o", str(output)]
+        done = subprocess.run(arguments, cwd=SOURCES, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CompileError(f"{source.name} for {target.arch}: {command[0]} failed:\n{done.stderr or done.stdout}")
         output.replace(library)
@@ -60,22 +66,31 @@ def build(source: Path, target: Target) -> Path:
 
 
 def compile_command(target: Target) -> list[str]:
-    """The compiler and all flags, without the source and the output. Raises NoCompilerError."""
+    """The compiler and all flags, without the source and the output, to be run in SOURCES. Raises NoCompilerError."""
     defines = [f"-D{define}" for define in target.defines]
-    includes = [f"-I{SOURCES}"]
     if target.arch != "cpu":
-        return [find_nvcc(), f"-arch={target.arch}", *CUDA_FLAGS, *nvcc_paths(), *defines, *includes]
+        return [find_nvcc(), f"-arch={target.arch}", *CUDA_FLAGS, *nvcc_paths(), *defines, "-I."]
     sanitize = [f"-fsanitize={target.sanitizer}"] if target.sanitizer else []
-    return [find_cxx(), *CPU_FLAGS, *WARNINGS, *sanitize, *defines, *includes, "-x", "c++"]
+    return [find_cxx(), *CPU_FLAGS, *WARNINGS, *sanitize, *defines, "-I.", "-x", "c++"]
 
 
 def digest(source: Path, command: list[str]) -> str:
     """A hash of all that a library depends on."""
     found = hashlib.sha256("\0".join([version(command[0]), *command[1:]]).encode())
-    headers = [*SOURCES.rglob("*.h"), *SOURCES.rglob("*.cuh")]
-    for path in [source, *sorted(headers)]:
+    for path in with_headers(source):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def with_headers(source: Path) -> list[Path]:
+    """A source and what it includes by a name in quotes, directly or in turn."""
+    found = [source.resolve()]
+    for path in found:  # it grows
+        for name in map(os.fsdecode, INCLUDE.findall(path.read_bytes())):
+            places = [(folder / name).resolve() for folder in (path.parent, SOURCES)]
+            header = next((place for place in places if place.is_file()), path)
+            found += [header] if header not in found else []
+    return found
 
 
 @cache

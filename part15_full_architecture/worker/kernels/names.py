@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from common.errors import FieldError
 
 NAMES = ("attention", "norm", "rotary", "activation", "sampling", "quantized_linear", "grouped_linear")
@@ -26,3 +28,13 @@ def parse_kernels(text: str) -> dict[str, str]:
             raise FieldError("kernels", f"{operation}={backend}: expected one of {', '.join(names)}")
         wanted[operation] = backend
     return wanted
+
+
+def show_kernels(choices: Mapping[str, tuple[str, str]]) -> str:
+    """The backends, each with its operations, in a few words. choices: operation → backend and reason."""
+    by_backend: dict[str, list[str]] = {}
+    for operation, (backend, _) in choices.items():
+        by_backend.setdefault(backend, []).append(operation)
+    if len(by_backend) == 1:
+        return next(iter(by_backend))
+    return ", ".join(f"{backend} for {' and '.join(operations)}" for backend, operations in by_backend.items())

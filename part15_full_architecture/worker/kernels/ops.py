@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from common.errors import FieldError
 
 from ..quantization.products import reference_product
 from . import reference
-from .autotune import Tuner
+from .autotune import CASES, Tuner, shape
 from .build import NoCompilerError, find_cxx, find_nvcc
 from .names import BACKENDS, TUNED, parse_kernels
 
@@ -120,6 +121,8 @@ def choose_kernels(text: str, situation: Situation, tuner: Tuner | None = None) 
         for operation, choice in choices.items()
         for function in OPERATIONS[operation][0]
     }
+    for operation, choice in choices.items():
+        warm_up(operation, choice.backend, situation)
     return Kernels(**functions, choices=choices)
 
 
@@ -133,9 +136,10 @@ def choose(operation: str, wanted: str, situation: Situation, tuner: Tuner) -> C
     usable = [name for name, reason in refused.items() if not reason]
     notes = [f"{name}: {reason}" for name, reason in refused.items() if reason]
     is_measured = wanted == TUNED or situation.device.type == "cuda"
-    if is_measured and len(usable) > 1 and situation.num_ranks == 1:
+    if is_measured and len(usable) > 1 and situation.num_ranks == 1 and operation in CASES:
         candidates = {name: load_all(operation, name) for name in usable}
-        if times := tuner.measure(operation, candidates, situation):
+        name = f"{operation} {shape(situation)}"
+        if times := tuner.measure(name, candidates, lambda: CASES[operation](situation), situation.device):
             measured = ", ".join(f"{name} {seconds * 1e6:.0f} µs" for name, seconds in times.items())
             return Choice(min(times, key=lambda name: times[name]), "; ".join([f"measured: {measured}", *notes]))
     if is_measured and situation.num_ranks > 1:
@@ -171,21 +175,20 @@ def why_not(operation: str, backend: str, situation: Situation) -> str:
     return ""
 
 
+@cache  # once in a process
+def warm_up(operation: str, backend: str, situation: Situation) -> None:
+    """Run an operation once, so that what is compiled at the first call is ready before the first request."""
+    if operation in CASES and backend != "torch":
+        CASES[operation](situation)(load_all(operation, backend))
+
+
 def load_all(operation: str, backend: str) -> dict[str, Callable[..., Tensor]]:
     """The functions of an operation."""
     return {function: load(operation, backend, function) for function in OPERATIONS[operation][0]}
 
 
 def load(operation: str, backend: str, function: str) -> Callable[..., Tensor]:
-    """A kernel's function, compiled and ready if it has a warm_up(). Only the backend that is used is imported."""
+    """A kernel's function. Only the backend that is used is imported."""
     module, _, name = OPERATIONS[operation][1][backend].partition(":")
     loaded: Callable[..., Tensor] = getattr(importlib.import_module(module, __package__), name or function)
     return loaded
-
-
-def show_choices(kernels: Kernels) -> str:
-    """One line: backends, each with its operations."""
-    by_backend: dict[str, list[str]] = {}
-    for operation, choice in kernels.choices.items():
-        by_backend.setdefault(choice.backend, []).append(operation)
-    return "; ".join(f"{backend} ({', '.join(operations)})" for backend, operations in by_backend.items())

@@ -51,10 +51,8 @@ def spread_error(matrix: Tensor, column: int, rounded: Tensor, upper: Tensor) ->
     matrix: [rows, columns], changed in place. rounded: [rows], what this column has become. upper: see
     inverse_factor(); its row `column` says how much a step of this column must move each of the others.
     """
-    # exercise: spread_error
     error = (matrix[:, column] - rounded) / upper[column, column]
     matrix[:, column + 1 :] -= torch.outer(error, upper[column, column + 1 :])
-    # exercise: end
 
 
 def output_error(matrix: Tensor, rounded: Tensor, second_moment: Tensor) -> Tensor:

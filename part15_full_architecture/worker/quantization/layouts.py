@@ -156,14 +156,12 @@ def take_part(
 def group_slice(scheme: Scheme, part: Part, name: str) -> slice:
     """The groups that the part's columns are: of the scales and zero points, which columns? Raises FieldError if a
     group is on several ranks. name: the projection's, for the message."""
-    # exercise: group_slice
     start, stop, _ = part.columns.indices(part.num_columns)
     if scheme.group_size is None:
         return slice(None)
     if start % scheme.group_size or stop % scheme.group_size:
         raise FieldError("tensor_parallel_size", f"{name}: {straddling(start, stop, scheme.group_size)}")
     return slice(start // scheme.group_size, stop // scheme.group_size)
-    # exercise: end
 
 
 def straddling(start: int, stop: int, group_size: int) -> str:

@@ -16,11 +16,9 @@ def pack_nibbles(codes: Tensor, group_size: int) -> Tensor:
 
     codes: […, columns], int8, -8 to 7, stored as 0 to 15. Returns […, columns / 2], int8.
     """
-    # exercise: pack_nibbles
     groups = codes.unflatten(-1, (-1, group_size)).view(torch.uint8) + 8 & 15
     low, high = groups.chunk(2, dim=-1)
     return (low | high << 4).view(torch.int8).flatten(-2)
-    # exercise: end
 
 
 def unpack_nibbles(packed: Tensor, group_size: int) -> Tensor:

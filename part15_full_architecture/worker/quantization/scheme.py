@@ -107,10 +107,8 @@ def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def symmetric_scale(groups: Tensor, min_code: int, max_code: int) -> Tensor:
     """The smallest scale with which no number of a group lies outside the codes, min_code to max_code; 1 if all numbers
     are 0. groups: […, num_groups, columns of a group]. Returns […, num_groups]."""
-    # exercise: symmetric_scale
     scale = torch.maximum(groups.amax(dim=-1) / max_code, groups.amin(dim=-1) / min_code)
     return torch.where(scale == 0, 1.0, scale)
-    # exercise: end
 
 
 def encode(matrix: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Quantized:

@@ -132,10 +132,8 @@ def smoothquant_factors(pair: Pair, strength: float = 0.5) -> Tensor:
 
     Returns [columns].
     """
-    # exercise: smoothquant_factors
     largest = torch.stack([user.abs().amax(dim=0) for user in pair.users]).amax(dim=0).float().clamp(min=1e-5)
     return pair.inputs.max_abs.clamp(min=1e-5) ** strength / largest ** (1 - strength)
-    # exercise: end
 
 
 def quantize_clipped(

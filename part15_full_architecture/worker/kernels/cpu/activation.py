@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
-from .. import reference
 from ...cpu_attention import OPTIONS, _jit_cached, exp, to_float32
+from .. import reference
 from .norm import DTYPES, LIKE, from_float32, numbers_at
 
 
@@ -23,11 +22,6 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     output = gate_up.new_empty(num_rows, num_columns // 2)
     _silu_and_mul_kernel(gate_up.data_ptr(), output.data_ptr(), num_rows, num_columns // 2, LIKE[gate_up.dtype])
     return output
-
-
-def warm_up(dtype: torch.dtype) -> None:
-    """Compile the kernel for this dtype, which takes a second, or load it from disk; for all shapes."""
-    silu_and_mul(torch.empty(0, 2, dtype=dtype))
 
 
 @_jit_cached

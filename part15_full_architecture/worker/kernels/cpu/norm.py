@@ -15,8 +15,8 @@ from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .. import reference
 from ...cpu_attention import OPTIONS, _jit_cached, to_float32
+from .. import reference
 
 # How a kernel sees the numbers of a dtype. NumPy has no bfloat16 and no FP8: kernels see their bits, as unsigned
 # integers. Kernels take these zeros as arguments named `like…`: Numba compiles a version for each of their types.
@@ -24,6 +24,7 @@ LIKE = {
     torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.int8: np.int8(0), torch.uint8: np.uint8(0),
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)  # of rows; for others, the reference is called
+EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # without fastmath: where each rounding counts
 
 
 def add_rms_norm(rows: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,15 +51,14 @@ def add_rms_norm(rows: Tensor, residual: Tensor, weight: Tensor, eps: float) -> 
 
 
 def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rows / sqrt(mean(rows²) + eps) · weight, over the last dimension: as add_rms_norm() with a residual of zeros.
+    """See reference.py::rms_norm. Both have the same dtype: float32 or bfloat16. float16 goes to the reference.
 
     rows: [num_rows, size], or [num_tokens, num_heads, size], of which the first dimension may have any stride: Qwen3
-    normalizes heads that are part of longer rows. weight: [size], of rows' dtype, float32 or bfloat16. float16 goes to
-    the reference. Returns rows' shape and dtype, contiguous.
+    normalizes heads that are part of longer rows. weight: [size]. Returns rows' shape and dtype, contiguous. In one
+    thread, without the GIL.
     """
     if rows.dtype not in DTYPES:
-        flat = rows.flatten(0, -2)
-        return reference.add_rms_norm(flat, torch.zeros_like(flat), weight, eps).view(rows.shape)
+        return reference.rms_norm(rows, weight, eps)
     num_tokens, *heads, size = rows.shape
     stride, *inner = rows.stride()
     assert inner in ([1], [size, 1]), f"only the first dimension may have a stride, got {rows.stride()}"
@@ -70,12 +70,6 @@ def rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps, LIKE[rows.dtype],
     )  # fmt: skip
     return output
-
-
-def warm_up(dtype: torch.dtype) -> None:
-    """Compile the kernel for this dtype, which takes a second or two, or load it from disk; for all shapes."""
-    none = torch.empty(0, 1, dtype=dtype)
-    add_rms_norm(none, none, torch.empty(1, dtype=dtype), 0.0)
 
 
 @intrinsic
@@ -90,9 +84,9 @@ def _pointer(typing_context, address, offset, like):
 
 
 @numba.njit(inline="always", **OPTIONS)
-def numbers_at(address, offset, count, like):
-    """`count` numbers of like's type that begin `offset` numbers after an address: an array over the same memory."""
-    return numba.carray(_pointer(address, offset, like), (count,))
+def numbers_at(address, offset, shape, like):
+    """Numbers of like's type that begin `offset` numbers after an address: an array over the same memory."""
+    return numba.carray(_pointer(address, offset, like), shape)
 
 
 def from_float32(number: Any, like: Any) -> Any:

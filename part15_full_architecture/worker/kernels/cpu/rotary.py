@@ -10,12 +10,11 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
-from .. import reference
 from ...cpu_attention import OPTIONS, _jit_cached, to_float32
-from .norm import DTYPES, LIKE, from_float32, numbers_at
+from .. import reference
+from .norm import DTYPES, EXACT, LIKE, from_float32, numbers_at
 
 CODE_DTYPES = (torch.int8, torch.uint8)
-EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # without fastmath, in which x + ROUND - ROUND is x
 ROUND = np.float32(1.5 * 2**23)  # a float32 of this size has no fraction: adding it rounds, and the low bits are n
 INT8_MAX, FP8_MAX = np.float32(127), np.float32(448)
 SMALLEST_NORMAL = np.float32(2.0**-6)  # of e4m3
@@ -59,15 +58,6 @@ def rotate_and_store(
     return output
 
 
-def warm_up(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    """Compile the kernel for a model and a KV cache of these dtypes, which takes two seconds, or load it from disk; for
-    all shapes."""
-    heads, indices = torch.empty(0, 1, 2, dtype=dtype), torch.empty(0, dtype=torch.int64)
-    scales = torch.ones(2, 1) if cache_dtype in CODE_DTYPES else None
-    kv_cache = torch.empty(0, 1, 2, 1, 2, dtype=cache_dtype)
-    rotate_and_store(heads, heads, heads, indices, torch.empty(0, 2, dtype=dtype), kv_cache, indices, scales)
-
-
 @_jit_cached
 def _rotate_and_store_kernel(
     query, query_stride, key, key_stride, value, value_stride, positions, table, kv_cache, slot_mapping, scales,
@@ -96,7 +86,7 @@ def _rotate_and_store_kernel(
 
 @numba.njit(inline="always", **OPTIONS)
 def rotate(output, heads, angles, like):
-    """heads: [num_heads · head_dim]; angles: [head_dim], cosines then sines. Dimension i pairs with i + head_dim / 2."""
+    """output, heads: [num_heads · head_dim]; angles: [head_dim]. Dimension i pairs with i + head_dim / 2."""
     half = len(angles) // 2
     cos, sin = angles[:half], angles[half:]
     for head in range(len(heads) // len(angles)):

@@ -1,12 +1,10 @@
-"""Sampling on the CPU, in Numba, without sorting a row: most tokens are discarded after a look at their block's maximum.
+"""Sampling on the CPU, in Numba, without sorting: of most blocks of tokens, only the largest logit is looked at.
 
-Logits are compared as integers in the same order, their keys. A bisection over keys then finds any threshold, and it is
-exact: it ends at the key of a token.
+Logits are compared as integers in the same order, their keys. A bisection over integers finds a threshold exactly, in
+at most 32 steps, each a pass over the tokens that are left.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numba
 import numpy as np
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...cpu_attention import OPTIONS, _jit_cached, exp
-from .norm import numbers_at
+from .norm import EXACT, numbers_at
 
 BLOCK_SIZE = 64  # tokens with a common maximum
 LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)
 MINUS_INFINITY = np.int32(-0x7F800000)  # its key
-EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # no x · (1 / t) for x / t: it could split a tie
+COLUMN_DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)  # after logits
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)  # the constants of noise.py, as unsigned numbers
 LEAST_UNIFORM, LARGEST_UNIFORM = np.float32(2.0**-33), np.float32(1 - 2.0**-24)
 SLACK = np.float32(1 + 2.0**-20)  # for log1p's last bit
@@ -47,14 +45,6 @@ def sample(
         seeds.data_ptr(), positions.data_ptr(), token_ids.data_ptr(), num_rows, vocab_size,
     )  # fmt: skip
     return token_ids
-
-
-COLUMN_DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
-
-
-def warm_up() -> None:
-    """Compile the kernel, which takes a few seconds, or load it from disk; for all shapes."""
-    sample(torch.empty(0, 1), *(torch.empty(0, dtype=dtype) for dtype in COLUMN_DTYPES))
 
 
 @_jit_cached
@@ -94,7 +84,8 @@ def _sample_kernel(logits, temperatures, top_k, top_p, min_p, seeds, positions, 
 
 @numba.njit(**EXACT)
 def find_keys(keys, maxima, logits, temperature):
-    """keys: [vocab_size], of logits / temperature; maxima: of each block's keys."""
+    """keys: [vocab_size], of logits / temperature; maxima: of each block's keys. EXACT, since x · (1 / temperature)
+    could make equal numbers of two that differ."""
     for block in range(len(maxima)):
         own, numbers = keys[block * BLOCK_SIZE :][:BLOCK_SIZE], logits[block * BLOCK_SIZE :][:BLOCK_SIZE]
         for i in range(len(own)):
@@ -154,7 +145,7 @@ def keep(kept, tokens, keys, maxima, limit):
 
 @numba.njit(**OPTIONS)
 def find_limit(keys, weights, lower, upper, budget):
-    """The smallest limit from lower to upper such that the keys above it weigh less than budget."""
+    """The smallest limit from lower to upper, the largest key, such that the keys above it weigh less than budget."""
     too_low, found = np.int64(lower) - 1, np.int64(upper)
     while found - too_low > 1:
         middle = (too_low + found) >> 1
@@ -162,7 +153,7 @@ def find_limit(keys, weights, lower, upper, budget):
             found = middle
         else:
             too_low = middle
-    return np.int32(found)
+    return np.int32(max(found, lower))
 
 
 @numba.njit(**OPTIONS)

@@ -17,6 +17,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8, torch.uint8)
 MMA_HEAD_DIMS = (32, 64, 128)
 WMMA_HEAD_DIMS = (32, 64, 96, 128)
+TURING_HEAD_DIMS = (32, 64)  # for WMMA on compute capability 7.5, whose blocks have at most 64 KiB of shared memory
 
 
 class Device(NamedTuple):
@@ -71,12 +72,12 @@ def choose_num_parts(num_blocks: int, max_context_len: int, num_multiprocessors:
 
 def choose_prefill(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> str:
     """The fastest prefill kernel that there is for a dtype, a head_dim and a GPU: "mma", "wmma" or "tiled"."""
-    if dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0) and head_dim in MMA_HEAD_DIMS:
+    is_ampere = capability >= (8, 0)
+    if dtype == torch.float32 or capability < (7, 0) or (dtype == torch.bfloat16 and not is_ampere):
+        return "tiled"  # there are no tensor cores, or they don't know this dtype
+    if is_ampere and head_dim in MMA_HEAD_DIMS:
         return "mma"
-    has_tensor_cores = capability >= ((7, 0) if dtype == torch.float16 else (8, 0))
-    if dtype in (torch.float16, torch.bfloat16) and has_tensor_cores and head_dim in WMMA_HEAD_DIMS:
-        return "wmma"
-    return "tiled"
+    return "wmma" if head_dim in (WMMA_HEAD_DIMS if is_ampere else TURING_HEAD_DIMS) else "tiled"
 
 
 def paged_decode(
@@ -177,14 +178,15 @@ def call(
     assert kv_cache.shape == shape, f"kv_cache is {tuple(kv_cache.shape)}: expected {shape}"
     assert num_heads % num_kv_heads == 0, f"{num_heads} query heads do not share {num_kv_heads} KV heads evenly"
     assert block_size & (block_size - 1) == 0, f"block_size must be a power of two, got {block_size}"
+    assert scale > 0, f"scale must be positive, got {scale}"
     assert num_seqs <= MAX_GRID_SIZE, f"{num_seqs} sequences: a grid has room for {MAX_GRID_SIZE}"
     dtypes = (query.dtype, *CODES)
     assert query.dtype in FLOATS, f"query is {query.dtype}: expected one of {FLOATS}"
     assert kv_cache.dtype in dtypes, f"kv_cache is {kv_cache.dtype}: expected one of {dtypes}"
     assert (output.shape, output.dtype) == (query.shape, query.dtype), "output must have query's shape and dtype"
     indices = (block_tables, query_start_loc, context_lens)
-    dtypes = tuple(tensor.dtype for tensor in indices)
-    assert set(dtypes) == {torch.int32}, f"tables, starts and lengths must be int32, got {dtypes}"
+    index_dtypes = {tensor.dtype for tensor in indices}
+    assert index_dtypes == {torch.int32}, f"tables, starts and lengths must be int32, got {index_dtypes}"
     lengths = (len(block_tables), len(query_start_loc) - 1)
     assert lengths == (num_seqs, num_seqs), f"{num_seqs} lengths, but tables and starts for {lengths} sequences"
     is_contiguous = [tensor.is_contiguous() for tensor in (query, kv_cache, query_start_loc, context_lens, output)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,13 +21,13 @@ class KernelError(RuntimeError):
 
 
 class Library:
-    """The launchers of one .cu file, built for the device of their first argument.
+    """The launchers of one .cu file, built for the device of their first tensor and for the dtypes of the call.
 
     call("f", a, 3, 0.5) is `f(a.data_ptr(), 3, 0.5f, stream)`.
     """
 
-    def __init__(self, name: str, sanitizer: str = "", defines: tuple[str, ...] = ()) -> None:
-        self.source, self.sanitizer, self.defines = SOURCES / f"{name}.cu", sanitizer, defines
+    def __init__(self, name: str, sanitizer: str = "") -> None:
+        self.source, self.sanitizer = SOURCES / f"{name}.cu", sanitizer
 
     def call(self, symbol: str, *args: Tensor | torch.dtype | int | float | None) -> None:
         """Launch. Tensors must be on the same device; None is a null pointer, a dtype its code.
@@ -35,7 +36,7 @@ class Library:
         emulation finds a mistake in the kernel; and what build() raises.
         """
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        library = load(self.source, Target(architecture(device), self.sanitizer, self.defines))
+        library = load(self.source, Target(architecture(device), self.sanitizer, only(args)))
         with torch.cuda.device_of(torch.empty(0, device=device)):
             stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
             status = getattr(library, symbol)(*map(to_c, args), ctypes.c_void_p(stream))
@@ -57,6 +58,12 @@ def to_c(arg: Tensor | torch.dtype | int | float | None) -> object:
         case None:
             return ctypes.c_void_p(None)
     return ctypes.c_longlong(arg)
+
+
+def only(args: Sequence[object]) -> tuple[str, ...]:
+    """The macros that leave out kernels for other dtypes: see common.cuh. The second dtype is that of a KV cache."""
+    codes = [DTYPE_CODES[arg] for arg in args if isinstance(arg, torch.dtype)]
+    return tuple(f"{name}={code}" for name, code in zip(("ONLY_DTYPE", "ONLY_CACHE_DTYPE"), codes, strict=False))
 
 
 @cache

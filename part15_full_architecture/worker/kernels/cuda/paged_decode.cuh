@@ -8,8 +8,8 @@
 constexpr int MAX_HEAD_DIM = 256, MAX_GROUP_SIZE = 16;
 constexpr int VECTOR_SIZE = 8;  // neighboring numbers of a key or value that a thread reads at once
 
-// The number at an index of an array of a dtype that is known when the kernel runs. Queries and outputs are read and
-// written once, so the branch costs nothing there; with a template, there would be three times as many kernels to compile.
+// Read and write an array of a dtype that is known only when the kernel runs. Queries and outputs are read and written
+// once, so a branch costs nothing there; with a template, there would be three times as many kernels to compile.
 __device__ __forceinline__ float read_number(const void* numbers, int dtype, index_t i) {
     if (dtype == FLOAT16) return to_float(static_cast<const half_t*>(numbers)[i]);
     if (dtype == BFLOAT16) return to_float(static_cast<const bfloat_t*>(numbers)[i]);
@@ -27,12 +27,19 @@ template <class C> struct CacheVector {
     Pack<C, N> packs[VECTOR_SIZE / N];
 
     __device__ __forceinline__ void load(const C* from) {
-#pragma unroll
-        for (int i = 0; i < VECTOR_SIZE / N; i++) packs[i] = reinterpret_cast<const Pack<C, N>*>(from)[i];
+        for (int i = 0; i < VECTOR_SIZE / N; i++) packs[i] = load_pack<N>(from + i * N);
     }
     __device__ __forceinline__ void convert(float (&to)[VECTOR_SIZE]) const {
-#pragma unroll
         for (int i = 0; i < VECTOR_SIZE; i++) to[i] = to_float(packs[i / N].values[i % N]);
+    }
+    // As 16-bit numbers, for tensor cores. Codes of the cache are exact in both 16-bit types.
+    template <class T> __device__ __forceinline__ Pack<T, VECTOR_SIZE> convert() const {
+        if constexpr (std::is_same<T, C>::value) return packs[0];
+        float numbers[VECTOR_SIZE];
+        convert(numbers);
+        Pack<T, VECTOR_SIZE> converted;
+        for (int i = 0; i < VECTOR_SIZE; i++) converted.values[i] = from_float<T>(numbers[i]);
+        return converted;
     }
 };
 
@@ -40,7 +47,7 @@ template <class C> struct CacheVector {
 struct PagedBatch {
     const void* query;           // [num_tokens, num_heads, head_dim], of dtype
     const void* kv_cache;        // [num_blocks, block_size, 2, num_kv_heads, head_dim], keys at 0 and values at 1
-    const int* block_tables;     // [num_seqs, max_blocks]; entries past a context's end may be anything: never read them
+    const int* block_tables;     // [num_seqs, max_blocks]; entries past a context's end may be anything
     const int* query_start_loc;  // [num_seqs + 1]
     const int* context_lens;     // [num_seqs]
     void* output;                // as query
@@ -52,30 +59,35 @@ struct PagedBatch {
 
     __device__ int query_len(int seq) const { return query_start_loc[seq + 1] - query_start_loc[seq]; }
 
-    // The decode kernels take the sequences with one query, the prefill kernels those with more. CUDA graphs pad a batch
-    // with sequences without a context: there is nothing to compute for them.
+    // The decode kernels take the sequences with one query, the prefill kernels those with more. CUDA graphs pad a
+    // batch with sequences without a context: there is nothing to compute for them.
     __device__ bool is_decode(int seq) const { return query_len(seq) == 1 && context_lens[seq] > 0; }
     __device__ bool is_prefill(int seq) const { return query_len(seq) > 1; }
 
     // Where a head's numbers begin in query and output.
     __device__ index_t query_offset(index_t token, int head) const { return (token * num_heads + head) * head_dim; }
 
-    // The key at a position of a sequence, found through its block table. Its value is value_offset() numbers further.
-    template <class C> __device__ const C* key(int seq, int position, int kv_head) const {
+    // Where the key at a position of a sequence begins in the cache, found through the block table. Its value is
+    // value_offset() numbers further.
+    __device__ index_t key_offset(int seq, int position, int kv_head) const {
         const index_t block = block_tables[seq * max_blocks + (position >> block_bits)];
         const index_t slot = (block << block_bits) + (position & ((1 << block_bits) - 1));
-        return static_cast<const C*>(kv_cache) + (slot * 2 * num_kv_heads + kv_head) * head_dim;
+        return (slot * 2 * num_kv_heads + kv_head) * head_dim;
+    }
+    template <class C> __device__ const C* key(int seq, int position, int kv_head) const {
+        return static_cast<const C*>(kv_cache) + key_offset(seq, position, kv_head);
     }
     __device__ int value_offset() const { return num_kv_heads * head_dim; }
 };
 
-inline PagedBatch paged_batch(const void* query, const void* kv_cache, const void* block_tables, const void* query_start_loc,
-                              const void* context_lens, void* output, int dtype, index_t num_seqs, index_t num_heads,
-                              index_t num_kv_heads, index_t head_dim, index_t block_size, index_t max_blocks, float scale) {
+inline PagedBatch paged_batch(const void* query, const void* kv_cache, const void* block_tables,
+                              const void* query_start_loc, const void* context_lens, void* output, int dtype,
+                              index_t num_seqs, index_t num_heads, index_t num_kv_heads, index_t head_dim,
+                              index_t block_size, index_t max_blocks, float scale) {
     int block_bits = 0;
     while ((index_t)1 << block_bits < block_size) block_bits++;
-    return {query, kv_cache, (const int*)block_tables, (const int*)query_start_loc, (const int*)context_lens, output, dtype,
-            (int)num_seqs, (int)num_heads, (int)num_kv_heads, (int)(num_heads / num_kv_heads), (int)head_dim,
+    return {query, kv_cache, (const int*)block_tables, (const int*)query_start_loc, (const int*)context_lens, output,
+            dtype, (int)num_seqs, (int)num_heads, (int)num_kv_heads, (int)(num_heads / num_kv_heads), (int)head_dim,
             block_bits, max_blocks, scale};
 }
 
@@ -85,7 +97,8 @@ inline PagedBatch paged_batch(const void* query, const void* kv_cache, const voi
 struct QueryTile {
     int seq, kv_head;
     int first_row, num_rows;  // num_rows: 0 if there is nothing to do
-    int num_past;             // tokens of the context before the sequence's first query
+    int query_start;          // the sequence's first query
+    int num_past;             // tokens of the context before it
     int num_keys;             // keys that the last row sees: the causal limit of the tile
 
     // How many keys a row sees: those of all tokens up to its own.
@@ -95,25 +108,25 @@ struct QueryTile {
     // Where a row's numbers begin in query and output.
     __device__ index_t offset(const PagedBatch& batch, int row) const {
         const int token = (first_row + row) / batch.group_size, head = (first_row + row) % batch.group_size;
-        return batch.query_offset(batch.query_start_loc[seq] + token, kv_head * batch.group_size + head);
+        return batch.query_offset((index_t)query_start + token, kv_head * batch.group_size + head);
     }
 };
 
 // The grid is tiles x KV heads x sequences, with as many tiles as the longest sequence needs: for shorter ones, some
-// blocks have nothing to do. The last tiles of a sequence see the most keys: they come first, so that a GPU does not end
-// with a few long blocks while the other multiprocessors idle.
+// blocks have nothing to do. The last tiles of a sequence see the most keys: they come first, so that a GPU does not
+// end with a few long blocks while the other multiprocessors idle.
 template <int TILE_ROWS> __device__ QueryTile query_tile(const PagedBatch& batch) {
     const int tile = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y, seq = blockIdx.z;
     const int query_len = batch.query_len(seq), first_row = tile * TILE_ROWS;
     const int num_rows = batch.is_prefill(seq) ? min(TILE_ROWS, query_len * batch.group_size - first_row) : 0;
-    QueryTile found = {seq, kv_head, first_row, max(num_rows, 0), batch.context_lens[seq] - query_len, 0};
+    const int query_start = batch.query_start_loc[seq], num_past = batch.context_lens[seq] - query_len;
+    QueryTile found = {seq, kv_head, first_row, max(num_rows, 0), query_start, num_past, 0};
     if (found.num_rows > 0) found.num_keys = found.num_visible(batch, found.num_rows - 1);
     return found;
 }
 
 inline dim3 prefill_grid(const PagedBatch& batch, index_t max_query_len, int tile_rows) {
-    const index_t max_rows = max_query_len * batch.group_size;
-    return dim3((unsigned)((max_rows + tile_rows - 1) / tile_rows), batch.num_kv_heads, batch.num_seqs);
+    return dim3((unsigned)ceil_div(max_query_len * batch.group_size, tile_rows), batch.num_kv_heads, batch.num_seqs);
 }
 
 // ---------------------------------------------------------------------------------------------------- decode kernels
@@ -124,8 +137,8 @@ constexpr int MAX_BLOCK_HEADS = 8;  // query heads of a block: 16 would need all
 // Blocks that a multiprocessor holds at once. The compiler limits a thread's registers accordingly: 65,536 are shared.
 constexpr int resident_blocks(int num_heads) { return num_heads > 4 ? 2 : num_heads > 2 ? 3 : 4; }
 
-// Attention over some keys, of which a lane holds VECTOR_SIZE dimensions: the result is output / sum. All exponentials are
-// relative to the largest score, so that none overflows (online softmax, Milakov and Gimelshein, 2018).
+// Attention over some keys, of which a lane holds VECTOR_SIZE dimensions: the result is output / sum. All exponentials
+// are relative to the largest score, so that none overflows (online softmax, Milakov and Gimelshein, 2018).
 struct AttentionState {
     float maximum, sum, output[VECTOR_SIZE];
 };
@@ -133,14 +146,15 @@ struct AttentionState {
 __device__ __forceinline__ AttentionState empty_state() { return {-INFINITY, 0.f, {}}; }
 
 // exp(x - maximum) for x <= maximum. Both are -infinity where no key was seen yet; their difference would be NaN.
-__device__ __forceinline__ float exp_below(float x, float maximum) { return x == -INFINITY ? 0.f : __expf(x - maximum); }
+__device__ __forceinline__ float exp_below(float x, float maximum) {
+    return x == -INFINITY ? 0.f : __expf(x - maximum);
+}
 
 // Makes a state relative to a larger maximum.
 __device__ __forceinline__ void raise_maximum(AttentionState& state, float maximum) {
     const float rescale = exp_below(state.maximum, maximum);
     state.maximum = maximum;
     state.sum *= rescale;
-#pragma unroll
     for (int i = 0; i < VECTOR_SIZE; i++) state.output[i] *= rescale;
 }
 
@@ -148,14 +162,11 @@ template <int KEYS>
 __device__ __forceinline__ void add_keys(AttentionState& state, const float (&scores)[KEYS],
                                          const float (&values)[KEYS][VECTOR_SIZE]) {
     float maximum = state.maximum;
-#pragma unroll
     for (int k = 0; k < KEYS; k++) maximum = fmaxf(maximum, scores[k]);
     raise_maximum(state, maximum);
-#pragma unroll
     for (int k = 0; k < KEYS; k++) {
         const float weight = exp_below(scores[k], maximum);
         state.sum += weight;
-#pragma unroll
         for (int i = 0; i < VECTOR_SIZE; i++) state.output[i] += weight * values[k][i];
     }
 }
@@ -166,7 +177,6 @@ __device__ __forceinline__ void merge(AttentionState& state, AttentionState othe
     raise_maximum(state, maximum);
     raise_maximum(other, maximum);
     state.sum += other.sum;
-#pragma unroll
     for (int i = 0; i < VECTOR_SIZE; i++) state.output[i] += other.output[i];
 }
 
@@ -175,13 +185,12 @@ __device__ __forceinline__ AttentionState exchange(const AttentionState& state, 
     AttentionState other;
     other.maximum = __shfl_xor_sync(ALL_LANES, state.maximum, bit);
     other.sum = __shfl_xor_sync(ALL_LANES, state.sum, bit);
-#pragma unroll
     for (int i = 0; i < VECTOR_SIZE; i++) other.output[i] = __shfl_xor_sync(ALL_LANES, state.output[i], bit);
     return other;
 }
 
-// The lanes that share a key: one for every VECTOR_SIZE dimensions, rounded up to a power of two. The lanes of a warp form
-// several such teams, unless a head has 256 dimensions.
+// The lanes that share a key: one for every VECTOR_SIZE dimensions, rounded up to a power of two. The lanes of a warp
+// form several such teams, unless a head has more than 128 dimensions.
 struct Team {
     int size, index, num_teams, first_dim;
     bool has_dims;  // false for the lanes that are there only because 96 / 8 is not a power of two
@@ -196,7 +205,6 @@ struct Team {
     // The sum over the lanes of a team reaches all of them.
     template <int HEADS, int KEYS> __device__ __forceinline__ void add_up(float (&scores)[HEADS][KEYS]) const {
         for (int offset = size / 2; offset > 0; offset /= 2) {
-#pragma unroll
             for (int i = 0; i < HEADS * KEYS; i++) {
                 float& score = scores[i / KEYS][i % KEYS];
                 score += __shfl_xor_sync(ALL_LANES, score, offset);
@@ -205,69 +213,43 @@ struct Team {
     }
 };
 
-// Attention of a sequence's query over the keys from first_key to last_key, for num_heads neighboring query heads, up to
-// HEADS, that share a KV head. Warps take turns: each reads the keys and values of KEYS tokens per team, keeps them in
-// registers, and uses them for all heads. At the end, the states of the teams and of the warps are merged, and
-// store(head, first_dim, state) is called by the lanes of one team, for heads from first_head on.
-template <class C, int HEADS, class Store>
-__device__ void attend_to_keys(const PagedBatch& batch, int seq, int first_head, int num_heads, int first_key, int last_key,
-                               Store store) {
-    constexpr int KEYS = sizeof(C) > 2 ? 2 : 4;
-    __shared__ __align__(16) float query[HEADS][MAX_HEAD_DIM];  // times scale; zeros for heads and dimensions that don't exist
-    __shared__ AttentionState state_of_warp[DECODE_WARPS][WARP];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = first_head / batch.group_size;
-    const Team team(batch.head_dim);
+// The queries of a block, times scale, with zeros for heads and dimensions that don't exist.
+template <int HEADS> struct SharedQueries {
+    float heads[HEADS][MAX_HEAD_DIM];
+};
 
-    const index_t query_start = batch.query_offset(batch.query_start_loc[seq], first_head);
+template <int HEADS>
+__device__ void load_queries(SharedQueries<HEADS>& queries, const PagedBatch& batch, int seq, int first_head,
+                             int num_heads) {
+    const index_t start = batch.query_offset(batch.query_start_loc[seq], first_head);
     for (int i = threadIdx.x; i < HEADS * MAX_HEAD_DIM; i += DECODE_WARPS * WARP) {
         const int head = i / MAX_HEAD_DIM, dim = i % MAX_HEAD_DIM;
         float number = 0.f;
         if (head < num_heads && dim < batch.head_dim)
-            number = read_number(batch.query, batch.dtype, query_start + head * batch.head_dim + dim) * batch.scale;
-        query[head][dim] = number;
+            number = read_number(batch.query, batch.dtype, start + head * batch.head_dim + dim) * batch.scale;
+        queries.heads[head][dim] = number;
     }
-    __syncthreads();
+}
 
-    AttentionState states[HEADS];
+// The products of each head with each key that a team reads.
+template <int HEADS, int KEYS>
+__device__ __forceinline__ void multiply_keys(const SharedQueries<HEADS>& queries, const Team& team,
+                                              const float (&keys)[KEYS][VECTOR_SIZE], float (&scores)[HEADS][KEYS]) {
 #pragma unroll
-    for (int head = 0; head < HEADS; head++) states[head] = empty_state();
-    const int step = KEYS * team.num_teams, own_dim = team.has_dims ? team.first_dim : 0;
-    for (int first = first_key + warp * step; first < last_key; first += DECODE_WARPS * step) {
-        CacheVector<C> keys[KEYS], values[KEYS];
-#pragma unroll
-        for (int k = 0; k < KEYS; k++) {
-            // Past the end, a lane reads the last key again: without a branch, all loads are on their way at once.
-            const int position = min(first + k * team.num_teams + team.index, last_key - 1);
-            const C* key = batch.key<C>(seq, position, kv_head) + own_dim;
-            keys[k].load(key);
-            values[k].load(key + batch.value_offset());
+    for (int head = 0; head < HEADS; head++)
+        for (int i = 0; i < VECTOR_SIZE; i++) {
+            const float number = queries.heads[head][team.first_dim + i];
+            for (int k = 0; k < KEYS; k++) scores[head][k] += number * keys[k][i];
         }
+    team.add_up(scores);
+}
 
-        float scores[HEADS][KEYS] = {}, numbers[KEYS][VECTOR_SIZE];
-#pragma unroll
-        for (int k = 0; k < KEYS; k++) keys[k].convert(numbers[k]);
-#pragma unroll
-        for (int head = 0; head < HEADS; head++) {
-#pragma unroll
-            for (int i = 0; i < VECTOR_SIZE; i++) {
-                const float number = query[head][team.first_dim + i];
-#pragma unroll
-                for (int k = 0; k < KEYS; k++) scores[head][k] += number * numbers[k][i];
-            }
-        }
-        team.add_up(scores);
-
-#pragma unroll
-        for (int k = 0; k < KEYS; k++) values[k].convert(numbers[k]);
-#pragma unroll
-        for (int head = 0; head < HEADS; head++) {
-#pragma unroll
-            for (int k = 0; k < KEYS; k++)
-                if (first + k * team.num_teams + team.index >= last_key) scores[head][k] = -INFINITY;
-            add_keys(states[head], scores[head], numbers);
-        }
-    }
-
+// Puts the states of all teams and warps together. The lanes of one team call store(head, first_dim, state).
+template <int HEADS, class Store>
+__device__ __forceinline__ void merge_block(AttentionState (&states)[HEADS], const Team& team, int num_heads,
+                                            Store store) {
+    __shared__ AttentionState state_of_warp[DECODE_WARPS][WARP];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
     for (int head = 0; head < HEADS; head++) {
         if (head >= num_heads) break;
@@ -277,19 +259,63 @@ __device__ void attend_to_keys(const PagedBatch& batch, int seq, int first_head,
         __syncthreads();
         if (warp == 0 && lane < team.size && team.has_dims) {
             for (int other = 1; other < DECODE_WARPS; other++) merge(states[head], state_of_warp[other][lane]);
-            store(first_head + head, team.first_dim, states[head]);
+            store(head, team.first_dim, states[head]);
         }
     }
 }
 
-// The query heads of a block: all of a group, or half of them if there are more than MAX_BLOCK_HEADS. (The block with the
-// other half reads the same keys at about the same time, and finds most of them in the L2 cache.)
+// Attention of a sequence's query over the keys from first_key up to, but not including, last_key, for num_heads
+// neighboring query heads, at most HEADS, that share a KV head. Warps take turns: each reads the keys and values of KEYS
+// tokens per team, keeps them in registers, and uses them for all heads. store(head, first_dim, state) gets the results;
+// head is counted from first_head.
+//
+// Loops over heads must be unrolled: an array can be in registers only if all its indices are known to the compiler.
+template <class C, int HEADS, class Store>
+__device__ void attend_to_keys(const PagedBatch& batch, int seq, int first_head, int num_heads, int first_key,
+                               int last_key, Store store) {
+    constexpr int KEYS = sizeof(C) > 2 ? 2 : 4;
+    __shared__ __align__(16) SharedQueries<HEADS> queries;
+    load_queries(queries, batch, seq, first_head, num_heads);
+    __syncthreads();
+
+    const int warp = threadIdx.x / WARP, kv_head = first_head / batch.group_size;
+    const Team team(batch.head_dim);
+    const int step = KEYS * team.num_teams, own_dim = team.has_dims ? team.first_dim : 0;
+    AttentionState states[HEADS];
+#pragma unroll
+    for (int head = 0; head < HEADS; head++) states[head] = empty_state();
+
+    for (int first = first_key + warp * step; first < last_key; first += DECODE_WARPS * step) {
+        CacheVector<C> keys[KEYS], values[KEYS];
+        for (int k = 0; k < KEYS; k++) {
+            // Past the end, a lane reads the last key again: without a branch, all loads are on their way at once.
+            const int position = min(first + k * team.num_teams + team.index, last_key - 1);
+            const C* key = batch.key<C>(seq, position, kv_head) + own_dim;
+            keys[k].load(key);
+            values[k].load(key + batch.value_offset());
+        }
+        float scores[HEADS][KEYS] = {}, numbers[KEYS][VECTOR_SIZE];
+        for (int k = 0; k < KEYS; k++) keys[k].convert(numbers[k]);
+        multiply_keys(queries, team, numbers, scores);
+        for (int k = 0; k < KEYS; k++) values[k].convert(numbers[k]);
+#pragma unroll
+        for (int head = 0; head < HEADS; head++) {
+            for (int k = 0; k < KEYS; k++)
+                if (first + k * team.num_teams + team.index >= last_key) scores[head][k] = -INFINITY;
+            add_keys(states[head], scores[head], numbers);
+        }
+    }
+    merge_block(states, team, num_heads, store);
+}
+
+// The query heads of a block: all of a group, or half of them if there are more than MAX_BLOCK_HEADS. (The block with
+// the other half reads the same keys at about the same time, and finds most of them in the L2 cache.)
 struct HeadSplit {
     int blocks_per_group, heads_per_block;
 
     __host__ __device__ explicit HeadSplit(int group_size) {
-        blocks_per_group = (group_size + MAX_BLOCK_HEADS - 1) / MAX_BLOCK_HEADS;
-        heads_per_block = (group_size + blocks_per_group - 1) / blocks_per_group;
+        blocks_per_group = (int)ceil_div(group_size, MAX_BLOCK_HEADS);
+        heads_per_block = (int)ceil_div(group_size, blocks_per_group);
     }
     __device__ int first_head(int group_size, int block) const {
         return block / blocks_per_group * group_size + block % blocks_per_group * heads_per_block;
@@ -301,7 +327,8 @@ struct HeadSplit {
 
 // Calls launch with a number of the cache's type, and with the number of heads that a kernel is compiled for.
 template <class F> int dispatch_decode(const PagedBatch& batch, int cache_dtype, F launch) {
-    if (batch.head_dim % VECTOR_SIZE || batch.head_dim > MAX_HEAD_DIM || batch.group_size > MAX_GROUP_SIZE) return UNSUPPORTED;
+    if (batch.head_dim % VECTOR_SIZE || batch.head_dim > MAX_HEAD_DIM || batch.group_size > MAX_GROUP_SIZE)
+        return UNSUPPORTED;
     const int num_heads = HeadSplit(batch.group_size).heads_per_block;
     return dispatch_float(batch.dtype, [&](auto number) {
         return dispatch_cache<decltype(number)>(cache_dtype, [&](auto stored) {

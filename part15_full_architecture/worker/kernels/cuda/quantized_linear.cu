@@ -169,11 +169,12 @@ gemv_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ out
     const int rows_here = (int)min((index_t)ROWS, num_rows - first_row);
 
     float sums[GEMV_OUTPUTS][ROWS] = {};
+    const int last = matrix.row_bytes - BYTES;  // past it, the last chunk is loaded again, and not used
     Chunk<BYTES> next;
-    if (lane * BYTES < matrix.row_bytes) next.load(matrix, first_output, lane * BYTES);
-    for (int byte = lane * BYTES; byte < matrix.row_bytes; byte += WARP * BYTES) {
+    next.load(matrix, first_output, min(lane * BYTES, last));
+    for (int byte = lane * BYTES; byte <= last; byte += WARP * BYTES) {
         const Chunk<BYTES> chunk = next;  // the next one is on its way while this one is used
-        if (byte + WARP * BYTES < matrix.row_bytes) next.load(matrix, first_output, byte + WARP * BYTES);
+        next.load(matrix, first_output, min(byte + WARP * BYTES, last));
         const T* columns = rows + matrix.template column<Codes>(byte, 0);
         add_products<T, Codes, ROWS, BYTES>(chunk, columns, rows_here, matrix, sums);
     }
@@ -199,7 +200,7 @@ template <class T, class Codes, int ROWS> struct Tile {
     static constexpr int OUTPUTS = ROWS == 64 ? 64 : 32, COLUMNS = GEMM_THREADS * 32 / OUTPUTS;
     static constexpr int BYTES = COLUMNS / Codes::PER_BYTE;  // of an output's codes
     static constexpr int CHUNKS = BYTES / CHUNK, CHUNKS_PER_THREAD = OUTPUTS * CHUNKS / GEMM_THREADS;
-    static constexpr int STRIDE = COLUMNS + RUN;  // of rows: 16 bytes more, so that a column's numbers are in different banks
+    static constexpr int STRIDE = COLUMNS + RUN;  // of rows: 16 bytes more spread a column's numbers over the banks
     static constexpr int STRIPS = OUTPUTS / FRAGMENT, PARTS = GEMM_THREADS / WARP / STRIPS;  // see multiply()
     static constexpr int SUMS_STRIDE = OUTPUTS + 8;
 
@@ -220,10 +221,10 @@ template <class Shape> __device__ __forceinline__ void find_chunk(int i, int& ou
 
 // Starts to copy the rows of a tile, zeros where there are none. first_byte: of the tile's codes.
 template <class T, class Codes, int ROWS, bool IS_ALIGNED>
-__device__ __forceinline__ void fetch_rows(const T* rows, index_t first_row, index_t num_rows, const Matrix& matrix, int first_byte,
-                                           T* to) {
+__device__ __forceinline__ void fetch_rows(const T* rows, index_t first_row, index_t num_rows, const Matrix& matrix,
+                                           int first_byte, T* to) {
     typedef Tile<T, Codes, ROWS> Shape;
-    constexpr int RUNS = Shape::COLUMNS / RUN;  // of a row
+    constexpr int RUNS = Shape::COLUMNS / RUN;   // of a row
     const int place = threadIdx.x % RUNS * RUN;  // in a row of the tile: the same for all that this thread copies
     const int run = place / Shape::BYTES, byte = first_byte + place % Shape::BYTES;
     const int column = matrix.template column<Codes>(byte, run);
@@ -245,7 +246,8 @@ __device__ __forceinline__ void fetch_rows(const T* rows, index_t first_row, ind
 
 // Starts to copy the codes of a tile, zeros where there are none.
 template <class Shape, bool IS_ALIGNED>
-__device__ __forceinline__ void fetch_codes(const Matrix& matrix, index_t first_output, int first_byte, unsigned char* to) {
+__device__ __forceinline__ void fetch_codes(const Matrix& matrix, index_t first_output, int first_byte,
+                                            unsigned char* to) {
 #pragma unroll
     for (int i = 0; i < Shape::CHUNKS_PER_THREAD; i++) {
         int o, b;
@@ -264,7 +266,13 @@ __device__ __forceinline__ void fetch_codes(const Matrix& matrix, index_t first_
     }
 }
 
-// The scales and zero points of a thread's chunks. They are loaded one tile ahead, like the codes.
+// The scale and the zero point of a byte. Zeros outside of the matrix, so that any codes there count as 0.
+__device__ __forceinline__ Affine affine_of(const Matrix& matrix, index_t output, int byte) {
+    if (output >= matrix.out_features || byte >= matrix.row_bytes) return {0.f, 0.f};
+    return matrix.affine(output, byte / matrix.group_bytes);
+}
+
+// The scales and zero points of a thread's chunks. They are loaded one tile ahead.
 template <class Shape>
 __device__ __forceinline__ void load_affine(const Matrix& matrix, index_t first_output, int first_byte,
                                             Affine (&affine)[Shape::CHUNKS_PER_THREAD]) {
@@ -272,15 +280,15 @@ __device__ __forceinline__ void load_affine(const Matrix& matrix, index_t first_
     for (int i = 0; i < Shape::CHUNKS_PER_THREAD; i++) {
         int o, b;
         find_chunk<Shape>(i, o, b);
-        affine[i] = matrix.affine(first_output + o, first_byte + b);
+        affine[i] = affine_of(matrix, first_output + o, first_byte + b);
     }
 }
 
-// Decodes the chunks that this thread has copied itself: no barrier is needed before. Row o of numbers has the first
-// run of columns of all the tile's bytes, then the second.
+// Decodes the chunks that this thread has copied itself: no barrier is needed before. Row o of numbers has the columns
+// of the lower halves of all the tile's bytes, then those of the upper halves.
 template <class T, class Codes, int ROWS, bool IS_ALIGNED>
-__device__ __forceinline__ void decode(const unsigned char* codes, const Matrix& matrix, index_t first_output, int first_byte,
-                                       const Affine (&affine)[Tile<T, Codes, ROWS>::CHUNKS_PER_THREAD], T* numbers) {
+__device__ __forceinline__ void decode(const unsigned char* codes, const Matrix& matrix, index_t first_output,
+                                       int first_byte, const Affine* affine, T* numbers) {
     typedef Tile<T, Codes, ROWS> Shape;
 #pragma unroll
     for (int i = 0; i < Shape::CHUNKS_PER_THREAD; i++) {
@@ -296,24 +304,29 @@ __device__ __forceinline__ void decode(const unsigned char* codes, const Matrix&
 #pragma unroll
                 for (int j = 0; j < RUN; j++) {
                     const int byte = first + j;
-                    const Affine own = IS_ALIGNED ? affine[i] : matrix.affine(first_output + o, first_byte + b + byte);
-                    pack.values[j] = from_float<T>(Codes::number(words[byte / 4], byte % 4, run, own.zero) * own.scale);
+                    const Affine own =
+                        IS_ALIGNED ? affine[i] : affine_of(matrix, first_output + o, first_byte + b + byte);
+                    const float number = Codes::number(words[byte / 4], byte % 4, run, own.zero) * own.scale;
+                    pack.values[j] = from_float<T>(number);
                 }
-                *reinterpret_cast<Pack<T, RUN>*>(numbers + o * Shape::STRIDE + run * Shape::BYTES + b + first) = pack;
+                T* target = numbers + o * Shape::STRIDE + run * Shape::BYTES + b + first;
+                *reinterpret_cast<Pack<T, RUN>*>(target) = pack;
             }
     }
 }
 
 typedef wmma::fragment<wmma::accumulator, FRAGMENT, FRAGMENT, FRAGMENT, float> Sums;
 
-// A warp has a strip of 16 outputs, and all rows. Several warps have the same strip, and each a part of the columns.
-template <class T, class Codes, int ROWS> __device__ __forceinline__ void multiply(const T* rows, const T* numbers, Sums (&sums)[ROWS / FRAGMENT]) {
+// Adds the products of a tile to the sums. A warp has a strip of 16 outputs, and all rows. Several warps have the same
+// strip: each has a part of the columns.
+template <class T, class Codes, int ROWS>
+__device__ __forceinline__ void multiply(const T* rows, const T* numbers, Sums (&sums)[ROWS / FRAGMENT]) {
     typedef Tile<T, Codes, ROWS> Shape;
     const int warp = threadIdx.x / WARP, strip = warp % Shape::STRIPS, part = warp / Shape::STRIPS;
 #pragma unroll
     for (int i = 0; i < Shape::COLUMNS / FRAGMENT / Shape::PARTS; i++) {
         const int column = (i * Shape::PARTS + part) * FRAGMENT;
-        wmma::fragment<wmma::matrix_b, FRAGMENT, FRAGMENT, FRAGMENT, T, wmma::col_major> right;  // an output is a column of it
+        wmma::fragment<wmma::matrix_b, FRAGMENT, FRAGMENT, FRAGMENT, T, wmma::col_major> right;  // transposed
         wmma::load_matrix_sync(right, numbers + strip * FRAGMENT * Shape::STRIDE + column, Shape::STRIDE);
 #pragma unroll
         for (int f = 0; f < ROWS / FRAGMENT; f++) {
@@ -333,9 +346,10 @@ __device__ __forceinline__ void store(const Sums (&sums)[ROWS / FRAGMENT], float
     const int warp = threadIdx.x / WARP, strip = warp % Shape::STRIPS, part = warp / Shape::STRIPS;
     __syncthreads();  // other warps may still be multiplying what was in this memory
 #pragma unroll
-    for (int f = 0; f < ROWS / FRAGMENT; f++)
-        wmma::store_matrix_sync(shared + (part * ROWS + f * FRAGMENT) * STRIDE + strip * FRAGMENT, sums[f], STRIDE,
-                                wmma::mem_row_major);
+    for (int f = 0; f < ROWS / FRAGMENT; f++) {
+        float* target = shared + (part * ROWS + f * FRAGMENT) * STRIDE + strip * FRAGMENT;
+        wmma::store_matrix_sync(target, sums[f], STRIDE, wmma::mem_row_major);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < ROWS * Shape::OUTPUTS; i += GEMM_THREADS) {
         const int row = i / Shape::OUTPUTS, o = i % Shape::OUTPUTS;
@@ -351,10 +365,10 @@ template <class T, class Codes, int ROWS, bool IS_ALIGNED>
 __global__ void __launch_bounds__(GEMM_THREADS, GEMM_BLOCKS)
 gemm_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ output, index_t num_rows) {
     typedef Tile<T, Codes, ROWS> Shape;
-    constexpr int STAGES = Shape::STAGES;
+    constexpr int STAGES = Shape::STAGES, BYTES = Shape::BYTES;
     DYNAMIC_SHARED(unsigned char, shared);
     const index_t first_output = blockIdx.x * (index_t)Shape::OUTPUTS, first_row = blockIdx.y * (index_t)ROWS;
-    const int num_tiles = (matrix.row_bytes + Shape::BYTES - 1) / Shape::BYTES;
+    const int num_tiles = (matrix.row_bytes + BYTES - 1) / BYTES;
     auto rows_of = [&](int tile) { return reinterpret_cast<T*>(shared + tile % STAGES * Shape::STAGE_SIZE); };
     auto codes_of = [&](int tile) { return shared + tile % STAGES * Shape::STAGE_SIZE + Shape::ROWS_SIZE; };
     auto numbers_of = [&](int tile) {
@@ -362,8 +376,8 @@ gemm_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ out
     };
     auto fetch = [&](int tile) {
         if (tile < num_tiles) {
-            fetch_rows<T, Codes, ROWS, IS_ALIGNED>(rows, first_row, num_rows, matrix, tile * Shape::BYTES, rows_of(tile));
-            fetch_codes<Shape, IS_ALIGNED>(matrix, first_output, tile * Shape::BYTES, codes_of(tile));
+            fetch_rows<T, Codes, ROWS, IS_ALIGNED>(rows, first_row, num_rows, matrix, tile * BYTES, rows_of(tile));
+            fetch_codes<Shape, IS_ALIGNED>(matrix, first_output, tile * BYTES, codes_of(tile));
         }
         __pipeline_commit();  // also when there is nothing: each tile has a group of copies, so they can be counted
     };
@@ -377,30 +391,33 @@ gemm_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ out
     for (int tile = 0; tile < num_tiles; tile++) {
 #pragma unroll
         for (int i = 0; i < Shape::CHUNKS_PER_THREAD; i++) affine[i] = next[i];
-        load_affine<Shape>(matrix, first_output, (tile + 1) * Shape::BYTES, next);
-        __pipeline_wait_prior(STAGES - 2);  // this thread's copies of this tile are there
-        decode<T, Codes, ROWS, IS_ALIGNED>(codes_of(tile), matrix, first_output, tile * Shape::BYTES, affine, numbers_of(tile));
-        __syncthreads();          // so are all threads' rows and numbers, and nobody uses the tile before any more
+        load_affine<Shape>(matrix, first_output, (tile + 1) * BYTES, next);
+        __pipeline_wait_prior(STAGES - 2);  // until this thread's copies of this tile are there
+        T* numbers = numbers_of(tile);
+        decode<T, Codes, ROWS, IS_ALIGNED>(codes_of(tile), matrix, first_output, tile * BYTES, affine, numbers);
+        __syncthreads();           // now the rows and numbers of all threads are there, and the tile before isn't used
         fetch(tile + STAGES - 1);  // in its place
-        multiply<T, Codes, ROWS>(rows_of(tile), numbers_of(tile), sums);
+        multiply<T, Codes, ROWS>(rows_of(tile), numbers, sums);
     }
-    store<T, Codes, ROWS>(sums, reinterpret_cast<float*>(shared), output, first_row, num_rows, first_output, matrix.out_features);
+    float* parts = reinterpret_cast<float*>(shared);
+    store<T, Codes, ROWS>(sums, parts, output, first_row, num_rows, first_output, matrix.out_features);
 }
 
 // ---- launchers
 
-unsigned cdiv(index_t a, index_t b) { return (unsigned)((a + b - 1) / b); }
+inline unsigned cdiv(index_t a, index_t b) { return (unsigned)((a + b - 1) / b); }
 
-Matrix make_matrix(const void* codes, const void* scale, const void* zero, index_t codes_per_byte, index_t out_features,
-                   index_t num_groups, index_t group_size) {
+inline Matrix make_matrix(const void* codes, const void* scale, const void* zero, index_t codes_per_byte,
+                          index_t out_features, index_t num_groups, index_t group_size) {
     const index_t group_bytes = group_size / codes_per_byte;
-    return {(const unsigned char*)codes, (const float*)scale, (const signed char*)zero, out_features, num_groups * group_size,
-            (int)num_groups, (int)group_bytes, (int)(num_groups * group_bytes)};
+    return {(const unsigned char*)codes, (const float*)scale,       (const signed char*)zero,
+            out_features,                num_groups * group_size,   (int)num_groups,
+            (int)group_bytes,            (int)(num_groups * group_bytes)};
 }
 
-// Whether all chunks of codes, and the runs of rows beside them, are aligned to 16 bytes, and each is in a single group.
-bool is_aligned(const void* rows, const Matrix& matrix) {
-    return matrix.group_bytes % CHUNK == 0 && (uintptr_t)matrix.codes % 16 == 0 && (uintptr_t)rows % 16 == 0;
+// Whether all chunks of codes, and the runs of rows beside them, are aligned to 16 bytes, and each is in one group.
+inline bool is_aligned(const void* rows, const Matrix& matrix) {
+    return matrix.group_bytes % CHUNK == 0 && ((uintptr_t)matrix.codes | (uintptr_t)rows) % 16 == 0;
 }
 
 // Calls launch with a value of the type that decodes the codes. code_type: INT8, for integers of 8 or 4 bits, or FP8.
@@ -414,7 +431,8 @@ template <class F> int dispatch_codes(int code_type, index_t codes_per_byte, F l
 template <class T, class Codes, int ROWS, int BYTES>
 int launch_gemv(const void* rows, const Matrix& matrix, void* output, index_t num_rows, void* stream) {
     const dim3 grid(cdiv(matrix.out_features, GEMV_THREADS / WARP * GEMV_OUTPUTS), cdiv(num_rows, ROWS));
-    LAUNCH((gemv_kernel<T, Codes, ROWS, BYTES>), grid, GEMV_THREADS, 0, stream)((const T*)rows, matrix, (T*)output, num_rows);
+    LAUNCH((gemv_kernel<T, Codes, ROWS, BYTES>), grid, GEMV_THREADS, 0, stream)
+    ((const T*)rows, matrix, (T*)output, num_rows);
     return cudaGetLastError();
 }
 
@@ -422,24 +440,23 @@ template <class T, class Codes, int ROWS, bool IS_ALIGNED>
 int launch_gemm(const void* rows, const Matrix& matrix, void* output, index_t num_rows, void* stream) {
     typedef Tile<T, Codes, ROWS> Shape;
     const dim3 grid(cdiv(matrix.out_features, Shape::OUTPUTS), cdiv(num_rows, ROWS));
-    cudaFuncSetAttribute(gemm_kernel<T, Codes, ROWS, IS_ALIGNED>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::SHARED);
-    LAUNCH((gemm_kernel<T, Codes, ROWS, IS_ALIGNED>), grid, GEMM_THREADS, Shape::SHARED, stream)
-    ((const T*)rows, matrix, (T*)output, num_rows);
+    auto* kernel = gemm_kernel<T, Codes, ROWS, IS_ALIGNED>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::SHARED);
+    LAUNCH(kernel, grid, GEMM_THREADS, Shape::SHARED, stream)((const T*)rows, matrix, (T*)output, num_rows);
     return cudaGetLastError();
 }
 
-// Any number of rows, of float32 too: 8 at a time.
-extern "C" int quantized_gemv(const void* rows, const void* codes, const void* scale, const void* zero, void* output, int dtype,
-                              int code_type, index_t codes_per_byte, index_t num_rows, index_t out_features, index_t num_groups,
-                              index_t group_size, void* stream) {
+// Any number of rows, of float32 too: 8 at a time. dtype: of rows and output.
+extern "C" int quantized_gemv(const void* rows, const void* codes, const void* scale, const void* zero, void* output,
+                              int dtype, int code_type, index_t codes_per_byte, index_t num_rows, index_t out_features,
+                              index_t num_groups, index_t group_size, void* stream) {
     const Matrix matrix = make_matrix(codes, scale, zero, codes_per_byte, out_features, num_groups, group_size);
-    return dispatch_float(dtype, [=](auto number_tag) {
-        return dispatch_codes(code_type, codes_per_byte, [=](auto codes_tag) {
-            typedef decltype(number_tag) T;
-            typedef decltype(codes_tag) Codes;
+    return dispatch_float(dtype, [=](auto number) {
+        return dispatch_codes(code_type, codes_per_byte, [=](auto code) {
+            typedef decltype(number) T;
+            typedef decltype(code) Codes;
             if (!is_aligned(rows, matrix)) return launch_gemv<T, Codes, 8, 1>(rows, matrix, output, num_rows, stream);
             if (num_rows == 1) return launch_gemv<T, Codes, 1, CHUNK>(rows, matrix, output, num_rows, stream);
-            if (num_rows == 2) return launch_gemv<T, Codes, 2, CHUNK>(rows, matrix, output, num_rows, stream);
             if (num_rows <= 4) return launch_gemv<T, Codes, 4, CHUNK>(rows, matrix, output, num_rows, stream);
             return launch_gemv<T, Codes, 8, CHUNK>(rows, matrix, output, num_rows, stream);
         });
@@ -447,16 +464,17 @@ extern "C" int quantized_gemv(const void* rows, const void* codes, const void* s
 }
 
 // Any number of rows of float16 or bfloat16.
-extern "C" int quantized_gemm(const void* rows, const void* codes, const void* scale, const void* zero, void* output, int dtype,
-                              int code_type, index_t codes_per_byte, index_t num_rows, index_t out_features, index_t num_groups,
-                              index_t group_size, void* stream) {
+extern "C" int quantized_gemm(const void* rows, const void* codes, const void* scale, const void* zero, void* output,
+                              int dtype, int code_type, index_t codes_per_byte, index_t num_rows, index_t out_features,
+                              index_t num_groups, index_t group_size, void* stream) {
     const Matrix matrix = make_matrix(codes, scale, zero, codes_per_byte, out_features, num_groups, group_size);
-    return dispatch_float(dtype, [=](auto number_tag) {
-        return dispatch_codes(code_type, codes_per_byte, [=](auto codes_tag) {
-            typedef decltype(number_tag) T;
-            typedef decltype(codes_tag) Codes;
+    return dispatch_float(dtype, [=](auto number) {
+        return dispatch_codes(code_type, codes_per_byte, [=](auto code) {
+            typedef decltype(number) T;
+            typedef decltype(code) Codes;
             if constexpr (sizeof(T) == 2) {
-                if (!is_aligned(rows, matrix)) return launch_gemm<T, Codes, 32, false>(rows, matrix, output, num_rows, stream);
+                if (!is_aligned(rows, matrix))
+                    return launch_gemm<T, Codes, 32, false>(rows, matrix, output, num_rows, stream);
                 if (num_rows <= 16) return launch_gemm<T, Codes, 16, true>(rows, matrix, output, num_rows, stream);
                 if (num_rows <= 32) return launch_gemm<T, Codes, 32, true>(rows, matrix, output, num_rows, stream);
                 return launch_gemm<T, Codes, 64, true>(rows, matrix, output, num_rows, stream);

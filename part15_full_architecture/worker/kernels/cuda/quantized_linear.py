@@ -78,7 +78,7 @@ def _launch(
     assert group_size > 0 and group_size % codes_per_byte == 0, f"group_size is {group_size}"
     assert columns == num_groups * group_size, f"{columns} columns are not {num_groups} groups of {group_size}"
     assert columns == row_bytes * codes_per_byte, f"rows have {columns} columns, codes {row_bytes} · {codes_per_byte}"
-    assert columns < 2**31, f"{columns} columns: they are counted in 32 bits"
+    assert columns <= 2**30, f"{columns} columns: they are counted in 32 bits"
     assert codes.dtype == torch.int8, f"codes are {codes.dtype}, not int8"
     assert scale.dtype == torch.float32 and len(scale) == out_features, f"scale: {scale.dtype} {list(scale.shape)}"
     if zero is not None:

@@ -17,9 +17,12 @@ struct SoftmaxState {
     float maximum, sum;
 };
 
+// What is known of two parts together. No exponential may overflow.
 __device__ SoftmaxState merge(SoftmaxState a, SoftmaxState b) {
+    // exercise: merge
     const float maximum = fmaxf(a.maximum, b.maximum);
     return {maximum, a.sum * __expf(a.maximum - maximum) + b.sum * __expf(b.maximum - maximum)};
+    // exercise: end
 }
 
 // The result reaches every lane.
@@ -32,14 +35,16 @@ __device__ SoftmaxState merge_warp(SoftmaxState state) {
     return state;
 }
 
-// The result reaches every thread.
+// Merges the states of all threads of the block; the result reaches every thread. The block has whole warps, at most 32.
 __device__ SoftmaxState merge_block(SoftmaxState state) {
     __shared__ SoftmaxState of_warp[WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, num_warps = blockDim.x / WARP;
+    // exercise: merge_block
     state = merge_warp(state);
     if (lane == 0) of_warp[warp] = state;
     __syncthreads();
     return merge_warp(lane < num_warps ? of_warp[lane] : SoftmaxState{LOWEST, 0.f});
+    // exercise: end
 }
 
 // rows, output: [num_rows, size]. A row that has only -inf becomes zeros. N: numbers in a pack; size is a multiple.

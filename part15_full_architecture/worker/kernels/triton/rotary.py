@@ -138,17 +138,19 @@ def to_codes(numbers, scale, dtype: tl.constexpr):
     scaled = tl.div_rn(numbers, scale)  # a GPU's `/` may be off by two units in the last place, which moves ties
     if dtype == tl.int8:
         clamped = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
-        return ((clamped + 12582912.0) - 12582912.0).to(tl.int8)  # at 1.5 · 2²³, a float32 has no room for a fraction
+        codes = ((clamped + 12582912.0) - 12582912.0).to(tl.int8)  # at 1.5 · 2²³, a float32 has no room for a fraction
     else:
-        return to_e4m3(scaled)
+        codes = to_e4m3(scaled)
+    return codes
 
 
 @_jit
 def to_e4m3(numbers):
     """The bits of e4m3, the nearest, ties to even; numbers out of range become ±448, NaN stays NaN.
 
-    By integer operations: Triton casts to tl.float8e4nv only from sm_89 on. e4m3 has 3 bits of fraction and exponents
-    from 2⁻⁶ to 2⁸, a float32 23 bits and exponents stored plus 127.
+    By integer operations: Triton casts to tl.float8e4nv only from sm_89 on, and on sm_89 itself it truncates to float16
+    first, which moves numbers right above a tie onto it. e4m3 has 3 bits of fraction and exponents from 2⁻⁶ to 2⁸, a
+    float32 23 bits and exponents stored plus 127.
     """
     bits = numbers.to(tl.int32, bitcast=True)
     sign, magnitude = (bits >> 24) & 0x80, bits & 0x7FFFFFFF

@@ -65,7 +65,7 @@ def _sample_kernel(
     largest, token = find_largest(logits_ptr, vocab_size, TILE_SIZE)
     temperature = tl.load(temperatures_ptr + row)
     if (temperature > 0) & (largest > float("-inf")):
-        # div_rn: a GPU's `/` may be off by two units in the last place, and so make or break ties
+        # div_rn, here and below: a GPU's `/` may be off by two units in the last place, and so make or break ties
         maximum = tl.div_rn(largest, temperature)
         limit = maximum + tl.log(tl.load(min_p_ptr + row))
         k = tl.load(top_k_ptr + row)
@@ -177,7 +177,7 @@ def draw(logits_ptr, vocab_size, temperature, maximum, least, stream, TILE_SIZE:
         tokens = start + lane
         logits = tl.load(logits_ptr + tokens, mask=tokens < vocab_size, other=float("-inf"))
         scaled = tl.div_rn(logits, temperature)
-        scores = tl.exp(scaled - maximum) / exponential_noise(stream, tokens)
+        scores = tl.div_rn(tl.exp(scaled - maximum), exponential_noise(stream, tokens))
         is_better = (to_ordered(scaled) >= least) & (scores > best)  # the likeliest has more than the 0 of padding
         best_tokens = tl.where(is_better, tokens, best_tokens)
         best = tl.where(is_better, scores, best)
@@ -208,7 +208,8 @@ def exponential_noise(stream, tokens):
     uniform = tl.minimum(tl.maximum(uniform, 1.1641532182693481e-10), 0.9999999403953552)  # 2⁻³³ and 1 - 2⁻²⁴
     # log1p(-uniform), which Triton has not: what rounding 1 - uniform did is taken back by the quotient (Kahan)
     rest = 1.0 - uniform
-    return tl.where(rest == 1.0, uniform, -tl.log(rest) * (uniform / tl.where(rest == 1.0, 1.0, 1.0 - rest)))
+    correction = tl.div_rn(uniform, tl.where(rest == 1.0, 1.0, 1.0 - rest))
+    return tl.where(rest == 1.0, uniform, -tl.log(rest) * correction)
 
 
 @_jit

@@ -138,9 +138,9 @@ def _split_kv_kernel(
     for start in range(part_start, part_end, TILE_KEYS):
         positions = start + k
         in_part = positions < part_end  # where false, neither the table nor the cache is read
-        block_ids = tl.load(block_tables_ptr + seq * table_stride + positions // BLOCK_SIZE, mask=in_part, other=0).to(
-            tl.int64
-        )  # in int32, block · stride overflows from 2³¹ elements on
+        block_id_ptr = block_tables_ptr + seq * table_stride + positions // BLOCK_SIZE
+        # in int32, block · stride overflows from 2³¹ elements on
+        block_ids = tl.load(block_id_ptr, mask=in_part, other=0).to(tl.int64)
         cache_offsets = block_ids * block_stride + positions % BLOCK_SIZE * token_stride + kv_head * kv_head_stride
         key_ptr = kv_cache_ptr + cache_offsets[:, None] + d[None, :]
         key = tl.load(key_ptr, mask=in_part[:, None] & is_dim, other=0)  # [k, d]

@@ -1,0 +1,75 @@
+"""Matrices in the order in which a CPU's product reads them, arranged once, when the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels.autotune import Tuner
+from .model import DecoderModel
+from .weight import Weight
+
+MEASURED_ROWS = (1, 32)  # tokens of a step: a single decode, and a batch of them
+MIN_GAIN = 1.1  # a packed matrix that is hardly faster is not worth its memory
+
+
+class PackedMatrix:
+    """oneDNN's order of a matrix: blocks that fit the CPU's vector registers, or its matrix unit (AMX) for bfloat16.
+
+    torch's own product rearranges the matrix again in each call, or reads it in an order that is not the best.
+    matrix: [out_features, in_features].
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.shape, self.nbytes = matrix.shape, matrix.nbytes
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix, max(MEASURED_ROWS))
+
+    def product(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows: […, in_features]. Returns […, out_features]."""
+        if not rows.numel():
+            return rows.new_empty(*rows.shape[:-1], self.shape[0])
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, bias, "none", [], "")
+        return output
+
+
+def pack_matrices(model: DecoderModel, tuner: Tuner | None = None) -> int:
+    """Pack the matrices of a model on a CPU for which that is faster, by a measurement for each shape. Matrices of
+    codes and those of experts stay as they are. Returns how many were packed."""
+    tuner, num_packed = tuner or Tuner(), 0
+    for module in model.modules():
+        if type(module) is not Weight or len(module.shape) != 2 or module.packed is not None or module.data.is_meta:
+            continue
+        if is_faster(module.data, tuner):
+            module.packed = PackedMatrix(module.data)
+            module.data = nn.Parameter(module.data.new_empty(0), requires_grad=False)
+            num_packed += 1
+    head = model.output_embedding
+    if head is not None and head.packed is None and is_faster(head.weight, tuner):
+        head.packed = PackedMatrix(head.weight)  # lookups still need the matrix itself
+        num_packed += 1
+    return num_packed
+
+
+def is_faster(matrix: Tensor, tuner: Tuner) -> bool:
+    """Whether the packed matrix is faster for a batch, and not slower for a single row."""
+    times = [measure(matrix, num_rows, tuner) for num_rows in MEASURED_ROWS]
+    gains = [time["plain"] / time["packed"] for time in times if "packed" in time]
+    return len(gains) == len(MEASURED_ROWS) and min(gains) >= 1 and max(gains) >= MIN_GAIN
+
+
+def measure(matrix: Tensor, num_rows: int, tuner: Tuner) -> dict[str, float]:
+    """Seconds for a product, plain and packed; for packed only where this torch can pack."""
+    name = f"linear {num_rows} rows {tuple(matrix.shape)} {matrix.dtype} {torch.get_num_threads()} threads"
+
+    def make_case() -> Callable[[str], object]:
+        rows = torch.randn(num_rows, matrix.shape[1]).to(matrix.dtype)
+        packed = PackedMatrix(matrix)
+        return lambda which: F.linear(rows, matrix) if which == "plain" else packed.product(rows)
+
+    try:
+        return tuner.measure(name, {"plain": "plain", "packed": "packed"}, make_case, matrix.device)
+    except (RuntimeError, NotImplementedError, AttributeError):  # a torch without oneDNN
+        return {}

@@ -1,8 +1,8 @@
 """Calls of kernels in a process with ThreadSanitizer or AddressSanitizer.
 
-A sanitizer's runtime must be loaded before everything else, and should not watch torch. So the process has neither torch
-nor NumPy: it gets calls on stdin, each as a line of JSON and the bytes of its tensors, and answers with the bytes as
-the kernel left them.
+A sanitizer's runtime must be loaded before everything else, and should not watch torch. So the process has neither
+torch nor NumPy: it gets calls on stdin, each as a line of JSON and the bytes of its tensors, and answers with the bytes
+as the kernel left them.
 """
 
 from __future__ import annotations

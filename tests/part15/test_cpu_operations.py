@@ -511,6 +511,7 @@ def test_which_tokens_can_be_drawn() -> None:
         ("greedy, -0 first", drawn_tokens([-1.0, -0.0, 0.0], temperature=0.0), {1}),
         ("greedy, in the last block", drawn_tokens([0.0] * 130 + [1.0], temperature=0.0), {130}),
         ("all -inf", drawn_tokens([-torch.inf] * 5, top_k=2), {0}),
+        ("all -inf, top_k 1", drawn_tokens([-torch.inf] * 5, top_k=1), {0}),
         ("all -inf, greedy", drawn_tokens([-torch.inf] * 5, temperature=0.0), {0}),
         ("inf", drawn_tokens([0.0, torch.inf, 0.0]), {1}),
     ]
@@ -519,9 +520,9 @@ def test_which_tokens_can_be_drawn() -> None:
 
 
 def test_a_nan_does_no_harm() -> None:
-    for temperature in (0.0, 1.0):
+    for temperature, bits in product((0.0, 1.0), (0x7FC00000, -0x400000)):  # x86 makes negative ones
         args = sampling_args(3, 200, temperature, top_k=20, top_p=0.9, min_p=0.01)
-        args[0][1, 77] = torch.nan
+        args[0][1, 77] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
         got = sample(*args)
         assert 0 <= int(got[1]) < 200, f"a row with a NaN: there is no token {int(got[1])}. {SEE.format('sampling.py')}"
         wrong = [each for each in wrong_rows(args, got) if each[0] != 1]

@@ -100,7 +100,8 @@ def test_nothing_of_an_earlier_step_remains(graphs: tuple[StepGraphs, Recorder])
     made, recorder = graphs
     made.run(*step([1] * 8, [90] * 8, 6))
     made.run(*step([1] * 3, [3, 4, 5], 1))
-    tables = recorder.calls[-1]["block_tables"]
+    tables, slots = recorder.calls[-1]["block_tables"], recorder.calls[-1]["slot_mapping"]
+    assert slots.tolist() == [100, 101, 102, 0], f"padding writes to slot 0: got {slots.tolist()}. {LOOK}._fill_padding"
     assert tables[:3, 0].tolist() == [1, 2, 3], f"the first column is this step's: got {tables}"
     stale = tables.clone()
     stale[:3, 0] = NULL_BLOCK

@@ -517,10 +517,33 @@ def test_samples_of_mixed_rows_equal_the_reference(vocab_size: int, step: float 
     ids=str,
 )  # fmt: skip
 def test_samples_with_extreme_parameters_equal_the_reference(options: dict[str, float], device: str) -> None:
-    for step in (0.0, 1.0):
-        logits = 3 * randn(64, 203, seed=5)
+    for vocab_size, step in product((2, 203), (0.0, 1.0)):
+        logits = 3 * randn(64, vocab_size, seed=5)
         logits = (logits / step).round() * step if step else logits
-        check_sample(logits, Parameters(64, **options), device, f"steps of {step}")  # type: ignore[arg-type]
+        case = f"vocabulary of {vocab_size}, steps of {step}"
+        check_sample(logits, Parameters(64, **options), device, case)  # type: ignore[arg-type]
+
+
+def seed_for(bits: int, token: int) -> int:
+    """The seed with which a token has these 64 random bits at position 0: noise.py, computed backward."""
+
+    def unmix(x: int) -> int:
+        for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+            x ^= x >> shift ^ x >> 2 * shift
+            x = x * pow(factor, -1, 2**64) % 2**64
+        return x
+
+    seed = unmix(unmix((unmix(bits) - (token + 1) * 0x9E3779B97F4A7C15) % 2**64))
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+@pytest.mark.parametrize(("bits", "logit", "drawn"), [(0, -60.0, 1), (2**64 - 1, 20.0, 0)], ids=["lowest", "highest"])
+def test_the_noise_is_neither_zero_nor_infinite(bits: int, logit: float, drawn: int, device: str) -> None:
+    """A division by 0 would make an unlikely token win, one by infinity would make a likely token lose."""
+    logits = torch.tensor([[logit, 0.0]])
+    tokens = check_sample(logits, Parameters(1, seed=seed_for(bits, 0), position=0), device, f"random bits {bits:#x}")
+    see = "See cuda/sampling.cu::exponential_noise"
+    assert tokens.tolist() == [drawn], f"random bits {bits:#x}: expected token {drawn}, got {tokens.tolist()}. {see}"
 
 
 @pytest.mark.parametrize(

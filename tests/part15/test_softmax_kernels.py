@@ -9,7 +9,7 @@ import torch
 
 from part15_full_architecture.worker.kernels import reference
 from part15_full_architecture.worker.kernels.build import NoCompilerError, Target, build, find_cxx
-from part15_full_architecture.worker.kernels.cuda.library import Library, only
+from part15_full_architecture.worker.kernels.cuda.library import KernelError, Library, only
 from part15_full_architecture.worker.kernels.cuda.softmax import softmax_online
 from tests.part15.sanitized_calls import SanitizedProcess
 
@@ -26,7 +26,10 @@ def _compiler() -> None:
 
 
 def check(rows: torch.Tensor, look: str) -> None:
-    found, expected = softmax_online(rows), reference.softmax(rows)
+    try:
+        found, expected = softmax_online(rows), reference.softmax(rows)
+    except KernelError as error:
+        raise AssertionError(f"{error}. {look}") from error
     for row in range(len(rows)):
         worst = int((found[row] - expected[row]).abs().nan_to_num(torch.inf).argmax())
         total = float(found[row].sum())
@@ -43,8 +46,9 @@ def test_states_of_a_warp_merge(size: int) -> None:
 
 
 def test_a_larger_maximum_rescales_the_sum() -> None:
-    """The example of the lesson, in two lanes: (1, 3, …) and (5, …)."""
-    check(torch.tensor([[1.0, 3.0, -torch.inf, -torch.inf, 5.0, -torch.inf, -torch.inf, -torch.inf]]), LOOK_MERGE)
+    """The example of the lesson, in two lanes: (1, 3, …) and (5, …), and the other way around."""
+    first, second = [1.0, 3.0, -torch.inf, -torch.inf], [5.0, -torch.inf, -torch.inf, -torch.inf]
+    check(torch.tensor([first + second, second + first]), LOOK_MERGE)
 
 
 @pytest.mark.parametrize("shift", [-1e4, -200.0, 200.0, 1e4])
@@ -63,6 +67,12 @@ def test_empty_parts_change_nothing() -> None:
 def test_states_of_a_block_merge(size: int) -> None:
     """More than 128 numbers: several warps, up to 32."""
     check(torch.randn(2, size, generator=torch.Generator().manual_seed(size)) * 4, LOOK_BLOCK)
+
+
+@pytest.mark.parametrize("size", [64, 300])
+def test_a_block_with_few_warps(size: int) -> None:
+    """There is room for the states of 32 warps, but only some have written theirs. No state is above these numbers."""
+    check(torch.randn(2, size, generator=torch.Generator().manual_seed(size)) - 1e4, LOOK_BLOCK)
 
 
 @pytest.mark.parametrize("order", ["reverse", "random:1", "random:2"])

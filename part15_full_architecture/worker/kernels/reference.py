@@ -20,7 +20,8 @@ from ..quantization.packing import unpack_nibbles
 
 def softmax(rows: Tensor) -> Tensor:
     """rows: [num_rows, size]. Returns the same shape and dtype; a row of -inf alone becomes zeros."""
-    return rows.float().softmax(dim=-1).nan_to_num(0.0).to(rows.dtype)
+    is_empty = (rows == -torch.inf).all(dim=-1, keepdim=True)
+    return rows.float().softmax(dim=-1).masked_fill(is_empty, 0.0).to(rows.dtype)
 
 
 def add_rms_norm(rows: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,7 +58,8 @@ def rotate_and_store(
     if scales is not None:
         keys_and_values = encode_kv(keys_and_values, scales, kv_cache.dtype)
     is_kept = slot_mapping >= 0
-    kv_cache.flatten(0, 1)[slot_mapping[is_kept]] = keys_and_values[is_kept].to(kv_cache.dtype)
+    slots = kv_cache.view(-1, *kv_cache.shape[2:])  # the same memory: a copy would be lost
+    slots[slot_mapping[is_kept]] = keys_and_values[is_kept].to(kv_cache.dtype)
     return rotated_query
 
 
@@ -90,8 +92,8 @@ def paged_attention(
         context_len = int(context_lens[seq])
         block_ids = block_tables[seq, : -(-context_len // block_size)].long()
         context = kv_cache[block_ids].flatten(0, 1)[:context_len]
-        key, value = decode_kv(context, query.dtype).unbind(1)  # [context_len, num_kv_heads, head_dim]
-        grouped = query[start:end].unflatten(1, (num_kv_heads, -1))  # the query heads that share a KV head
+        key, value = decode_kv(context, torch.float32).unbind(1)  # [context_len, num_kv_heads, head_dim]
+        grouped = query[start:end].float().unflatten(1, (num_kv_heads, -1))  # the query heads that share a KV head
         scores = torch.einsum("qkgd,lkd->kgql", grouped, key) * scale
         is_visible = causal_mask(end - start, context_len, query.device)
         weights = scores.masked_fill(~is_visible, -torch.inf).softmax(dim=-1)
@@ -129,7 +131,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     nothing.
     """
     scores = query.float() @ key.float().transpose(-1, -2) * scale
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
     return (weights @ value.float()).to(query.dtype)
 
 
@@ -158,7 +161,7 @@ def sample(
     is_first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)  # of equally likely tokens
     before = probs.cumsum(dim=-1) - probs
     likelier = torch.where(is_first, before, 0).cummax(dim=-1).values
-    is_kept = (ordered > -torch.inf) & ((likelier < top_p) | (top_p >= 1))
+    is_kept = (ordered > -torch.inf) & ((likelier < top_p) | (top_p >= 1) | (ordered == ordered[:, :1]))
     limit = torch.where(is_kept, ordered, torch.inf).amin(dim=-1, keepdim=True)
     noise = exponential_noise(seeds, positions, logits.shape[-1])
     weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()

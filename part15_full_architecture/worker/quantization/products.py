@@ -92,9 +92,11 @@ def cuda_product(rows: Tensor, weight: QuantizedWeight) -> Tensor:
 
     if weight.scheme.kind not in ("int", "fp8"):
         return reference_product(rows, weight)
-    rows = rows if weight.order is None else rows[:, weight.order]
-    codes = weight.codes.view(torch.uint8) if weight.scheme.kind == "fp8" else weight.codes
-    return quantized_linear(rows, codes, weight.scale, weight.zero, weight.group_size, weight.scheme.codes_per_byte)
+    rows = rows.contiguous() if weight.order is None else rows[:, weight.order]
+    return quantized_linear(
+        rows, weight.codes, weight.scale, weight.zero, weight.group_size, weight.scheme.codes_per_byte,
+        weight.scheme.kind,
+    )  # fmt: skip
 
 
 def reference_product(rows: Tensor, weight: QuantizedWeight) -> Tensor:

@@ -14,14 +14,14 @@
 // are on their way (cp.async). Rows are padded from 64 to 72 numbers, which spreads a column over the banks.
 // fp32_kernel: 256 threads; each has 4 outputs of ROWS / 16 rows. Tiles of 32 columns in shared memory, no pipeline.
 //
-// A block reads ROWS * in_features numbers of rows and 64 * in_features of weights. With few rows per group, all is
-// limited by the weights, which are read once: num_groups * out_features * in_features numbers.
+// A block reads ROWS * in_features numbers of rows and 64 * in_features of weights. With few rows per group, the time is
+// that of reading the weights, once: out_features * in_features numbers for each group that has rows.
 #include "common.cuh"
 using namespace nvcuda;
 
 constexpr int OUTPUTS = 64;  // of a tile
 
-// All tensors' sizes, and the sums of counts that tell where groups begin.
+// The sizes of the tensors, and where groups end.
 struct Problem {
     const index_t* row_ends;   // [num_groups]: rows up to the end of each group
     const index_t* tile_ends;  // [num_groups]: tiles of ROWS rows up to the end of each group
@@ -127,8 +127,8 @@ tensor_core_kernel(const T* __restrict__ rows, const T* __restrict__ weight, T* 
     for (int f = 0; f < ROWS / FRAGMENT; f++) wmma::fill_fragment(sums[f], 0.f);
     for (int step = 0; step < STAGES - 1; step++) fetch(step);
     for (int step = 0; step < num_steps; step++) {
-        __pipeline_wait_prior(STAGES - 2);  // this thread's copies of this step are there
-        __syncthreads();                    // so are all threads' copies, and nobody uses the step before any more
+        __pipeline_wait_prior(STAGES - 2);  // until this thread's copies of this step are there
+        __syncthreads();                    // now those of all threads are, and no warp uses the step before this one
         fetch(step + STAGES - 1);           // in its place
         multiply<T, ROWS>(rows_of(step), weight_of(step), sums);
     }

@@ -103,7 +103,9 @@ struct QueryTile {
 
     // How many keys a row sees: those of all tokens up to its own.
     __device__ int num_visible(const PagedBatch& batch, int row) const {
+        // exercise: num_visible
         return num_past + (first_row + row) / batch.group_size + 1;
+        // exercise: end
     }
     // Where a row's numbers begin in query and output.
     __device__ index_t offset(const PagedBatch& batch, int row) const {

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP, resident_blocks(HEADS))
 template <class Store> __device__ float merge_parts(const Parts& parts, index_t row, Store store) {
     const int lane = threadIdx.x % WARP;
     const auto log_sum = [&](int part) { return parts.log_sums[parts.index(part, row)]; };
+    // exercise: merge_parts
     float maximum = -INFINITY, sum = 0.f;
     for (int part = lane; part < parts.num_parts; part += WARP) maximum = fmaxf(maximum, log_sum(part));
     maximum = warp_reduce(maximum, Max());
@@ -68,6 +69,7 @@ template <class Store> __device__ float merge_parts(const Parts& parts, index_t 
         store(dim, merged);
     }
     return total;
+    // exercise: end
 }
 
 __device__ __forceinline__ index_t row_of_warp() { return blockIdx.x * (index_t)MERGE_WARPS + threadIdx.x / WARP; }

@@ -1,5 +1,4 @@
-"""python -m part15_full_architecture.bench: each operation beside torch's, and decode speed with the kernels added one by
-one.
+"""python -m part15_full_architecture.bench: each operation beside torch's, and decode speed with kernels added one by one.
 
 Writes results/part15.json and results/part15.png. With --check, it measures the operations only, and fails if one has
 lost more than 30% of its committed advantage over torch.
@@ -43,8 +42,8 @@ MODELS: dict[str, list[dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
-    num_tokens: int = option(32, "output tokens of each request when decode speed is measured", 1)
-    repeats: int = option(5, "runs, in turns; medians are reported", 1)
+    num_tokens: int = option(16, "output tokens of each request when decode speed is measured", 1)
+    repeats: int = option(3, "runs, in turns; medians are reported", 1)
     results_dir: str = option("results", "folder for the JSON and the plot")
     check: bool = option(False, "measure the operations only, and compare with the committed results")
 

@@ -70,8 +70,8 @@ def answers(console: Console, model: str) -> None:
         [output] = llm.generate([chat(QUESTION)], SamplingParams(temperature=0, max_tokens=24))
         seconds = time.perf_counter() - start_s
         token_ids = list(output.outputs[0].token_ids)
-        is_same = "" if first is None else "the same tokens" if token_ids == first else "OTHER TOKENS"
-        console.print(f"{name}: {seconds:.2f} s {is_same}", highlight=False)
+        is_same = "" if first is None else ", the same tokens" if token_ids == first else ", OTHER TOKENS"
+        console.print(f"{name}: {seconds:.2f} s{is_same}", highlight=False)
         if first is None:
             first = token_ids
             console.print(
@@ -80,7 +80,7 @@ def answers(console: Console, model: str) -> None:
 
 
 def mistakes(console: Console) -> None:
-    console.rule("3. What a GPU would not tell")
+    console.rule("3. Mistakes that a GPU would not report")
     for name, sanitizer in MISTAKES.items():
         source = SOURCES / "cuda_on_cpu" / "mistakes" / f"{name}.cu"
         report = run_program(source, sanitizer)

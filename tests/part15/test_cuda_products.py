@@ -564,7 +564,7 @@ def test_groups_that_do_not_fit_are_refused(change: dict[str, Any], message: str
 @pytest.mark.parametrize("order", ["reverse", "random:1", "random:2"])
 def test_the_order_of_threads_does_not_matter(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the emulation, a barrier that is missing shows when threads run in another order."""
-    monkeypatch.setenv("COC_ORDER", order)
+    monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
     for num_rows, (kernel, dtype) in product((9, 40), KERNELS):
         check_quantized(kernel, dtype, INT4, num_rows, 70, 96 * 19, "cpu")
     for dtype, in_features in product(DTYPES, (63, 450)):

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from part15_full_architecture.worker.kernels import reference
 from part15_full_architecture.worker.kernels.build import NoCompilerError, find_cxx, find_nvcc
+from part15_full_architecture.worker.kernels.cuda import activation, norm, rotary, sampling
+from part15_full_architecture.worker.kernels.cuda import masked_attention as masked_attention_module
+from part15_full_architecture.worker.kernels.cuda import softmax as softmax_module
 from part15_full_architecture.worker.kernels.cuda.activation import silu_and_mul
 from part15_full_architecture.worker.kernels.cuda.library import KernelError, Library
 from part15_full_architecture.worker.kernels.cuda.masked_attention import masked_attention
@@ -710,3 +713,42 @@ def test_masked_attention_refuses_what_the_kernel_takes_for_granted(device: str)
         masked_attention(query, query, query, mask.int(), 1.0)
     with pytest.raises(AssertionError, match="contiguous"):
         masked_attention(query[..., :64], query[..., :64], query[..., :64], mask, 1.0)
+
+
+# Alignment
+
+
+def test_packs_are_loaded_only_from_aligned_addresses(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A misaligned load ends a kernel on a GPU; an x86 CPU often allows it, so a sanitizer watches the addresses."""
+    try:
+        find_cxx()
+    except NoCompilerError as error:
+        pytest.skip(str(error))
+
+    class Watched(Library):
+        def __init__(self, name: str) -> None:
+            super().__init__(name, "alignment")
+
+    for module in (activation, masked_attention_module, norm, rotary, sampling, softmax_module):
+        monkeypatch.setattr(module, "Library", Watched)
+    rows, at = unaligned(randn(4, 64)), torch.arange(4)
+    mask, parameters = torch.ones(4, 4, dtype=torch.bool), Parameters(4).arguments(64)
+    softmax_fused(rows)
+    softmax_online(rows)
+    silu_and_mul(rows)
+    sample(rows, *parameters)
+    for which in range(3):
+        tensors = [randn(1, 1, 4, 64) for _ in range(3)]
+        tensors[which] = unaligned(tensors[which])
+        masked_attention(tensors[0], tensors[1], tensors[2], mask, 1.0)
+        tensors = [randn(4, 64), randn(4, 64), randn(64)]
+        tensors[which] = unaligned(tensors[which])
+        add_rms_norm(tensors[0], tensors[1], tensors[2], EPS)
+    for which in range(4):
+        tensors = [*(randn(4, 2, 32) for _ in range(3)), torch.zeros(1, 4, 2, 2, 32)]
+        tensors[which] = unaligned(tensors[which])
+        rotate_and_store(tensors[0], tensors[1], tensors[2], at, randn(4, 32), tensors[3], at)
+    rms_norm(randn(4, 131)[:, :128].unflatten(1, (2, 64)), randn(64), EPS)
+    assert (report := capfd.readouterr().err) == "", f"a launcher must check the alignment of its pointers: {report}"

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = sorted(ROOT.glob("part[0-9][0-9]_*/README.md"))
 PAGES = [
-    *ROOT.glob("part[0-9][0-9]_*/[A-Z]*.md"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"),
+    *ROOT.glob("part[0-9][0-9]_*/**/[A-Z]*.md"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"),
     ROOT / "models" / "README.md", ROOT / "results" / "README.md",
 ]  # fmt: skip
 DETAILS = re.compile(r"<details>.*?</details>", re.DOTALL)

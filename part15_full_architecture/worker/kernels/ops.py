@@ -24,7 +24,7 @@ from .names import BACKENDS, TUNED, parse_kernels
 OPERATIONS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "attention": (
         ("paged_attention",),
-        {"torch": ".reference", "numba": "..cpu_attention", "triton": "..triton_attention", "cuda": ".cuda.attention"},
+        {"torch": ".reference", "numba": ".cpu.attention", "triton": "..triton_attention", "cuda": ".cuda.attention"},
     ),
     "norm": (
         ("add_rms_norm", "rms_norm"),

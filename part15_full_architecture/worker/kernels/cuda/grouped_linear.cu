@@ -14,8 +14,8 @@
 // are on their way (cp.async). Rows are padded from 64 to 72 numbers, which spreads a column over the banks.
 // fp32_kernel: 256 threads; each has 4 outputs of ROWS / 16 rows. Tiles of 32 columns in shared memory, no pipeline.
 //
-// A block reads ROWS * in_features numbers of rows and 64 * in_features of weights. With few rows per group, the time is
-// that of reading the weights, once: out_features * in_features numbers for each group that has rows.
+// A block reads ROWS * in_features numbers of rows and 64 * in_features of weights. With few rows per group, the time
+// is that of reading the weights, once: out_features * in_features numbers for each group that has rows.
 #include "common.cuh"
 using namespace nvcuda;
 

@@ -1,8 +1,8 @@
 // Products with matrices of codes (W8A16, W4A16): output = rows * matrix^T, where number = (code - zero) * scale.
 //
-// With few rows, as in decode, the time is that of reading the codes, so each should be read once. For 1 row and a 4096 x
-// 4096 matrix of 4-bit codes in groups of 128: 8.4 MB of codes, 0.5 MB of scales, and 16 KB of the row and the outputs,
-// for 34 MFLOP. That is less than 4 FLOP per byte; the tensor cores of an H100 can do 300 in the time of a byte.
+// With few rows, as in decode, the time is that of reading the codes, so each should be read once. For 1 row and a
+// 4096 x 4096 matrix of 4-bit codes in groups of 128: 8.4 MB of codes, 0.5 MB of scales, and 16 KB of the row and the
+// outputs, for 34 MFLOP. That is less than 4 FLOP per byte; an H100 can do 20 of float32, or 300 on tensor cores.
 //
 // gemv_kernel, for up to 8 rows: no shared memory. A warp computes 2 outputs for all rows. Its lanes read neighboring
 // chunks of 16 bytes, decode them in registers, and add up the products in float32; then the lanes' sums are added.
@@ -192,7 +192,7 @@ gemv_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ out
 
 constexpr int GEMM_THREADS = 256, GEMM_BLOCKS = 2;
 constexpr int FRAGMENT = 16;           // a tensor core multiplies 16 x 16 numbers
-constexpr int MAX_SHARED = 96 * 1024;  // all GPUs since sm_80 have 99 KB for a block
+constexpr int PIPELINE_BYTES = 96 << 10;  // three stages if all fits into this, else two; a block can have 99 KB
 
 // A block's tile. A thread decodes 32 codes of it, so with fewer outputs it has more columns. Few rows: fewer outputs,
 // since more blocks then have work.
@@ -206,7 +206,7 @@ template <class T, class Codes, int ROWS> struct Tile {
 
     static constexpr int ROWS_SIZE = ROWS * STRIDE * sizeof(T), CODES_SIZE = OUTPUTS * BYTES;  // in bytes
     static constexpr int STAGE_SIZE = ROWS_SIZE + CODES_SIZE, NUMBERS_SIZE = OUTPUTS * STRIDE * sizeof(T);
-    static constexpr int STAGES = 3 * STAGE_SIZE + 2 * NUMBERS_SIZE <= MAX_SHARED ? 3 : 2;
+    static constexpr int STAGES = 3 * STAGE_SIZE + 2 * NUMBERS_SIZE <= PIPELINE_BYTES ? 3 : 2;
     static constexpr int SHARED = STAGES * STAGE_SIZE + 2 * NUMBERS_SIZE;
     static_assert(PARTS * ROWS * SUMS_STRIDE * (int)sizeof(float) <= SHARED, "the sums take the place of all of this");
 };
@@ -422,9 +422,13 @@ inline bool is_aligned(const void* rows, const Matrix& matrix) {
 
 // Calls launch with a value of the type that decodes the codes. code_type: INT8, for integers of 8 or 4 bits, or FP8.
 template <class F> int dispatch_codes(int code_type, index_t codes_per_byte, F launch) {
-    if (code_type == INT8 && codes_per_byte == 2) return launch(Int4{});
-    if (code_type == INT8 && codes_per_byte == 1) return launch(Int8{});
-    if (code_type == FP8 && codes_per_byte == 1) return launch(Fp8{});
+    if constexpr (is_compiled(INT8, ONLY_CACHE_DTYPE)) {  // the second dtype of a call: see common.cuh
+        if (code_type == INT8 && codes_per_byte == 2) return launch(Int4{});
+        if (code_type == INT8 && codes_per_byte == 1) return launch(Int8{});
+    }
+    if constexpr (is_compiled(FP8, ONLY_CACHE_DTYPE)) {
+        if (code_type == FP8 && codes_per_byte == 1) return launch(Fp8{});
+    }
     return UNSUPPORTED;
 }
 

@@ -19,10 +19,10 @@ def sample(
     """A token for each row of logits: the likeliest where the temperature is 0, else a random draw from those that
     min-p, top-k and top-p keep.
 
-    logits: [num_rows, vocab_size], float32, contiguous. All others: [num_rows]: temperatures, top_p and min_p float32;
-    top_k int32, from 1 to vocab_size; seeds and positions int64: the noise of a row is a function of both. Returns
-    token ids: [num_rows], int64. Of tokens that are equal, the first wins. Raises KernelError if the vocabulary has
-    more than 524,288 tokens. (Without a sort, as in FlashInfer and vLLM.)
+    logits: [num_rows, vocab_size], float32, contiguous. All others: [num_rows]: temperatures, top_p (over 0) and min_p
+    float32; top_k int32, from 1 to vocab_size; seeds and positions int64: the noise of a row is a function of both.
+    Returns token ids: [num_rows], int64. Of tokens that are equal, the first wins. Raises KernelError if the vocabulary
+    has more than 524,288 tokens. (Without a sort, as in FlashInfer and vLLM.)
     """
     assert logits.dim() == 2 and logits.shape[1] > 0, f"logits has shape {tuple(logits.shape)}"
     assert logits.dtype == torch.float32 and logits.is_contiguous(), "logits must be float32 and contiguous"

@@ -40,6 +40,14 @@ MODELS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
+TITLES = {
+    "tiny, float32": "tiny",
+    "random:llama-110m, float32": "110M",
+    "random:llama-110m, bfloat16": "110M, bfloat16",
+}
+SHOWN = {"greedy_1": "greedy, batch 1", "greedy_32": "greedy, batch 32", "sampled_32": "sampled, batch 32"}
+
+
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     num_tokens: int = option(16, "output tokens of each request when decode speed is measured", 1)
@@ -176,30 +184,24 @@ def check(config: BenchConfig) -> None:
 
 
 def plot(m: dict[str, Any], path: Path) -> None:
-    fig, axes = plotting.panels(
-        [("Operations (tiny, 32 requests)", "", "times torch")]
-        + [(f"Decode ({name})", "", "tokens/s, times part 14's") for name in m["engines"]]
-    )
-    found = {
-        name.partition(",")[0]: each for name, each in m["operations"]["tiny"].items() if name.endswith(", 32 rows")
-    }
+    titles = [(TITLES[name], "", "times part 14's") for name in m["engines"]]
+    fig, axes = plotting.panels([("Operations", "", "times torch's speed"), *titles])
+    found = {name.split(",")[0]: each for name, each in m["operations"]["tiny"].items() if name.endswith(", 32 rows")}
     names = ("norm", "rotary", "attention", "activation", "sampling")
     bars = axes[0].bar(range(len(names)), [found[name]["speedup"]["numba"] for name in names])
     axes[0].set_yscale("log")
-    axes[0].set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=9)
+    axes[0].set_yticks([1, 10, 100], ["1", "10", "100"])
+    axes[0].minorticks_off()
+    axes[0].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=9)
     plotting.label_bars(axes[0], bars, "{:.1f}", fontsize=9)
+    order = [name for name, _ in variants()]
     for ax, rows in zip(axes[1:], m["engines"].values(), strict=True):
-        order = [name for name, _ in variants()]
-        for key, label in (
-            ("greedy_1", "greedy, batch 1"),
-            ("greedy_32", "greedy, batch 32"),
-            ("sampled_32", "sampled, batch 32"),
-        ):
-            base = rows[order[0]][key]
-            ax.plot(range(len(order)), [rows[name][key] / base for name in order], "o-", label=label)
-        ax.set_xticks(range(len(order)), order, rotation=40, ha="right", fontsize=9)
+        for key, label in SHOWN.items():
+            ax.plot(range(len(order)), [rows[name][key] / rows[order[0]][key] for name in order], "o-", label=label)
+        ax.set_xticks(range(len(order)), order, rotation=60, ha="right", fontsize=9)
+        ax.set_ylim(0, 4)
         ax.axhline(1, color="gray", linewidth=1)
-        ax.legend(fontsize=9)
+    axes[1].legend(fontsize=9, loc="upper left")
     plotting.save(fig, path)
 
 

@@ -132,7 +132,7 @@ def carry_once(root: Path, ours: PartFile, base: bytes, theirs: PartFile) -> str
     if not is_clean:
         return None
     outcome = "copied (the two were identical)" if was_identical else "merged"
-    return "; ".join([outcome, *(f"check where `# exercise: {name}` begins and ends" for name in unsure)])
+    return "; ".join([outcome, *(f"check where the exercise {name} begins and ends" for name in unsure)])
 
 
 def carry(root: Path, source: PartFile) -> PartFile | None:

@@ -566,9 +566,10 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
 def attention_case(
     seqs: list[tuple[int, int]], group_size: int = 2, num_kv_heads: int = 2, head_dim: int = 32, block_size: int = 16,
     dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype = torch.float32, scale: float | None = None,
-    seed: int = 0,
+    offset: float = 0.0, seed: int = 0,
 ) -> tuple[list[Any], Tensor]:  # fmt: skip
-    """seqs: of each, its new tokens and its context with these. The arguments, and the exact result.
+    """seqs: of each, its new tokens and its context with these. offset: makes the scores of every second
+    head large, or negative. The arguments, and the exact result.
 
     Blocks are shuffled, and entries past a context's end are not blocks at all. Slots of no token hold NaN.
     """
@@ -581,12 +582,14 @@ def attention_case(
     query = torch.randn(
         sum(num_tokens for num_tokens, _ in seqs), group_size * num_kv_heads, head_dim, generator=generator
     ).to(dtype)  # fmt: skip
+    query[:, ::2, 0] += offset  # only in every second head, so that neighboring rows differ
     scale = head_dim**-0.5 if scale is None else scale
     outputs, start = [], 0
     for seq, ((num_tokens, context_len), count) in enumerate(zip(seqs, counts, strict=True)):
         blocks = [pool.pop() for _ in range(count)]
         tables[seq, :count] = torch.tensor(blocks, dtype=torch.int32)
         numbers = torch.randn(context_len, 2, num_kv_heads, head_dim, generator=generator)
+        numbers[:, 0, :, 0] += abs(offset)
         if cache_dtype in CODES:
             stored = encode_kv(numbers, torch.full((2, num_kv_heads), 0.02), cache_dtype)
             scale_of_codes = 0.02
@@ -667,6 +670,9 @@ def test_large_scores() -> None:
     for scale in (1.0, -4.0, 4.0):  # scores up to 25 and 100, which float32 rounds by 1e-6 and 4e-6
         args, expected = attention_case([(16, 300), (1, 300)], 2, scale=scale)
         check_attention(args, expected, f"scores with a scale of {scale}", 5e-5)
+    for offset in (30.0, -30.0):
+        args, expected = attention_case([(16, 300), (1, 300)], 2, offset=offset)
+        check_attention(args, expected, f"scores of every second row have an offset of {offset}", 5e-5)
 
 
 def test_sequences_may_share_blocks() -> None:

@@ -463,7 +463,7 @@ def test_grouped_products_with_any_number_of_outputs(out_features: int, dtype: s
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_features", [1, 7, 8, 33, 63, 64, 65, 128, 264, 450])
+@pytest.mark.parametrize("in_features", [1, 7, 8, 12, 33, 63, 64, 65, 100, 128, 264, 450])
 def test_grouped_products_with_any_number_of_columns(in_features: int, dtype: str, device: str) -> None:
     check_grouped(dtype, [9, 18], 20, in_features, device)
 

@@ -199,7 +199,7 @@ def test_a_line_added_next_to_a_marker_is_reported(root: Path, capsys: pytest.Ca
     text = (root / TWO / "same.py").read_text()
     assert "    check()\n    # exercise: two\n    return 2\n    # exercise: end\n" in text, text
     out = capsys.readouterr().out
-    assert f"{TWO}: copied (the two were identical); check where `# exercise: two` begins and ends" in out, out
+    assert f"{TWO}: copied (the two were identical); check where the exercise two begins and ends" in out, out
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,8 @@ def why_not(operation: str, backend: str, situation: Situation) -> str:
                 return f"no kernel for head_dim {situation.head_dim}: expected one of {CUDA_HEAD_DIMS}"
             if capability is not None and capability < (7, 0):
                 return f"compute capability {capability[0]}.{capability[1]}: expected 7.0 or higher"
+            if capability is not None and operation.endswith("_linear") and capability < (8, 0):
+                return f"products on compute capability {capability[0]}.{capability[1]}: expected 8.0 or higher"
             if capability is not None and situation.dtype == torch.bfloat16 and capability < (8, 0):
                 return f"bfloat16 on compute capability {capability[0]}.{capability[1]}: expected 8.0 or higher"
             try:

@@ -191,7 +191,7 @@ gemv_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ out
 // ---- more rows
 
 constexpr int GEMM_THREADS = 256, GEMM_BLOCKS = 2;
-constexpr int FRAGMENT = 16;           // a tensor core multiplies 16 x 16 numbers
+constexpr int FRAGMENT = 16;              // a tensor core multiplies 16 x 16 numbers
 constexpr int PIPELINE_BYTES = 96 << 10;  // three stages if all fits into this, else two; a block can have 99 KB
 
 // A block's tile. A thread decodes 32 codes of it, so with fewer outputs it has more columns. Few rows: fewer outputs,

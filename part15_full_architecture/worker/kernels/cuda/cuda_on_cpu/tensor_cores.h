@@ -67,8 +67,14 @@ template <int M, int N, int K, class D, class A, class B> struct MmaOperands {
         Sum a[M * K], b[K * N], total[M * N];
         for (int lane = 0; lane < 32; lane++) {
             const MmaOperands& own = *(MmaOperands*)operands[lane];
-            for (int i = 0; i < A::num_elements; i++) a[i * 32 + lane] = (Sum)own.a->x[i];
-            for (int i = 0; i < B::num_elements; i++) b[i * 32 + lane] = (Sum)own.b->x[i];
+            for (int i = 0; i < A::num_elements; i++) {
+                const auto number = own.a->x[i];  // a copy: its conversion may be a function that sanitizers check
+                a[i * 32 + lane] = (Sum)number;
+            }
+            for (int i = 0; i < B::num_elements; i++) {
+                const auto number = own.b->x[i];
+                b[i * 32 + lane] = (Sum)number;
+            }
             for (int i = 0; i < D::num_elements; i++) total[i * 32 + lane] = own.sum->x[i];
         }
         for (int row = 0; row < M; row++) {

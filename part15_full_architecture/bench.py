@@ -1,4 +1,4 @@
-"""python -m part15_full_architecture.bench: each operation beside torch's, and decode speed with kernels added one by one.
+"""python -m part15_full_architecture.bench: operations beside torch's, and decode speed with kernels added one by one.
 
 Writes results/part15.json and results/part15.png. With --check, it measures the operations only, and fails if one has
 lost more than 30% of its committed advantage over torch.

@@ -12,6 +12,7 @@ from .library import Library
 
 MIN_PART_LEN = 128  # keys: the work of a smaller part would not be worth its block
 BLOCKS_PER_MULTIPROCESSOR = 3  # of a decode kernel, which need to be resident to keep the memory busy
+VECTOR_BYTES = 16  # what a thread reads at once
 MAX_GRID_SIZE = 65_535  # of a grid's second and third dimension
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8, torch.uint8)
@@ -192,6 +193,8 @@ def call(
     is_contiguous = [tensor.is_contiguous() for tensor in (query, kv_cache, query_start_loc, context_lens, output)]
     assert all(is_contiguous), f"query, kv_cache, starts, lengths, output must be contiguous, got {is_contiguous}"
     assert block_tables.stride(1) == 1, f"rows of block_tables must be contiguous, got {block_tables.stride()}"
+    addresses = [tensor.data_ptr() % VECTOR_BYTES for tensor in (query, kv_cache, output)]
+    assert not any(addresses), f"query, kv_cache and output must begin at multiples of {VECTOR_BYTES} bytes"
     if num_seqs == 0 or num_tokens == 0:
         return
     Library(name).call(

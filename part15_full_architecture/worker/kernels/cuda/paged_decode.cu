@@ -39,9 +39,9 @@ template <class C, int HEADS> int launch_paged_decode(const PagedBatch& batch, v
 extern "C" int paged_decode(const void* query, const void* kv_cache, const void* block_tables,
                             const void* query_start_loc, const void* context_lens, void* output, int dtype,
                             int cache_dtype, index_t num_seqs, index_t num_heads, index_t num_kv_heads,
-                            index_t head_dim, index_t block_size, index_t max_blocks, float scale, void* stream) {
+                            index_t head_dim, index_t block_size, index_t table_stride, float scale, void* stream) {
     const PagedBatch batch = paged_batch(query, kv_cache, block_tables, query_start_loc, context_lens, output, dtype,
-                                         num_seqs, num_heads, num_kv_heads, head_dim, block_size, max_blocks, scale);
+                                         num_seqs, num_heads, num_kv_heads, head_dim, block_size, table_stride, scale);
     return dispatch_decode(batch, cache_dtype, [&](auto stored, auto heads) {
         return launch_paged_decode<decltype(stored), heads.value>(batch, stream);
     });

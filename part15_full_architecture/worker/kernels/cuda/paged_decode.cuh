@@ -47,14 +47,14 @@ template <class C> struct CacheVector {
 struct PagedBatch {
     const void* query;           // [num_tokens, num_heads, head_dim], of dtype
     const void* kv_cache;        // [num_blocks, block_size, 2, num_kv_heads, head_dim], keys at 0 and values at 1
-    const int* block_tables;     // [num_seqs, max_blocks]; entries past a context's end may be anything
+    const int* block_tables;     // [num_seqs, …], rows table_stride apart; entries past a context's end may be anything
     const int* query_start_loc;  // [num_seqs + 1]
     const int* context_lens;     // [num_seqs]
     void* output;                // as query
     int dtype;
     int num_seqs, num_heads, num_kv_heads, group_size, head_dim;
     int block_bits;  // block_size is 2^block_bits: a shift and a mask take the place of slow divisions
-    index_t max_blocks;
+    index_t table_stride;
     float scale;
 
     __device__ int query_len(int seq) const { return query_start_loc[seq + 1] - query_start_loc[seq]; }
@@ -70,7 +70,7 @@ struct PagedBatch {
     // Where the key at a position of a sequence begins in the cache, found through the block table. Its value is
     // value_offset() numbers further.
     __device__ index_t key_offset(int seq, int position, int kv_head) const {
-        const index_t block = block_tables[seq * max_blocks + (position >> block_bits)];
+        const index_t block = block_tables[seq * table_stride + (position >> block_bits)];
         const index_t slot = (block << block_bits) + (position & ((1 << block_bits) - 1));
         return (slot * 2 * num_kv_heads + kv_head) * head_dim;
     }
@@ -83,12 +83,12 @@ struct PagedBatch {
 inline PagedBatch paged_batch(const void* query, const void* kv_cache, const void* block_tables,
                               const void* query_start_loc, const void* context_lens, void* output, int dtype,
                               index_t num_seqs, index_t num_heads, index_t num_kv_heads, index_t head_dim,
-                              index_t block_size, index_t max_blocks, float scale) {
+                              index_t block_size, index_t table_stride, float scale) {
     int block_bits = 0;
     while ((index_t)1 << block_bits < block_size) block_bits++;
     return {query, kv_cache, (const int*)block_tables, (const int*)query_start_loc, (const int*)context_lens, output,
             dtype, (int)num_seqs, (int)num_heads, (int)num_kv_heads, (int)(num_heads / num_kv_heads), (int)head_dim,
-            block_bits, max_blocks, scale};
+            block_bits, table_stride, scale};
 }
 
 // The work of a block of a prefill kernel: TILE_ROWS rows of one sequence and KV head. A row is one query head of one

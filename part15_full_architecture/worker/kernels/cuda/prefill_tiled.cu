@@ -180,10 +180,10 @@ template <class C> int dispatch_head_dim(const PagedBatch& batch, index_t max_qu
 extern "C" int prefill_tiled(const void* query, const void* kv_cache, const void* block_tables,
                              const void* query_start_loc, const void* context_lens, void* output, int dtype,
                              int cache_dtype, index_t num_seqs, index_t num_heads, index_t num_kv_heads,
-                             index_t head_dim, index_t block_size, index_t max_blocks, index_t max_query_len,
+                             index_t head_dim, index_t block_size, index_t table_stride, index_t max_query_len,
                              float scale, void* stream) {
     const PagedBatch batch = paged_batch(query, kv_cache, block_tables, query_start_loc, context_lens, output, dtype,
-                                         num_seqs, num_heads, num_kv_heads, head_dim, block_size, max_blocks, scale);
+                                         num_seqs, num_heads, num_kv_heads, head_dim, block_size, table_stride, scale);
     return dispatch_float(dtype, [&](auto number) {
         return dispatch_cache<decltype(number)>(cache_dtype, [&](auto stored) {
             return dispatch_head_dim<decltype(stored)>(batch, max_query_len, stream);

@@ -105,10 +105,10 @@ template <class C, int HEADS> int launch_split_kv(const PagedBatch& batch, const
 extern "C" int split_kv(const void* query, const void* kv_cache, const void* block_tables, const void* query_start_loc,
                         const void* context_lens, void* output, void* outputs, void* log_sums, int dtype,
                         int cache_dtype, index_t num_seqs, index_t num_heads, index_t num_kv_heads, index_t head_dim,
-                        index_t block_size, index_t max_blocks, index_t num_parts, index_t min_part_len, float scale,
+                        index_t block_size, index_t table_stride, index_t num_parts, index_t min_part_len, float scale,
                         void* stream) {
     const PagedBatch batch = paged_batch(query, kv_cache, block_tables, query_start_loc, context_lens, output, dtype,
-                                         num_seqs, num_heads, num_kv_heads, head_dim, block_size, max_blocks, scale);
+                                         num_seqs, num_heads, num_kv_heads, head_dim, block_size, table_stride, scale);
     const Parts parts = {(float*)outputs,   (float*)log_sums, (int)num_parts,
                          (int)min_part_len, (int)head_dim,    num_seqs * num_heads};
     return dispatch_decode(batch, cache_dtype, [&](auto stored, auto heads) {

@@ -27,8 +27,10 @@ def _compiler() -> None:
 
 
 def num_keys_seen(query_len: int, context_len: int, num_heads: int) -> Tensor:
-    """Keys that each query of a sequence sees: [query_len, num_heads]. All keys weigh the same, the first one's value is
-    1, and the others' are 0: so the output is 1 / the number of keys."""
+    """Keys that each query of a sequence sees: [query_len, num_heads].
+
+    All keys weigh the same, the first one's value is 1, and the others' are 0: the output is 1 / the number of keys.
+    """
     num_blocks = -(-context_len // BLOCK_SIZE)
     kv_cache = torch.zeros(num_blocks, BLOCK_SIZE, 2, 1, HEAD_DIM)
     kv_cache[0, 0, 1] = 1.0
@@ -66,7 +68,8 @@ def check_merged(outputs: Tensor, log_sums: Tensor, what: str) -> None:
     expected, expected_total = reference.merge_states(outputs, log_sums)
     for name, got, wanted in (("output", found, expected), ("log-sum-exp", total, expected_total)):
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (
-            f"{what}: the {name} is {got.flatten()[:4].tolist()}, expected {wanted.flatten()[:4].tolist()}. {LOOK_MERGE}"
+            f"{what}: the {name} is {got.flatten()[:4].tolist()}, expected {wanted.flatten()[:4].tolist()}. "
+            f"{LOOK_MERGE}"
         )
 
 

@@ -46,8 +46,9 @@ def batch(query_lens: list[int], context_lens: list[int], head_dim: int = 32) ->
 
 DECODES, CHUNKS = batch([1, 1, 1], [3, 16, 9]), batch([5, 7], [9, 16])
 SAMPLED = (
-    numbers(3, 300, dtype=torch.float32), torch.tensor([0.7, 1.0, 1.0]), torch.tensor([20, 300, 300], dtype=torch.int32),
-    torch.tensor([0.9, 0.5, 1.0]), torch.tensor([0.0, 0.01, 0.0]), torch.tensor([1, 2, 3]), torch.tensor([3, 4, 5]),
+    numbers(3, 300, dtype=torch.float32), torch.tensor([0.7, 1.0, 1.0]),
+    torch.tensor([20, 300, 300], dtype=torch.int32), torch.tensor([0.9, 0.5, 1.0]),
+    torch.tensor([0.0, 0.01, 0.0]), torch.tensor([1, 2, 3]), torch.tensor([3, 4, 5]),
 )  # fmt: skip
 CODES = torch.randint(-128, 128, (40, 32), generator=torch.Generator().manual_seed(2)).to(torch.int8)
 SCALE, ZERO = numbers(40, 2, dtype=torch.float32).abs(), torch.ones(40, 2, dtype=torch.int8)

@@ -24,6 +24,7 @@ TIME_LIMIT_S = 480
 SECTIONS = (
     Section("machine", "tools.gpu.machine:run", budget_s=40, min_s=10, is_required=True),
     Section("kernels", "tools.gpu.kernels:run", budget_s=120, min_s=20),
+    Section("cuda_kernels", "tools.gpu.cuda_kernels:run", budget_s=200, min_s=60),
     Section("streams", "tools.gpu.streams:run", budget_s=40, min_s=15),
     Section("oracle", "tools.gpu.oracle:run", budget_s=100, min_s=25),
     Section("nano_vllm", "tools.gpu.nano_vllm:run", budget_s=160, min_s=40),

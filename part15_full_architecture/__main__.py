@@ -16,8 +16,8 @@ from . import __doc__ as PART
 from .api.async_engine import AsyncLLM
 from .api.server import create_app
 from .config import EngineConfig
+from .kernel_names import show_kernels
 from .torchrun import Torchrun
-from .worker.kernels.names import show_kernels
 from .worker.rank_process import run_torchrun_rank
 
 PROG = __package__

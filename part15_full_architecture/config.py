@@ -11,8 +11,8 @@ from common.cli import check_minimums, option
 from common.errors import FieldError
 from common.threads import check_num_threads
 
+from .kernel_names import AUTO, parse_kernels
 from .kv_params import MIN_SECRET_CHARS, SECRET_VARIABLE
-from .worker.kernels.names import AUTO, parse_kernels
 
 MAX_GIB, MAX_SECONDS = 1_048_576, 86_400
 MAX_GRAPH_SIZE = 8_192  # tokens

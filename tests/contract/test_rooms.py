@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOMS = ("api", "core", "worker")
-SHARED = {"messages", "config", "torchrun", "kv_params"}  # what every room may import of its part
+SHARED = {"messages", "config", "torchrun", "kv_params", "kernel_names"}  # what every room may import of its part
 MAY_IMPORT = {  # a room, or a module at the part's root → what it may import of its part
     "api": {"api", "core"} | SHARED,
     "core": {"core"} | SHARED,
     "worker": {"worker"} | SHARED,
     "messages": SHARED,
-    "config": {"kv_params"},
+    "config": {"kv_params", "kernel_names"},
     "torchrun": {"config"},
     "kv_params": set[str](),
+    "kernel_names": set[str](),
 }
 DOOR = "core/executor.py"  # the only module of core that may import the worker
 FORBIDDEN = {  # third-party and standard packages, by room

@@ -11,10 +11,10 @@ import torch
 
 from common.errors import FieldError
 from part15_full_architecture.config import EngineConfig
+from part15_full_architecture.kernel_names import BACKENDS, NAMES, parse_kernels, show_kernels
 from part15_full_architecture.worker.kernels import ops
 from part15_full_architecture.worker.kernels.autotune import Tuner
 from part15_full_architecture.worker.kernels.build import NoCompilerError
-from part15_full_architecture.worker.kernels.names import BACKENDS, NAMES, parse_kernels, show_kernels
 
 LOOK = "Look at worker/kernels/ops.py::choose"
 H100 = torch.device("cuda", 0)

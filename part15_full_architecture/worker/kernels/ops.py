@@ -14,11 +14,11 @@ from torch import Tensor
 
 from common.errors import FieldError
 
+from ...kernel_names import BACKENDS, TUNED, parse_kernels
 from ..quantization.products import reference_product
 from . import reference
 from .autotune import CASES, Tuner, shape
 from .build import NoCompilerError, find_cxx, find_nvcc
-from .names import BACKENDS, TUNED, parse_kernels
 
 # Each operation with its functions, and where backends have them, from this package on: a module, or module:function.
 OPERATIONS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {

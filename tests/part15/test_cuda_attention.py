@@ -31,7 +31,7 @@ HEAD_DIMS = {
     "prefill_tiled": (32, 64, 96, 128, 256), "prefill_wmma": (32, 64, 96, 128), "prefill_mma": (32, 64, 128),
 }  # fmt: skip
 # Number of queries and length of the context of each sequence: all kinds, around the borders of blocks and tiles.
-SEQS = [(1, 1), (1, 16), (5, 5), (1, 17), (0, 0), (1, 300), (0, 40), (70, 133), (1, 0), (2, 65), (3, 128)]
+SEQS = [(1, 1), (1, 16), (5, 5), (1, 17), (0, 0), (1, 300), (0, 40), (70, 133), (1, 0), (2, 64), (2, 65), (3, 128)]
 FEW_SEQS = [(1, 20), (6, 40), (1, 130)]
 CASES: dict[str, dict[str, Any]] = {
     **{f"{n} heads a KV head": dict(group_size=n) for n in (1, 2, 3, 4, 7, 8)},

@@ -42,6 +42,8 @@ def num_keys_seen(query_len: int, context_len: int, num_heads: int) -> Tensor:
             query, kv_cache, tables, starts, torch.tensor([context_len], dtype=torch.int32), query_len, 1.0, output
         )
     except KernelError as error:
+        if "part15 num_visible" in str(error):  # the exercise is not written yet
+            raise
         raise AssertionError(f"{error}. {LOOK_VISIBLE}") from error
     return 1 / output[..., 0]
 
@@ -64,6 +66,8 @@ def check_merged(outputs: Tensor, log_sums: Tensor, what: str) -> None:
     try:
         found, total = merge_states(outputs, log_sums)
     except KernelError as error:
+        if "part15 merge_parts" in str(error):
+            raise
         raise AssertionError(f"{error}. {LOOK_MERGE}") from error
     expected, expected_total = reference.merge_states(outputs, log_sums)
     for name, got, wanted in (("output", found, expected), ("log-sum-exp", total, expected_total)):

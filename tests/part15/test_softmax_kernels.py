@@ -29,6 +29,8 @@ def check(rows: torch.Tensor, look: str) -> None:
     try:
         found, expected = softmax_online(rows), reference.softmax(rows)
     except KernelError as error:
+        if "part15 merge" in str(error):  # the exercise is not written yet
+            raise
         raise AssertionError(f"{error}. {look}") from error
     for row in range(len(rows)):
         worst = int((found[row] - expected[row]).abs().nan_to_num(torch.inf).argmax())

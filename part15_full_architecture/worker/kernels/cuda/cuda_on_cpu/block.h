@@ -71,9 +71,9 @@ struct Grid {
 
 // All that one operating-system thread needs to run blocks, one after the other.
 struct Block {
-    std::vector<Thread> threads;
-    std::vector<Warp> warps;
-    std::vector<int> order;  // in which the threads take turns
+    Thread* threads = nullptr;  // plain arrays: a vector's functions would be checked
+    Warp* warps = nullptr;
+    int* order = nullptr;  // in which the threads take turns
     int num_threads = 0, num_alive = 0, turn = 0;
     int num_waiting = 0, votes = 0, last_votes = 0;  // at the barrier
     Thread* current = nullptr;                       // null: the host
@@ -84,6 +84,9 @@ struct Block {
     size_t num_stacks = 0;
     ~Block() {
         if (stacks != nullptr) munmap(stacks - LANDING_BYTES, num_stacks * STACK_BYTES + LANDING_BYTES);
+        delete[] threads;
+        delete[] warps;
+        delete[] order;
         free(shared);
     }
 };
@@ -254,11 +257,18 @@ UNCHECKED inline void prepare_block(Block& b, const Grid& grid) {
         const size_t num_bytes = b.num_stacks * STACK_BYTES + LANDING_BYTES;
         b.stacks = (char*)mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
         b.stacks += LANDING_BYTES;
-        b.threads.resize(b.num_stacks);
+        delete[] b.threads;
+        delete[] b.warps;
+        delete[] b.order;
+        b.threads = new Thread[b.num_stacks];
+        b.warps = new Warp[(b.num_stacks + 31) / 32];
+        b.order = new int[b.num_stacks];
     }
     if (b.shared == nullptr) b.shared = (char*)aligned_alloc(128, (MAX_SHARED_BYTES + 2 * RED_ZONE) / 128 * 128);
-    set_order(b.order, b.num_threads);
+    std::vector<int> order;
+    set_order(order, b.num_threads);
     for (int i = 0; i < b.num_threads; i++) {
+        b.order[i] = order[i];
         const unsigned x = grid.block_size.x, y = grid.block_size.y;
         b.threads[i].number = i;
         b.threads[i].index = {i % x, i / x % y, i / (x * y)};
@@ -322,7 +332,7 @@ UNCHECKED inline std::string run_block(Block& b, const Grid& grid, unsigned numb
     b.num_alive = b.num_threads;
     b.num_waiting = b.votes = 0;
     b.current = nullptr;
-    b.warps.assign((b.num_threads + 31) / 32, Warp{});
+    for (int i = 0; i < (b.num_threads + 31) / 32; i++) b.warps[i].alive = b.warps[i].num_meetings = 0;
     const size_t shared_end = (grid.shared_bytes + 15) / 16 * 16;
     clear_shared(b, shared_end);
 #if CUDA_ON_CPU_ASAN

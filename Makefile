@@ -7,6 +7,8 @@
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
 #   make bench-check       measure part 15's kernels, and compare with the committed results
+#   make peers             set up .venv-peers: vLLM, OpenVINO GenAI, CTranslate2 and llama.cpp, which is compiled (5 GB, 20 minutes);
+#                          then .venv/bin/python -m tools.peers measures part 15 beside them
 #   make nvcc              compile part 15's CUDA kernels with nvcc, and compare what each needs with results/part15_nvcc.json;
 #                          make setup-cuda installs nvcc where there is none
 #   make workshop ARGS="start 1"      the exercises: list, start, check, hint, diff, catch-up; the same as .venv/bin/workshop
@@ -23,6 +25,8 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.ready
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready
 PARTS  := $(sort $(wildcard part[0-9][0-9]_*))
 
 ifdef PART
@@ -39,7 +43,7 @@ endif
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # else each of many processes compiles all that it imports
 
-.PHONY: help setup demo test setup-clients test-clients serve bench bench-check nvcc setup-cuda workshop doctor gpu gpu-wheels \
+.PHONY: help setup demo test setup-clients test-clients serve bench bench-check peers nvcc setup-cuda workshop doctor gpu gpu-wheels \
 	lint transcripts clean
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,6 +85,18 @@ bench: $(READY)
 bench-check: $(READY)
 	@$(PY) -m part15_full_architecture.bench --check
 
+peers: $(READY) $(PEERS_READY)
+
+$(PEERS_READY): tools/peers/requirements-vllm.txt tools/peers/requirements-other.txt
+	@echo "Setting up $(PEERS), once. This downloads Python packages, and compiles llama.cpp."
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)/vllm
+	$(PEERS)/vllm/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -r tools/peers/requirements-vllm.txt
+	$(PYTHON) -m venv $(PEERS)/other
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PEERS)/other/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps \
+		-r tools/peers/requirements-other.txt
+	@touch $@
+
 nvcc: $(READY)
 	@$(PY) -m part15_full_architecture.lab.kernel_resources $(ARGS)
 
@@ -110,4 +126,4 @@ transcripts: $(READY)
 	$(PY) -m tools.transcripts $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build
+	rm -rf $(VENV) $(CLIENTS) $(PEERS) build

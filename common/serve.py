@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import ipaddress
+import logging
 import math
 import re
 import signal
@@ -109,8 +110,16 @@ class _Server(uvicorn.Server):
     ) -> None:
         timeout_s = math.ceil(DRAIN_TIMEOUT_S + END_TIMEOUT_S)
         self.app = app
+        log_config = (
+            None if logging.getLogger().handlers else uvicorn.config.LOGGING_CONFIG
+        )  # the program's own, if any
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=timeout_s, lifespan="on"
+            app,
+            log_config=log_config,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=timeout_s,
+            lifespan="on",
         )
         super().__init__(config)
         self.on_started, self.cause_of_death = on_started, cause_of_death

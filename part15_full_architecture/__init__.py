@@ -1,1 +1,1 @@
-"""Part 14: quantization."""
+"""Part 15: the full architecture, with CUDA kernels."""

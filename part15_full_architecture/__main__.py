@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from common import startup
 from common.threads import limit_spinning
 
@@ -14,9 +16,13 @@ from common.serve import ServerConfig, listen, serve_app, show_url
 
 from . import __doc__ as PART
 from .api.async_engine import AsyncLLM
+from .api.observability import ObservabilityConfig, observed
 from .api.server import create_app
 from .config import EngineConfig
+from .disagg import __main__ as proxy
 from .kernel_names import show_kernels
+from .preset import names, take_preset
+from .router import __main__ as router
 from .torchrun import Torchrun
 from .worker.rank_process import run_torchrun_rank
 
@@ -25,10 +31,13 @@ DESCRIPTION = f"""{PART}
 
   curl -N http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "What is a KV cache?"}}], "temperature": 0, "stream": true}}'
+
+Deployments that start with one flag, --preset NAME; further flags are added to the preset's:
+  {", ".join(names())}
 """
 
 
-def serve(server: ServerConfig, config: EngineConfig) -> None:
+def serve(server: ServerConfig, config: EngineConfig, observability: ObservabilityConfig) -> None:
     listener = listen(server.host, server.port)
     engine = AsyncLLM(config)
     cores = ", ".join(str(process.pid) for process in engine.core.processes)
@@ -38,20 +47,35 @@ def serve(server: ServerConfig, config: EngineConfig) -> None:
         f"of {engine.block_size} tokens, engine core in process {cores}; kernels: {show_kernels(engine.kernels)})"
     )
     try:
-        serve_app(create_app(engine, server), listener, message, cause_of_death=lambda: engine.cause_of_death)
+        with observed(engine, observability):
+            serve_app(create_app(engine, server), listener, message, cause_of_death=lambda: engine.cause_of_death)
     finally:
         engine.shutdown()
 
 
-def main() -> None:
-    server, config = parse_configs((ServerConfig, EngineConfig), DESCRIPTION, prog=PROG)
+def start_engine(argv: list[str]) -> None:
+    configs = (ServerConfig, EngineConfig, ObservabilityConfig)
+    server, config, observability = parse_configs(configs, DESCRIPTION, PROG, argv)
     torchrun = Torchrun.from_environment()
     if torchrun is not None:
-        exit_on_error(PROG, lambda: torchrun.check(config))
+        torchrun.check(config)
     if torchrun is not None and torchrun.rank > 0:
-        exit_on_error(PROG, lambda: run_torchrun_rank(torchrun, config))
+        run_torchrun_rank(torchrun, config)
     else:
-        exit_on_error(PROG, lambda: serve(server, config))
+        serve(server, config, observability)
+
+
+def start(argv: list[str]) -> None:
+    preset, flags = take_preset(argv)
+    if preset is None:
+        start_engine(flags)
+    else:
+        starts = {"engine": start_engine, "router": router.start, "proxy": proxy.start}
+        starts[preset.starts](preset.command_line(flags))
+
+
+def main() -> None:
+    exit_on_error(PROG, lambda: start(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """python -m part15_full_architecture.bench: operations beside torch's, and decode speed with kernels added one by one.
 
+In "torch", all operations but attention are computed by the references, which are written to be read.
+
 Writes results/part15.json and results/part15.png. With --check, it measures the operations only, and fails if one has
 lost more than 30% of its committed advantage over torch.
 """
@@ -33,8 +35,8 @@ from .llm import LLM
 BATCHES = (1, 32)
 SAMPLED = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1}
 FLOOR = 0.7  # of a committed advantage over torch
-BEFORE = {"norm": "torch", "rotary": "torch", "activation": "torch", "sampling": "torch"}  # as in part 14
-ADDED = {"part 14's": (), "+ norm": ("norm",), "+ rotary": ("rotary",), "+ activation": ("activation",)}
+BEFORE = {"norm": "torch", "rotary": "torch", "activation": "torch", "sampling": "torch"}  # reference.py
+ADDED = {"torch": (), "+ norm": ("norm",), "+ rotary": ("rotary",), "+ activation": ("activation",)}
 MODELS: dict[str, list[dict[str, Any]]] = {
     "tiny": [{}], "random:llama-110m": [{}, {"dtype": "bfloat16"}],
 }  # fmt: skip
@@ -81,7 +83,7 @@ def measure_operations(repeats: int) -> dict[str, Any]:
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Kernels added one by one to those that part 14 has."""
+    """The references in torch, but part 14's kernel for attention; then with this part's kernels, added one by one."""
     wanted = dict(BEFORE)
     for name, added in ADDED.items():
         wanted = {operation: backend for operation, backend in wanted.items() if operation not in added}
@@ -184,7 +186,7 @@ def check(config: BenchConfig) -> None:
 
 
 def plot(m: dict[str, Any], path: Path) -> None:
-    titles = [(TITLES[name], "", "times part 14's") for name in m["engines"]]
+    titles = [(TITLES[name], "", "times torch's") for name in m["engines"]]
     fig, axes = plotting.panels([("Operations", "", "times torch's speed"), *titles])
     found = {name.split(",")[0]: each for name, each in m["operations"]["tiny"].items() if name.endswith(", 32 rows")}
     names = ("norm", "rotary", "attention", "activation", "sampling")

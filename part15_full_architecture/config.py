@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -98,8 +99,9 @@ class EngineConfig:
     enforce_eager: bool = option(False, "on cuda, launch each kernel of a step by itself instead of a CUDA graph")
     cudagraph_capture_sizes: str = option(
         "",
-        "sizes of steps, in tokens, for which there are CUDA graphs, such as 1,2,4,8 (default on cuda: up to 256; "
-        "on cpu, where steps are then only padded, none)",
+        "sizes of steps, in tokens, for which there are CUDA graphs, such as 1,2,4,8; those above "
+        "max_num_batched_tokens are left out (default on cuda: up to 256; on cpu, where steps are then only padded, "
+        "none)",
     )
     trace: str | None = option(None, "trace file, one line per step; python -m common.trace view shows it")
     kernels: str = option(
@@ -114,15 +116,21 @@ class EngineConfig:
 
     def graph_sizes(self, default: tuple[int, ...]) -> tuple[int, ...]:
         """The sizes of steps for which there are graphs. default: on cuda. Raises FieldError."""
-        if self.enforce_eager or not self.cudagraph_capture_sizes:
-            is_on = self.device is not None and self.device.startswith("cuda") and not self.enforce_eager
-            return default if is_on else ()
-        parts = [part.strip() for part in self.cudagraph_capture_sizes.split(",")]
-        wrong = [part for part in parts if not (part.isdecimal() and 1 <= int(part) <= MAX_GRAPH_SIZE)]
-        if wrong:
-            raise FieldError(
-                "cudagraph_capture_sizes", f"expected numbers from 1 to {MAX_GRAPH_SIZE}, got {wrong[0]!r}"
-            )
+        sizes = self._given_sizes()
+        if self.enforce_eager:
+            return ()
+        is_on_gpu = self.device is not None and self.device.startswith("cuda")
+        return sizes or (default if is_on_gpu else ())
+
+    def _given_sizes(self) -> tuple[int, ...]:
+        text = self.cudagraph_capture_sizes
+        if not isinstance(text, str):
+            raise FieldError("cudagraph_capture_sizes", f"expected text such as '1,2,4', got {text!r}"[:200])
+        parts = [part.strip() for part in text.split(",")] if text else []
+        for part in parts:
+            if not re.fullmatch(f"[0-9]{{1,{len(str(MAX_GRAPH_SIZE))}}}", part) or not 1 <= int(part) <= MAX_GRAPH_SIZE:
+                wanted = f"expected numbers from 1 to {MAX_GRAPH_SIZE}"
+                raise FieldError("cudagraph_capture_sizes", f"{wanted}, got {part[:100]!r}")
         return tuple(sorted({int(part) for part in parts}))
 
     @property

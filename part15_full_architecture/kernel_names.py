@@ -15,17 +15,22 @@ def parse_kernels(text: str) -> dict[str, str]:
     """The value of --kernels as operation → backend, "auto" or "tuned": one name for all operations, or a list such as
     attention=cuda,norm=torch, where all others are "auto". Raises FieldError."""
     names = (AUTO, TUNED, *BACKENDS)
-    wanted = dict.fromkeys(NAMES, text if "=" not in text else AUTO)
+    if not isinstance(text, str) or ("=" not in text and text.strip() not in names):
+        got = repr(text)[:100]
+        raise FieldError("kernels", f"expected one of {', '.join(names)}, or operation=backend,…; got {got}")
     if "=" not in text:
-        if text not in names:
-            raise FieldError("kernels", f"expected one of {', '.join(names)}, or operation=backend,…; got {text!r}")
-        return wanted
+        return dict.fromkeys(NAMES, text.strip())
+    wanted, given = dict.fromkeys(NAMES, AUTO), set[str]()
     for entry in text.split(","):
         operation, _, backend = (part.strip() for part in entry.partition("="))
         if operation not in NAMES:
-            raise FieldError("kernels", f"there is no operation {operation!r}: expected one of {', '.join(NAMES)}")
+            wanted_names = ", ".join(NAMES)
+            raise FieldError("kernels", f"there is no operation {operation[:100]!r}: expected one of {wanted_names}")
         if backend not in names:
-            raise FieldError("kernels", f"{operation}={backend}: expected one of {', '.join(names)}")
+            raise FieldError("kernels", f"{operation}={backend[:100]}: expected one of {', '.join(names)}")
+        if operation in given:
+            raise FieldError("kernels", f"{operation}: expected one backend, got two")
+        given.add(operation)
         wanted[operation] = backend
     return wanted
 

@@ -5,6 +5,8 @@ Between processes, they travel as MessagePack over ZeroMQ.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from common.limits import EngineLimits
@@ -15,6 +17,7 @@ from .config import EngineConfig
 from .kv_params import KVSource, KVTransferParams
 
 LEASE_ENDED = "the lease has ended"  # why an offer has ended
+EventKind = Literal["queued", "scheduled", "preempted"]
 NULL_BLOCK = 0  # belongs to no request: padding in a block table points here, and nothing reads it
 
 
@@ -361,8 +364,16 @@ class StartFailed(msgspec.Struct, tag=True):
     message: str
 
 
+class EngineCoreEvent(msgspec.Struct, array_like=True):
+    """Something that happened to a request in the core, and when (time.perf_counter). vLLM's name."""
+
+    kind: EventKind
+    at_s: float
+
+
 class EngineCoreOutput(msgspec.Struct, array_like=True):
     """What a step produced for one request, from core to api. error: why the request failed; nothing follows it.
+    events: since its last output.
 
     Sent with the first token: prompt_logprobs, if the request asked for them: an entry for each prompt token, None for
     the first; and num_cached_tokens: how many prompt tokens were found in the prefix cache.
@@ -376,6 +387,7 @@ class EngineCoreOutput(msgspec.Struct, array_like=True):
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
+    events: list[EngineCoreEvent] = []
 
 
 class EngineCoreOutputs(msgspec.Struct, tag=True):

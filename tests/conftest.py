@@ -23,7 +23,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 # The files that take longest come first: with two workers, none is left alone with one of them at the end.
 SLOW = (
-    "workshop/test_exercises.py", "part09/test_torchrun.py", "contract/test_process.py", "contract/test_contract.py",
+    "workshop/test_exercises.py", "part15/test_all_features.py", "part15/test_emulated_features.py",
+    "part09/test_torchrun.py", "contract/test_process.py", "contract/test_contract.py",
     "part09/test_ranks.py", "part09/test_process.py", "contract/test_prompt_logprobs.py", "contract/test_seeds.py",
     "part09/test_answers.py", "part09/test_lives.py", "part04/test_engine.py", "common/test_pages_in_a_browser.py",
 )  # fmt: skip

@@ -25,8 +25,9 @@ from tests.process_checks import TIMEOUT_S, ServerClient, environment, refuses
 DEADLINE_S = 60  # for what takes a second at most
 LOOK_START = 'Look at __main__.py and, from part 5 on, api/core_client.py::CoreClient; README "Two processes".'
 READY = (
-    r"serving \S+ on http://127\.0\.0\.1:(?P<port>\d+) \(cpu, context of [\d,]+ tokens, [\d,]+ KV blocks of \d+ tokens"
-    r"(?:, engine core in process (?P<core>\d+)(?:; kernels: [^)\n]+)?)?\)\n"
+    r"serving \S+ on http://127\.0\.0\.1:(?P<port>\d+) \((?:cpu|cuda), context of [\d,]+ tokens, "
+    r"[\d,]+ KV blocks of \d+ tokens"
+    r"(?:, engine core in process (?P<core>\d+)(?:, \d+)*(?:; kernels: [^)\n]+)?)?\)\n"
 )
 GREEDY = {"temperature": 0, "ignore_eos": True}
 

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -101,8 +102,19 @@ def decoders_of(part: str) -> list[tuple[Any, Any]]:
     """The shipped models, as the part computes them; all of the part is imported, and its kernel is compiled."""
     importlib.import_module(f"{part}.__main__")
     module(part, "worker.cpu_attention").warm_up(torch.float32)
+    warm_up_kernels(part)
     load = module(part, "worker.worker").load_decoder
+    gc.freeze()  # a child's collections must not touch, and so copy, what it shares with this process
     return [(checkpoint, load(checkpoint, torch.float32, "cpu")) for checkpoint in CHECKPOINTS.values()]
+
+
+def warm_up_kernels(part: str) -> None:
+    """Part 15's, for `tiny`: they have no threads of their own, so that what is forked may go on with them."""
+    if importlib.util.find_spec(f"{part}.worker.kernels") is None:
+        return
+    ops = module(part, "worker.kernels.ops")
+    for kv_dtype in (torch.float32, *module(part, "worker.quantization.kv_codes").KV_DTYPES.values()):
+        ops.choose_kernels("auto", ops.Situation(torch.device("cpu"), torch.float32, kv_dtype, 8, 4, 32, 256, 4_096))
 
 
 def serve_and_exit(order: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from workshop.course import Exercise, Part, WorkshopError
 from workshop.report import Report
-from workshop.results import Result, State
+from workshop.results import Result, State, last_rest_s, record_rest_s
 from workshop.runner import Runner
 from workshop.saves import Saves
 from workshop.workspace import fingerprints, is_started, require_copy
@@ -107,9 +108,13 @@ class Checker:
         """Run all tests of the part on the learner's copy as it is, with only what is not asked for from the
         reference."""
         names = [exercise.name for exercise in started]
-        self.report.resting(self.part, names)
+        self.report.resting(self.part, names, last_rest_s(self.part))
+        started_s = time.monotonic()
         with self.report.working(f"all tests of part {self.part.number}"):
-            return self.runner.run_rest(names, cancelled)
+            result = self.runner.run_rest(names, cancelled)
+        if result is not None:
+            record_rest_s(self.part, time.monotonic() - started_s)
+        return result
 
 
 def watch(checker: Checker, saves: Saves) -> None:

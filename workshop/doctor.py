@@ -126,8 +126,9 @@ def check_cuda_compiler(root: Path) -> list[Finding]:
 
 
 def find_compiler(*names: str) -> str | None:
-    """The path of the compiler in CXX, or of the first of these names."""
-    return next((path for name in (os.environ.get("CXX", ""), *names) if name and (path := shutil.which(name))), None)
+    """The path of the compiler in CXX, if that is set, else of the first of these names."""
+    wanted = os.environ.get("CXX")
+    return next((path for name in ([wanted] if wanted else names) if (path := shutil.which(name))), None)
 
 
 def compiler_advice() -> str:

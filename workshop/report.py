@@ -127,10 +127,12 @@ class Report:
         if self.verbose:
             self.say(failure.traceback, "dim", 4)
 
-    def resting(self, part: Part, names: list[str]) -> None:
-        """Say that the rest of the part's tests runs now."""
+    def resting(self, part: Part, names: list[str], last_s: float | None) -> None:
+        """Say that the rest of the part's tests runs now, and for how long. last_s: how long it took the last time."""
         with_what = "your version" if len(names) == len(part.exercises) else f"your {', '.join(names)}"
+        duration = "can take several minutes" if last_s is None else f"takes about {minutes(last_s)}, as last time"
         self.say(f"\nNow all other tests of part {part.number} run with {with_what}; Ctrl-C stops them.", "dim")
+        self.say(f"This {duration}. What you have written has already passed its own tests.", "dim")
 
     def rest(self, part: Part, result: Result) -> None:
         """Print the outcome of the rest of the part's tests."""
@@ -191,6 +193,10 @@ def progress(part: Part, exercise: Exercise, saved: Saved, fingerprint: str) -> 
         return Text("started", style="yellow")
     state = Text("solved", style="green") if saved.passes else Text("fails", style="red")
     return state if saved.fingerprint == fingerprint else state + Text(", before your last change", style="dim")
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def count(result: Result) -> Text:

@@ -162,3 +162,21 @@ class State:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({name: asdict(saved) for name, saved in self.saved.items()}), encoding="utf-8")
+
+
+def last_rest_s(part: Part) -> float | None:
+    """How long the rest of the part's tests took the last time they ended, in seconds. None if that isn't known."""
+    try:
+        return float(rest_path(part).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def record_rest_s(part: Part, seconds: float) -> None:
+    path = rest_path(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{seconds:.1f}", encoding="utf-8")
+
+
+def rest_path(part: Part) -> Path:
+    return part.workspace / ".cache" / f"{part.name}-rest-seconds.txt"

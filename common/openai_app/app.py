@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from common.openai_app.browsers import BrowserPolicy, add_browser_guards
 from common.openai_app.errors import CLIENT_GONE, ApiError, add_error_handlers
@@ -41,6 +42,7 @@ class AppOptions:
     """api_key protects all but /health, /ping, /metrics and /version (None: no key needed). body_timeout_s: how long a
     request's body may take to arrive. root_path: where a proxy in front of the server has put it. log_stats: whether
     serve_app logs the lines of StatsLog. infos: what /metrics says about the engine that doesn't change, see Metrics.
+    collectors: of further metrics.
     """
 
     api_key: str | None = None
@@ -50,6 +52,7 @@ class AppOptions:
     root_path: str = ""
     log_stats: bool = False
     infos: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    collectors: Sequence[Collector] = ()
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> AppOptions:
@@ -64,7 +67,7 @@ class OpenAIServer:
 
     def __init__(self, engine: ServingEngine, options: AppOptions) -> None:
         self.engine, self.options = engine, options
-        self.metrics = Metrics(engine.stats, options.infos)
+        self.metrics = Metrics(engine.stats, options.infos, options.collectors)
         self.token_texts = TokenTexts(engine.tokenizer)
         self.started = int(time.time())
         self._ending = threading.Lock()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from common.outputs import CompletionOutput
 
@@ -57,15 +58,17 @@ class Metrics:
     """One app's metrics. "Request" in their names means an engine request: each choice is one.
 
     stats returns the engine's own numbers; it is called at each scrape. infos: facts that don't change, by their names
-    in INFOS, each as a list of label sets.
+    in INFOS, each as a list of label sets. collectors: of further metrics.
     """
 
     def __init__(
-        self, stats: Callable[[], Mapping[str, float]], infos: Mapping[str, Sequence[Mapping[str, str]]] | None = None
-    ) -> None:
+        self, stats: Callable[[], Mapping[str, float]], infos: Mapping[str, Sequence[Mapping[str, str]]] | None = None,
+        collectors: Sequence[Collector] = (),
+    ) -> None:  # fmt: skip
         self._stats, self._infos = stats, infos or {}
         self._registry = CollectorRegistry()
-        self._registry.register(self)
+        for collector in (self, *collectors):
+            self._registry.register(collector)
         self.success = self._counter("request_success", "Finished requests, by finish reason.", "finished_reason")
         for reason in ("stop", "length"):
             self.success.labels(reason)  # so that they show 0 before the first request

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 
@@ -28,6 +29,7 @@ from ..messages import (
 from .core_client import SHUTDOWN_TIMEOUT_S
 from .data_parallel_client import make_core_client
 from .output_processor import OutputProcessor
+from .timeline import Observer, RequestTimeline, current_exchange
 
 
 class RequestStream:
@@ -36,8 +38,8 @@ class RequestStream:
     Outputs that arrive while the reader is busy are joined, so at most one waits (vLLM's RequestOutputCollector).
     """
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, request_id: str, timeline: RequestTimeline) -> None:
+        self.request_id, self.timeline = request_id, timeline
         self._output: CompletionOutput | None = None
         self._error: GenerationError | None = None
         self._arrived = asyncio.Event()
@@ -67,7 +69,8 @@ class AsyncLLM:
     """LLMEngine in another process. Implements common.serving.ServingEngine.
 
     Everything here runs on the event loop, so it needs no locks. cause_of_death: why no request can succeed anymore, or
-    None. Raises FieldError or OSError if the core cannot start.
+    None. observers: called with the timeline of each request that has ended. Raises FieldError or OSError if the core
+    cannot start.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -84,6 +87,7 @@ class AsyncLLM:
         self.max_request_len = min(self.max_model_len, self.limits.num_kv_tokens + 1)  # the last token is not stored
         self.max_num_unfinished = config.data_parallel_size * config.max_num_seqs + config.max_queued_requests
         self.cause_of_death: str | None = None
+        self.observers: list[Observer] = []
         self._streams: dict[str, RequestStream] = {}  # of all unfinished requests
         self._request_ids = map(str, itertools.count())
         self._stats = self.core.ready.stats
@@ -93,6 +97,14 @@ class AsyncLLM:
     @property
     def is_alive(self) -> bool:
         return self.cause_of_death is None
+
+    def why_not_ready(self) -> str | None:
+        """Why a new request would be refused; None if it would be queued."""
+        if self.cause_of_death is not None:
+            return self.cause_of_death
+        if len(self._streams) >= self.max_num_unfinished:
+            return f"{len(self._streams)} requests are unfinished, which is the limit"
+        return None
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -106,15 +118,17 @@ class AsyncLLM:
         if len(self._streams) >= self.max_num_unfinished:
             limit = "max_num_seqs + max_queued_requests"
             raise QueueFullError(f"{len(self._streams)} requests are unfinished (limit: {limit}), try again later")
-        stream = RequestStream(next(self._request_ids))
-        self._streams[stream.request_id] = stream
-        self.processor.add_request(stream.request_id, prompt_token_ids, params)
-        self.core.send(AddRequest(stream.request_id, prompt_token_ids, params, KV_TRANSFER.get()))
+        request_id = next(self._request_ids)
+        timeline = RequestTimeline(request_id, current_exchange(), len(prompt_token_ids), time.perf_counter())
+        stream = self._streams[request_id] = RequestStream(request_id, timeline)
+        self.processor.add_request(request_id, prompt_token_ids, params)
+        self.core.send(AddRequest(request_id, prompt_token_ids, params, KV_TRANSFER.get()))
         return stream
 
     def abort(self, stream: RequestStream) -> None:
         """Abort a request. It leaves the engine before the next step. Does nothing if the request has ended."""
         if self._streams.pop(stream.request_id, None) is not None:
+            self._ended(stream, "aborted")
             self.processor.remove([stream.request_id])
             self._tell_core_to_abort([stream.request_id])
 
@@ -161,16 +175,30 @@ class AsyncLLM:
         self._die(f"the engine core has died ({self.core.describe_exit()})", ShutdownError)  # not by its requests
 
     def _deliver(self, outputs: list[EngineCoreOutput]) -> None:
+        for output in outputs:
+            if found := self._streams.get(output.request_id):
+                found.timeline.events += output.events
+                found.timeline.num_cached_tokens += output.num_cached_tokens or 0
         failed = [output for output in outputs if output.error is not None]
         for output in failed:
             self.processor.remove([output.request_id])
             if stream := self._streams.pop(output.request_id, None):
+                self._ended(stream, output.error)
                 stream.put(GenerationError(str(output.error)))
         answers, stopped = self.processor.process([output for output in outputs if output.error is None])
+        now_s = time.perf_counter()
         for request_id, answer in answers:
             stream = self._streams.pop(request_id) if answer.finish_reason else self._streams[request_id]
+            stream.timeline.note(answer, now_s)
+            if answer.finish_reason:
+                self._ended(stream)
             stream.put(answer)
         self._tell_core_to_abort(stopped)
+
+    def _ended(self, stream: RequestStream, error: str | None = None) -> None:
+        stream.timeline.error = error
+        for observe in self.observers:
+            observe(stream.timeline)
 
     def _tell_core_to_abort(self, request_ids: list[str]) -> None:
         if request_ids and self.is_alive:
@@ -185,6 +213,7 @@ class AsyncLLM:
         streams, self._streams = self._streams, {}
         self.processor.remove(streams)
         for stream in streams.values():
+            self._ended(stream, cause)
             stream.put(kind(cause))
         for answer in self._resets:
             if not answer.done():

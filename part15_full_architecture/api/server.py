@@ -17,6 +17,8 @@ from common.serve import ServerConfig
 
 from ..kv_params import HEADER, KV_TRANSFER, open_signed
 from .async_engine import AsyncLLM
+from .request_metrics import RequestMetrics
+from .timeline import NoteTimes
 
 
 class KVTransferHeader:
@@ -41,13 +43,21 @@ class KVTransferHeader:
 
 def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
     """The engine starts and ends with the app. Besides OpenAI's API, there are POST /reset_prefix_cache, as in vLLM,
-    and GET /kv_transfer: where other engines fetch this one's KV."""
+    GET /kv_transfer: where other engines fetch this one's KV, and GET /ready: whether a new request would be queued.
+    (/health: whether the engine is alive.)"""
     backends = [
         {"operation": operation, "backend": backend, "reason": reason}
         for operation, (backend, reason) in engine.kernels.items()
     ]
     infos = {"kernel_backend": backends} if backends else {}
-    app = create_openai_app(engine, replace(AppOptions.from_config(config), infos=infos))
+    request_metrics = RequestMetrics()
+    engine.observers.append(request_metrics.observe)
+    options = replace(AppOptions.from_config(config), infos=infos, collectors=(request_metrics,))
+    app = create_openai_app(engine, options)
+
+    async def ready() -> JSONResponse:
+        why_not = engine.why_not_ready()
+        return JSONResponse({"status": why_not or "ready"}, 200 if why_not is None else 503)
 
     async def reset_prefix_cache(request: Request) -> JSONResponse:
         if config.api_key is not None:
@@ -63,5 +73,7 @@ def create_app(engine: AsyncLLM, config: ServerConfig) -> FastAPI:
 
     app.add_api_route("/reset_prefix_cache", reset_prefix_cache, methods=["POST"])
     app.add_api_route("/kv_transfer", kv_transfer, methods=["GET"])
+    app.add_api_route("/ready", ready, methods=["GET", "HEAD"])
     app.add_middleware(KVTransferHeader, secret=engine.kv_transfer_secret)
+    app.add_middleware(NoteTimes)
     return app

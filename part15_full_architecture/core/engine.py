@@ -103,6 +103,7 @@ class LLMEngine:
         self.unfinished.add(request_id)
         max_num_tokens = min(len(prompt_token_ids) + params.max_tokens, self.limits.max_model_len)
         request = Request(request_id, prompt_token_ids, params, max_num_tokens, kv_transfer=kv_transfer)
+        request.note("queued")
         self.scheduler.add_request(request)
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
@@ -270,6 +271,7 @@ class LLMEngine:
             stop_reason=request.stop_reason, logprobs=None if logprobs is None else logprobs[: len(token_ids)],
             prompt_logprobs=request.take_prompt_logprobs(),
             num_cached_tokens=request.num_cached_tokens if is_first else None,
+            events=request.take_events(),
         )  # fmt: skip
 
     def _append_until_stop(self, request: Request, token_ids: list[int]) -> list[int]:

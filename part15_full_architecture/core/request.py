@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 
 from common.outputs import FinishReason, Logprob
 from common.sampling_params import SamplingParams
 
-from ..messages import KVTransferParams
+from ..messages import EngineCoreEvent, EventKind, KVTransferParams
 from .ngram import NgramIndex
 
 
@@ -57,6 +58,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    events: list[EngineCoreEvent] = field(default_factory=list)  # that have not been reported
 
     def __post_init__(self) -> None:
         if self.params.prompt_logprobs is not None:
@@ -95,6 +97,13 @@ class Request:
         """All prompt logprobs, to be reported with the first token; None if not requested, and in later calls."""
         found, self.prompt_logprobs = self.prompt_logprobs, None
         return found
+
+    def note(self, kind: EventKind) -> None:
+        self.events.append(EngineCoreEvent(kind, time.perf_counter()))
+
+    def take_events(self) -> list[EngineCoreEvent]:
+        events, self.events = self.events, []
+        return events
 
     def finish(self, finish_reason: FinishReason, stop_reason: int | None) -> None:
         stopped = finish_reason == "stop"

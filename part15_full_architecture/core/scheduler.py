@@ -256,6 +256,7 @@ class Scheduler:
     def _start(self, request: Request, num_cached_tokens: int, output: SchedulerOutput) -> None:
         """Add an admitted request to the batch, and send all its tokens to the worker."""
         self.running.append(request)
+        request.note("scheduled")
         request.num_computed_tokens = num_cached_tokens
         if request.num_cached_tokens is None:  # a preempted request that finds its own blocks does not count
             request.num_cached_tokens = num_cached_tokens
@@ -316,6 +317,7 @@ class Scheduler:
         and arrives before the request is scheduled again.
         """
         self._leave(request)
+        request.note("preempted")
         request.num_computed_tokens = 0
         request.status = RequestStatus.PREEMPTED
         request.draft_token_ids, request.num_pending_drafts = [], 0

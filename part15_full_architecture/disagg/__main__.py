@@ -28,12 +28,15 @@ def serve(server: ListenConfig, config: DisaggConfig, engine_flags: list[str]) -
     serve_app(app, listener, message, cause_of_death=lambda: proxy.cause_of_death)
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
+def start(arguments: list[str]) -> None:
     place = arguments.index("--") if "--" in arguments else len(arguments)
-    sys.argv[1:], engine_flags = arguments[:place], arguments[place + 1 :]
-    server, config = parse_configs((ListenConfig, DisaggConfig), DESCRIPTION, prog=PROG)
-    exit_on_error(PROG, lambda: serve(server, config, engine_flags))
+    own_flags, engine_flags = arguments[:place], arguments[place + 1 :]
+    server, config = parse_configs((ListenConfig, DisaggConfig), DESCRIPTION, PROG, own_flags)
+    serve(server, config, engine_flags)
+
+
+def main() -> None:
+    exit_on_error(PROG, lambda: start(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,15 @@ def serve(server: ListenConfig, config: RouterConfig, replica_flags: list[str]) 
     serve_app(app, listener, message, cause_of_death=lambda: router.cause_of_death)
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
+def start(arguments: list[str]) -> None:
     place = arguments.index("--") if "--" in arguments else len(arguments)
-    sys.argv[1:], replica_flags = arguments[:place], arguments[place + 1 :]
-    server, config = parse_configs((ListenConfig, RouterConfig), DESCRIPTION, prog=PROG)
-    exit_on_error(PROG, lambda: serve(server, config, replica_flags))
+    own_flags, replica_flags = arguments[:place], arguments[place + 1 :]
+    server, config = parse_configs((ListenConfig, RouterConfig), DESCRIPTION, PROG, own_flags)
+    serve(server, config, replica_flags)
+
+
+def main() -> None:
+    exit_on_error(PROG, lambda: start(sys.argv[1:]))
 
 
 if __name__ == "__main__":

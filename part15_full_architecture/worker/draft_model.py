@@ -16,6 +16,7 @@ from ..config import EngineConfig
 from ..messages import ScheduledRequest
 from .attention import AttentionMetadata, PagedAttention
 from .device import to_device
+from .graphs import StepGraphs, make_graphs
 from .kernels.ops import Kernels
 from .kv_cache import KVCache, slot_mapping
 from .model import DecoderModel
@@ -56,12 +57,15 @@ class DraftModelProposer:
         shape = (config.max_num_seqs, config.num_speculative_tokens, model.config.vocab_size)
         self.probs = torch.empty(shape, device=self.device)
         self.attention: PagedAttention | None = None  # set_cache() comes first
+        self.graphs: StepGraphs | None = None
         self.num_tokens_computed = 0
         self._num_computed = [0] * config.max_num_seqs  # tokens of each row that are in the draft model's cache
 
-    def set_cache(self, num_blocks: int) -> None:
+    def set_cache(self, num_blocks: int, max_blocks: int) -> None:
+        """max_blocks: the width of the widest block table."""
         kv_cache = KVCache(self.model, num_blocks, self.config.block_size, self.kv_format)
         self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, self.kernels)
+        self.graphs = make_graphs(self.model, self.attention, self.config, max_blocks)
 
     @property
     def kv_cache(self) -> KVCache:
@@ -147,7 +151,9 @@ class DraftModelProposer:
             context_lens=to_device([span.end for span in spans], self.device, torch.int32),
             max_query_len=max(lens),
         )
-        hidden = self.model(input_ids, positions, partial(self.attention.attend, metadata))
+        hidden = None if self.graphs is None else self.graphs.run(input_ids, positions, metadata)
+        if hidden is None:
+            hidden = self.model(input_ids, positions, partial(self.attention.attend, metadata))
         return hidden[query_start_loc[1:].long() - 1]
 
 

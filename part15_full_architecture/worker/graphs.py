@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..config import EngineConfig
 from ..messages import NULL_BLOCK
 from .attention import AttentionMetadata, PagedAttention
 from .model import DecoderModel
@@ -75,9 +76,10 @@ class StepGraphs:
         return self._replays[size, is_decode]()[:num_tokens]
 
     def _fill_padding(self, size: int, is_decode: bool, num_tokens: int = 0) -> None:
-        """Make a bucket one of padding alone: nothing of an earlier step may remain, neither rows nor columns.
+        """Fill the buffers with padding for the whole bucket: nothing of an earlier step may remain, neither rows nor
+        columns. run() then writes the real step over the first rows.
 
-        num_tokens: of the real step that is then written over it.
+        num_tokens: of the real step.
         """
         # exercise: fill_padding
         self.input_ids[:size] = 0
@@ -119,6 +121,20 @@ class StepGraphs:
             return output
 
         return replay
+
+
+def make_graphs(
+    model: DecoderModel, attention: PagedAttention, config: EngineConfig, max_blocks: int
+) -> StepGraphs | None:
+    """Capture the graphs that the config asks for. max_blocks: the width of the widest block table."""
+    assert config.max_num_batched_tokens is not None, "resolve_config fills it in"
+    sizes = [size for size in config.graph_sizes(DEFAULT_SIZES) if size <= config.max_num_batched_tokens]
+    if not sizes or not can_be_captured(model):
+        return None
+    graphs = StepGraphs(model, attention, sizes, max_blocks)
+    with torch.inference_mode():
+        graphs.capture()
+    return graphs
 
 
 def can_be_captured(model: DecoderModel) -> bool:

@@ -17,7 +17,7 @@ from ..messages import ScheduledRequest, StepInput, StepOutput
 from .attention import AttentionMetadata, PagedAttention
 from .device import to_device
 from .draft_model import DraftModelProposer, samples_drafts
-from .graphs import DEFAULT_SIZES, StepGraphs, can_be_captured
+from .graphs import StepGraphs, make_graphs
 from .kernels.ops import Kernels
 from .kv_cache import KVCache, slot_mapping
 from .model import Attend, DecoderModel, Rotation
@@ -87,13 +87,10 @@ class ModelRunner:
 
     def set_cache(self, kv_cache: KVCache) -> None:
         self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, self.kernels)
+        max_blocks = self.states.block_tables.shape[1]
         if self.drafter is not None:
-            self.drafter.set_cache(kv_cache.num_blocks)
-        sizes = self.config.graph_sizes(DEFAULT_SIZES)
-        if sizes and can_be_captured(self.model):
-            self.graphs = StepGraphs(self.model, self.attention, sizes, self.states.block_tables.shape[1])
-            with torch.inference_mode():
-                self.graphs.capture()
+            self.drafter.set_cache(kv_cache.num_blocks, max_blocks)
+        self.graphs = make_graphs(self.model, self.attention, self.config, max_blocks)
 
     @property
     def pools(self) -> list[Tensor]:

@@ -208,7 +208,7 @@ def use_kernels(model: DecoderModel, kv_format: KVFormat, config: EngineConfig) 
     )  # fmt: skip
     kernels = choose_kernels(config.kernels, situation)
     model.use(kernels)
-    if config.pack_weights and model.device == "cpu":
+    if config.pack_weights and model.device == "cpu" and situation.num_ranks == 1:  # ranks must compute alike
         pack_matrices(model)
     return kernels
 

@@ -13,7 +13,7 @@ from part15_full_architecture.worker.kernels.build import NoCompilerError, find_
 from part15_full_architecture.worker.kernels.cuda.attention import merge_states, prefill_tiled
 from part15_full_architecture.worker.kernels.cuda.library import KernelError
 
-LOOK_VISIBLE = "See worker/kernels/cuda/paged_decode.cuh::num_visible"
+LOOK_VISIBLE = "See worker/kernels/cuda/paged_cache.cuh::num_visible"
 LOOK_MERGE = "See worker/kernels/cuda/split_kv.cu::merge_parts"
 HEAD_DIM, BLOCK_SIZE = 32, 4
 

@@ -146,7 +146,7 @@ def test_one_row_does_not_change_another(dtype: torch.dtype) -> None:
         rows[1, 5] = bad
         got, expected = rms_norm(rows, weight, EPS), reference.rms_norm(rows, weight, EPS)
         same = torch.allclose(got, expected, atol=ROUNDING[dtype] * 4, equal_nan=True)
-        assert same, f"with {bad} in row 1, got {got[:, 5].tolist()}. {SEE.format('norm.py::to_bfloat16')}"
+        assert same, f"with {bad} in row 1, got {got[:, 5].tolist()}. {SEE.format('memory.py::to_bfloat16')}"
 
 
 def test_float16_takes_the_reference() -> None:
@@ -339,7 +339,7 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
     wrong = got != expected
     assert not wrong.any(), (
         f"{numbers[wrong][:1].tolist()} became {got[wrong][:1].tolist()}, expected {expected[wrong][:1].tolist()}. "
-        f"{SEE.format('norm.py::to_bfloat16')}"
+        f"{SEE.format('memory.py::to_bfloat16')}"
     )
 
 

@@ -357,10 +357,16 @@ def test_merge_of_empty_parts_is_zero_and_not_nan(device: str) -> None:
     assert got == (0.0, -math.inf), f"expected (0.0, -inf), got {got}. {LOOK_MERGE}"
 
 
-def test_nan_in_a_part_is_not_hidden(device: str) -> None:
-    """The reference drops such a part: a sequence with a NaN would get a plausible output."""
-    output, total = merge([math.nan, 5.0], [math.nan, 1.0], device)
-    assert math.isnan(output) and math.isnan(total), f"expected NaN, got {output}, {total}. {LOOK_MERGE}"
+@pytest.mark.parametrize("log_sums", [[math.nan, 1.0], [1.0, math.nan], [math.nan, -math.inf], [math.nan] * 2], ids=str)
+def test_nan_in_a_part_is_not_hidden(log_sums: list[float], device: str) -> None:
+    """Else a sequence with a NaN would get a plausible output. Other sequences keep theirs."""
+    outputs = torch.tensor([[[2.0], [3.0]], [[5.0], [7.0]]])
+    sums = torch.tensor([[log_sums[0], 0.0], [log_sums[1], -math.inf]])
+    found = attention.merge_states(outputs.to(device), sums.to(device))
+    for name, (output, total) in {"the kernel": found, "the reference": reference.merge_states(outputs, sums)}.items():
+        got = [*output.flatten().tolist(), *total.tolist()]
+        assert math.isnan(got[0]) and math.isnan(got[2]), f"{name}: expected NaN, got {got[0]}, {got[2]}. {LOOK_MERGE}"
+        assert got[1::2] == [3.0, 0.0], f"{name}: the other row must be [3.0, 0.0], got {got[1::2]}. {LOOK_MERGE}"
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8), (2, 5, 2, 32), (7, 1, 33), (40, 3, 64), (100, 2, 256)], ids=str)

@@ -90,6 +90,28 @@ def test_each_mistake_is_tested_and_on_the_page() -> None:
     assert not missing, f"cuda_on_cpu/README.md does not mention {missing}"
 
 
+TEMPLATE = r"""
+#include "CUDA_ON_CPU/cuda_on_cpu.h"
+template <class T, int N> __global__ void wait_in_a_branch(T* output) {
+    if (threadIdx.x < N) __syncthreads();
+    else __syncwarp(0xffffffff), __syncthreads();
+    output[0] = 1;
+}
+int main() {
+    float output;
+    LAUNCH((wait_in_a_branch<float, 32>), 1, 64, 0, 0)(&output);
+    puts(cudaGetErrorString(cudaGetLastError()));
+}
+"""
+
+
+def test_a_message_names_a_template_without_the_parentheses_of_launch(tmp_path: Path) -> None:
+    source = tmp_path / "template.cu"
+    source.write_text(TEMPLATE.replace("CUDA_ON_CPU", str(TOOL)))
+    _, text = run(source, tmp_path)
+    assert text.startswith("wait_in_a_branch<float, 32>, block (0,0,0)"), f"got {text}"
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("sanitizer", ["", "thread", "address,undefined"])
 def test_the_example_is_right(compiler: str, sanitizer: str, tmp_path: Path) -> None:
@@ -174,6 +196,10 @@ template <class T> __global__ void product_by_mma(const T* a, const T* b, float*
     ptx::mma_m16n8k16<T>(sums, fa, first);
     for (int i = 0; i < 4; i++) output[(row + 8 * (i / 2)) * 8 + pair + i % 2] = sums[i];
 }
+__global__ void permuted_bytes(unsigned* output) {
+    const unsigned selectors[] = {0x3210, 0x7654, 0x7440, 0x0123, 0x5555, 0xba98, 0xfedc, 0xabcd6172};
+    output[threadIdx.x] = __byte_perm(0x83a2c1e0u, 0x97b6d5f4u, selectors[threadIdx.x]);
+}
 __global__ void transposed(const unsigned short* input, unsigned* output) {
     unsigned tiles[4];
     ptx::ldmatrix_x4<true>(tiles, input + threadIdx.x * 8);
@@ -223,6 +249,12 @@ int main() {
     for (int i = 0; i < 128; i++) input[i] = 1;
     LAUNCH(zero_filled, 1, 32, 0, 0)((const float4*)input, sums);
     for (int i = 0; i < 32; i++) assert(sums[i] == 4 - i % 4);
+    unsigned permuted[8];
+    LAUNCH(permuted_bytes, 1, 8, 0, 0)(permuted);
+    const unsigned expected[8] = {  // the last three: the highest bit of each four, and the upper 16 bits, are not used
+        0x83a2c1e0, 0x97b6d5f4, 0x97f4f4e0, 0xe0c1a283, 0xd5d5d5d5, 0x83a2c1e0, 0x97b6d5f4, 0xb6c197a2,
+    };
+    for (int i = 0; i < 8; i++) assert(permuted[i] == expected[i]);
     test_products<half>();
     test_products<__nv_bfloat16>();
     alignas(16) unsigned short numbers[256];

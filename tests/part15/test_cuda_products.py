@@ -40,8 +40,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 STEP = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}  # two in the last place; for float32, the sum
 TOLERANCE = 1e-5  # of a product's sum of absolute values: what the order of additions may change
 GUARD = 2048  # bytes before and after a tensor
-GEMV = "See worker/kernels/cuda/quantized_linear.cu::gemv_kernel"
-GEMM = "See worker/kernels/cuda/quantized_linear.cu::gemm_kernel"
+GEMV = "See worker/kernels/cuda/quantized_gemv.cu::gemv_kernel"
+GEMM = "See worker/kernels/cuda/quantized_gemm.cu::gemm_kernel"
 LAUNCH = "See worker/kernels/cuda/quantized_linear.py::{}"
 GROUPED = "See worker/kernels/cuda/grouped_linear.cu::{}"
 

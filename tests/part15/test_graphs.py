@@ -123,6 +123,18 @@ def test_a_larger_step_is_computed_as_usual(graphs: tuple[StepGraphs, Recorder])
     assert graphs[0].run(*step([9], [9], 3)) is None, f"9 tokens do not fit into 8. {LOOK}.run"
 
 
+def check_answers(expected: dict[str, list[int]], found: dict[str, list[int]], when: str, look: str) -> None:
+    """Both: request → token ids. The message has the first tokens that differ."""
+    for name, tokens in expected.items():
+        if found[name] != tokens:
+            pairs = zip(tokens, found[name], strict=False)
+            at = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(tokens), len(found[name])))
+            raise AssertionError(
+                f"{when}: request {name} gets other tokens from position {at} on: expected {tokens[at : at + 5]}, "
+                f"got {found[name][at : at + 5]}. {look}"
+            )
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -139,7 +151,23 @@ def test_padded_steps_give_the_same_answers(flags: dict[str, Any], models: Small
         for index, prompt in enumerate(PROMPTS):
             engine.add(str(index), prompt, max_tokens=12)
         answers.append({name: answer.token_ids for name, answer in engine.finish().items()})
-    assert answers[0] == answers[1], f"{flags}: with padding, other answers: {answers}. {LOOK}"
+    check_answers(answers[0], answers[1], f"with padding, {flags or 'default flags'}", f"{LOOK}._fill_padding and run")
+
+
+def test_a_draft_model_has_graphs_of_its_own(models: SmallModels) -> None:
+    answers = []
+    for sizes in ("", "1,2,4,8,16"):
+        flags = {"speculative_method": "draft_model", "speculative_model": models.draft}
+        engine = SmallEngine(PART, models, **flags, cudagraph_capture_sizes=sizes)
+        for index, prompt in enumerate(PROMPTS):
+            engine.add(str(index), prompt, max_tokens=12, temperature=index / 4, seed=index)
+        answers.append({name: answer.token_ids for name, answer in engine.finish().items()})
+    check_answers(answers[0], answers[1], "with padded draft passes", LOOK)
+    drafter = engine.worker.runner.drafter
+    assert drafter.graphs.num_replays > 12, (
+        f"each draft pass fits into a bucket: got {drafter.graphs.num_replays} replays. "
+        "See worker/draft_model.py::DraftModelProposer._forward"
+    )
 
 
 @pytest.mark.parametrize("text", ["0", "4,x", "9000", "-1", "1,,2"])
@@ -160,4 +188,4 @@ def test_replays_on_a_gpu_give_the_same_answers(models: SmallModels, tmp_path: P
         for index, prompt in enumerate(PROMPTS):
             engine.add(str(index), prompt, max_tokens=12)
         answers.append({name: answer.token_ids for name, answer in engine.finish().items()})
-    assert answers[0] == answers[1], f"with CUDA graphs, other answers: {answers}. {LOOK}"
+    check_answers(answers[0], answers[1], "with CUDA graphs", LOOK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from common.errors import FieldError
 from part15_full_architecture.config import EngineConfig
 from part15_full_architecture.kernel_names import BACKENDS, NAMES, parse_kernels, show_kernels
-from part15_full_architecture.worker.kernels import ops
+from part15_full_architecture.worker.kernels import autotune, ops
 from part15_full_architecture.worker.kernels.autotune import Tuner
 from part15_full_architecture.worker.kernels.build import NoCompilerError
 
@@ -127,6 +128,25 @@ def test_older_gpus_fall_back(
     assert (why in reason) if why else not reason, f"compute capability {capability}, {dtype}: got {reason!r}. {LOOK}"
 
 
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "is_refused"),
+    [((7, 5), 256, True), ((7, 5), 128, False), ((7, 0), 256, False), ((8, 9), 256, False)],
+)
+def test_attention_with_256_dimensions_needs_more_shared_memory_than_turing_has(
+    capability: tuple[int, int], head_dim: int, is_refused: bool, gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    reason = ops.why_not("attention", "cuda", situation("cuda", head_dim=head_dim))
+    assert ("64 KiB of shared memory: expected at most 128" in reason) if is_refused else not reason, (
+        f"compute capability {capability}, head_dim {head_dim}: got {reason!r}. See worker/kernels/ops.py::why_not"
+    )
+    if is_refused:
+        assert not ops.why_not("norm", "cuda", situation("cuda", head_dim=head_dim)), "only attention is affected"
+        tuner = ScriptedTuner({"triton": 2e-5, "cuda": 1e-5, "torch": 9e-5})
+        choice = ops.choose_kernels("auto", situation("cuda", head_dim=head_dim), tuner).choices["attention"]
+        assert choice.backend == "triton" and "64 KiB" in choice.reason, f"got {choice}. {LOOK}"
+
+
 def test_without_nvcc_the_next_backend_is_taken_and_the_message_says_how_to_get_it(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +171,47 @@ def test_a_measurement_is_made_once_and_kept(tmp_path: Path) -> None:
     third = Tuner(path)
     ops.choose_kernels("tuned", situation(head_dim=64), third)
     assert third.num_measured == 5, "another head_dim is another measurement"
+
+
+@pytest.fixture
+def _forget_cpu() -> Iterator[None]:
+    autotune.cpu_name.cache_clear()
+    yield
+    autotune.cpu_name.cache_clear()
+
+
+@pytest.mark.usefixtures("_forget_cpu")
+@pytest.mark.parametrize(
+    "other", [("AMD EPYC", "znver5", 8), ("AMD EPYC 9R14", "znver4", 8), ("AMD EPYC", "znver4", 4)], ids=str
+)
+def test_another_cpu_is_measured_again(
+    other: tuple[str, str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache directory may be shared by machines, and a virtual machine may hide the CPU's full name."""
+    num_measured = []
+    for model, llvm_name, num_cores in (("AMD EPYC", "znver4", 8), other, ("AMD EPYC", "znver4", 8)):
+        autotune.cpu_name.cache_clear()
+        monkeypatch.setattr(autotune, "machine_stamp", lambda model=model: {"cpu": model})
+        monkeypatch.setattr(autotune, "get_host_cpu_name", lambda llvm_name=llvm_name: llvm_name)
+        monkeypatch.setattr(autotune.os, "cpu_count", lambda num_cores=num_cores: num_cores)
+        tuner = Tuner(tmp_path / "autotune.json")
+        tuner.measure("x", {"one": 1}, lambda: lambda which: None, torch.device("cpu"))
+        num_measured.append(tuner.num_measured)
+    assert num_measured == [1, 1, 0], (
+        f"the first CPU, {other}, and the first again: expected 1, 1 and 0 measurements, got {num_measured}. "
+        "See autotune.py::cpu_name"
+    )
+
+
+@pytest.mark.parametrize("entry", [None, 5, "x", {"numba": 0.0}, {"numba": -1.0}, {"numba": "1"}, {"numba": None}])
+def test_an_entry_that_makes_no_sense_is_measured_again(entry: object, tmp_path: Path) -> None:
+    path = tmp_path / "autotune.json"
+    tuner = Tuner(path)
+    ops.choose_kernels("norm=tuned", situation(), tuner)
+    [key] = json.loads(path.read_text())
+    path.write_text(json.dumps({key: entry}))
+    ops.choose_kernels("norm=tuned", situation(), tuner)
+    assert tuner.num_measured == 2, f"{entry} is no time for a candidate. See autotune.py::has_times"
 
 
 @pytest.mark.parametrize("content", ["", "not JSON", "[1]"])

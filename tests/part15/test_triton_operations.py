@@ -31,6 +31,7 @@ from part15_full_architecture.worker import triton_attention
 from part15_full_architecture.worker.kernels import reference
 from part15_full_architecture.worker.kernels.triton import (
     activation,
+    attention,
     masked_attention,
     norm,
     rotary,
@@ -41,10 +42,11 @@ from part15_full_architecture.worker.kernels.triton import (
 from part15_full_architecture.worker.quantization.scheme import to_fp8
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = (softmax, norm, activation, rotary, split_kv, sampling, masked_attention)
+MODULES = (softmax, norm, activation, rotary, split_kv, sampling, masked_attention, attention)
 FUNCTIONS = {
     "softmax": softmax, "add_rms_norm": norm, "rms_norm": norm, "silu_and_mul": activation, "rotate_and_store": rotary,
     "split_kv": split_kv, "merge_states": split_kv, "sample": sampling, "masked_attention": masked_attention,
+    "paged_attention": attention,
 }  # fmt: skip
 # Of a result: of its own size, what one rounding may change, and of the largest number, what the order of additions may
 STEPS = {torch.float32: 2**-22, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -416,6 +418,20 @@ def split_padding(dtype: str, device: str = "cpu") -> Result:
     arguments = (query, kv_cache, tables, starts, torch.tensor([1, 0]).int())
     got = split_kv.split_kv(*(each.to(device) for each in arguments), 1, 0.25)
     expected = torch.stack((kv_cache[0, 0, 1].double().expand(2, 16), torch.zeros(2, 16)))
+    return compare(got, expected, query.dtype)
+
+
+def compare_attention(query_lens: list[int], context_lens: list[int], device: str = "cpu") -> Result:
+    """What an engine calls for a step, decodes or not. Block tables have room for 300 tokens: in two parts."""
+    tables = torch.randperm(len(query_lens) * 75).to(torch.int32).view(len(query_lens), 75)
+    query, kv_cache = (
+        random(sum(query_lens), 4, 16, dtype="float32"),
+        random(tables.numel(), 4, 2, 2, 16, dtype="float32"),
+    )
+    starts, lens = torch.tensor([0, *query_lens]).cumsum(0).int(), torch.tensor(context_lens).int()
+    arguments = (query, kv_cache, tables, starts, lens)
+    got = attention.paged_attention(*(each.to(device) for each in arguments), max(query_lens), 0.25)
+    expected = reference.paged_attention(*arguments, max(query_lens), 0.25)
     return compare(got, expected, query.dtype)
 
 
@@ -846,6 +862,8 @@ def interpreter_jobs() -> dict[str, tuple[Callable[..., Result], Case]]:
     jobs |= {f"merge_states: {count} parts": (merge_at_random, {"num_parts": count}) for count in (1, 16, 37)}
     jobs |= {f"sample: {name}": (compare_sample, case) for name, case in SAMPLE.items()}
     jobs["sample: mixed"] = sample_mixed, {}
+    jobs["paged_attention: decodes"] = compare_attention, {"query_lens": [1, 1], "context_lens": [290, 7]}
+    jobs["paged_attention: a mixed step"] = compare_attention, {"query_lens": [1, 5], "context_lens": [290, 7]}
     return jobs | FAR
 
 
@@ -949,6 +967,31 @@ def test_a_decode_of_one_sequence_fills_a_gpu() -> None:
     assert grids == [(1, 8, 64), (32,)], (
         f"one sequence, 8 KV heads, a context of up to 8,192 tokens: expected a grid of (1, 8, 64), and one program of "
         f"the merge for each of 32 heads; got {grids}. See split_kv.py::split_kv"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "max_blocks", "max_query_len", "expected"),
+    [
+        (1, 512, 1, "split_kv"),
+        (8, 512, 1, "split_kv"),
+        (1, 8, 1, "unsplit"),  # up to 128 tokens: too short for two parts
+        (80, 512, 1, "unsplit"),  # 640 programs: busy without a split
+        (2, 512, 9, "unsplit"),  # a step with a chunk
+    ],
+)
+def test_a_few_long_decodes_are_split(
+    num_seqs: int, max_blocks: int, max_query_len: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = list[str]()
+    for name in ("split_kv", "unsplit"):
+        monkeypatch.setattr(attention, name, lambda *arguments, name=name: called.append(name))
+    query, kv_cache = torch.empty(num_seqs, 32, 128), meta(99, 16, 2, 8, 128, dtype=torch.float32)
+    tables, lens = meta(num_seqs, max_blocks, dtype=torch.int32), meta(num_seqs, dtype=torch.int32)
+    attention.paged_attention(query, kv_cache, tables, lens, lens, max_query_len, 0.1)
+    assert called == [expected], (
+        f"{num_seqs} sequences of up to {max_blocks * 16} tokens, up to {max_query_len} queries: expected {expected}, "
+        f"got {called}. See triton/attention.py::paged_attention"
     )
 
 
@@ -1057,6 +1100,7 @@ def test_without_triton_the_modules_import_and_say_what_is_missing(monkeypatch: 
         "split_kv": lambda: modules["split_kv"].split_kv(heads[0], *(rows,) * 4, 1, 1.0),
         "merge_states": lambda: modules["split_kv"].merge_states(rows, rows[:, 0]),
         "sample": lambda: modules["sampling"].sample(*(rows,) * 7),
+        "paged_attention": lambda: modules["attention"].paged_attention(heads[0], heads, *(rows,) * 3, 1, 1.0),
         "masked_attention": lambda: modules["masked_attention"].masked_attention(*(heads,) * 3, rows, 1.0),
     }
     for name, call in calls.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -274,13 +275,35 @@ def test_check_shows_the_next_step(runner: Runner, part: Part, solve: Solve) -> 
     text = console.export_text()
     assert "add    passes: 4 of 4 tests pass" in text and "write total" in text, f"got {text}"
     assert "Now all other tests of part 1 run with your add;" in text, f"the rest, with total lent: {text}"
+    assert "This can take several minutes" in text, f"how long the rest takes isn't known yet: {text}"
     assert "all of part 1  passes: 8 of 8 tests pass" in text, f"the slow test and test_rest.py, too: {text}"
     solve(total=GOOD_TOTAL)
     assert checker.check() and checker.num_checks == 2, "add has not changed, so only total runs"
     text = console.export_text()
     assert "run with your version;" in text and "workshop diff 1" in text, f"got {text}"
+    assert "seconds, as last time" in text, f"the rest has run before: {text}"
     saved = State.load(part).saved
     assert {name: entry.passes for name, entry in saved.items()} == {"add": True, "total": True}
+
+
+def test_the_verdict_is_printed_before_the_rest_runs(runner: Runner, part: Part, solve: Solve) -> None:
+    """And it is flushed: a learner who reads the output through a pipe sees it at once."""
+    solve(add="return a + b", total=GOOD_TOTAL)
+    with tempfile.TemporaryFile("w+") as output:
+        checker = Checker(part, [], runner, Report(Console(file=output, highlight=False)))
+        seen = list[str]()
+
+        def run_rest(names: list[str], cancelled: Callable[[], bool]) -> Result:
+            seen.append(os.pread(output.fileno(), 10_000, 0).decode())
+            return Result(1, 1)
+
+        runner.run_rest = run_rest  # type: ignore[method-assign]
+        try:
+            assert checker.check(), "both pass"
+        finally:
+            del runner.run_rest
+    assert "add    passes: 4 of 4 tests pass" in seen[0], f"when the rest starts, the file has only: {seen[0]}"
+    assert "Now all other tests of part 1 run" in seen[0], f"got {seen[0]}"
 
 
 def test_what_has_passed_and_not_changed_is_not_run_again(runner: Runner, part: Part, solve: Solve) -> None:

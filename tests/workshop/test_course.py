@@ -116,14 +116,16 @@ def test_the_parts_of_the_course_blank_to_code_that_compiles(real: Part) -> None
 @pytest.mark.parametrize("real", PARTS, ids=lambda part: part.name)
 def test_the_exercises_of_the_course_name_existing_files(real: Part) -> None:
     reference_bodies(real)
-    sections = (real.path / "README.md").read_text("utf-8").splitlines()
     for exercise in real.exercises:
         where = f"{real.name}/exercises.md, {exercise.name}"
         text = (real.path / exercise.file).read_text("utf-8")
         assert exercise.name in find_bodies(text, exercise.file), f"{where}: {exercise.file} has no such exercise"
         for test in exercise.tests:
             assert (ROOT / test.partition("::")[0]).is_file(), f"{where}: {test} is not there"
-        assert f"## {exercise.lesson}" in sections, f"{where}: the lesson has no section {exercise.lesson!r}"
+        page, _, section = exercise.lesson.rpartition(".md: ")  # `Section` of README.md, or `PAGE.md: Section`
+        page = f"{page}.md" if page else "README.md"
+        sections = (real.path / page).read_text("utf-8").splitlines()
+        assert f"## {section}" in sections, f"{where}: {page} has no section {section!r}"
 
 
 @pytest.mark.parametrize("real", PARTS, ids=lambda part: part.name)
@@ -133,7 +135,9 @@ def test_the_lessons_of_the_course_show_their_images_in_a_copy(real: Part, tmp_p
         (tmp_path / name).symlink_to(ROOT / name)
     learner = Part(tmp_path, real.name, real.exercises)
     start(learner)
-    for page in sorted(learner.copy.glob("*.md")):
-        links = re.findall(r"\]\(([^)#\s:]+)[)#]", page.read_text(encoding="utf-8"))
+    for page in sorted(learner.copy.rglob("*.md")):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        links = re.findall(r"\]\(([^)#\s:]+)[)#]", text)
         lost = [link for link in links if not (page.parent / link).exists()]
-        assert not lost, f"{page.name} of workspace/{real.name} links to {lost}, which are not there"
+        place = page.relative_to(learner.copy)
+        assert not lost, f"{place} of workspace/{real.name} links to {lost}, which are not there"

@@ -108,28 +108,30 @@ PIECES = {
     ),
     "kv_cache": _piece(
         3, 562, "green", Version(1, "KV cache", "DynamicCache"), Version(3, "KV cache", "a pool of blocks"),
-        Version(14, "KV cache", "numbers or codes"), height=112,
+        Version(14, "KV cache", "numbers or codes"), Version(15, "KV cache", "written by a kernel"), height=112,
     ),
     "tokens": _piece(0, 628, "green", Version(3, "Token buffer", "stays on the device")),
     "sampler": _piece(
         1, 628, "green", Version(1, "Sampler", "one token id"), Version(3, "Sampler", "the whole batch"),
-        Version(8, "Sampler", "verifies draft tokens"),
+        Version(8, "Sampler", "verifies draft tokens"), Version(15, "Sampler", "samples without a sort"),
     ),
     "draft_model": _piece(2, 628, "green", Version(8, "Draft model", "proposes draft tokens")),
     "offloader": _piece(
         2, 352, "purple", Version(12, "Offloader", ""), Version(13, "Offloader", ""), height=PILL_HEIGHT,
     ),
     "transfer": _piece(1, 352, "purple", Version(13, "KVTransfer", ""), height=PILL_HEIGHT),
-    "quantization": _piece(0, 694, "green", Version(14, "Quantization", "codes and scales")),
+    "quantization": _piece(
+        0, 694, "green", Version(14, "Quantization", "codes and scales"),
+        Version(15, "Quantization", "a kernel per backend"),
+    ),
     "fetcher": _piece(1, 694, "green", Version(12, "Layer fetcher", "weights that don't fit")),
     "copier": _piece(3, 694, "green", Version(12, "Block copier", "host, disk, Redis")),
     "sender": _piece(2, 694, "green", Version(13, "KV sender, receiver", "from engine to engine")),
+    "graphs": _piece(0, 760, "green", Version(15, "CUDA graphs", "a step is one call")),
     "kernels": _piece(
-        0, 760, "green",
-        Version(15, "Kernels", "CUDA C++, Triton or Numba for each operation, behind one record of functions"),
-        num_columns=3,
+        1, 760, "green", Version(15, "Kernels", "CUDA C++, Triton or Numba for each operation"), num_columns=2
     ),
-    "graphs": _piece(3, 760, "green", Version(15, "CUDA graphs", "a step is one call")),
+    "packed": _piece(3, 760, "green", Version(15, "Packed matrices", "in oneDNN's layout")),
 }  # fmt: skip
 
 SPINE = (
@@ -152,14 +154,19 @@ ARROWS = (
     ("blocks", "prefix"), ("engine", "executor"), ("scheduler", "speculation"), ("executor", "runner"),
     ("runner", "model"), ("model", "attention"), ("attention", "kv_cache"), ("runner", "tokens"), ("model", "sampler"),
     ("sampler", "tokens"), ("sampler", "draft_model"), ("draft_model", "kv_cache"), ("offloader", "blocks"),
-    ("kv_cache", "copier"), ("transfer", "scheduler"), ("kv_cache", "sender"),
+    ("kv_cache", "copier"), ("transfer", "scheduler"), ("kv_cache", "sender"), ("model", "kernels"),
+    ("runner", "graphs"),
 )  # fmt: skip
 EARLY_ARROWS = (  # (from, to, part in which a piece between them makes the arrow obsolete)
     ("client", "server", 10), ("server", "engine", 2), ("async_llm", "engine", 5), ("engine", "output", 3),
     ("engine", "blocks", 4), ("engine", "model", 3), ("model", "kv_cache", 3),
 )  # fmt: skip
 LATE_ARROWS = {("async_llm", "output"): 3}  # the first part that has the arrow; the default is 1
-ROUTES = {("kv_cache", "sender"): [(668.0, 664.0), (654.0, 664.0), (654.0, 717.0), (640.0, 717.0)]}  # around a corner
+ROUTES = {  # around corners
+    ("kv_cache", "sender"): [(668.0, 664.0), (654.0, 664.0), (654.0, 717.0), (640.0, 717.0)],
+    ("model", "kernels"): [(460.0, 600.0), (474.0, 600.0), (474.0, 760.0)],
+    ("runner", "graphs"): [(280.0, 600.0), (294.0, 600.0), (294.0, 783.0), (280.0, 783.0)],
+}
 ROOMS = (  # (name, what it does, its rectangle)
     ("api", "serves clients", "blue", Rect(MARGIN, 134, RIGHT - MARGIN, 184)),
     ("core", "decides", "purple", Rect(MARGIN, 338, RIGHT - MARGIN, 186)),

@@ -14,6 +14,7 @@ from . import (
     gpu,
     kernel_choice,
     kv_blocks,
+    lifecycle,
     offload,
     one_request,
     overview,
@@ -59,5 +60,6 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "kernel_choice": kernel_choice.kernel_choice,
     "warp_reduction": gpu.warp_reduction,
     "split_kv": gpu.split_kv,
+    "lifecycle": lifecycle.lifecycle,
     **{f"architecture_part{part:02}": partial(architecture.architecture_part, part) for part in architecture.SUBTITLES},
 }

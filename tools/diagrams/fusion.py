@@ -43,7 +43,7 @@ ADD_NORM = Operation("`add_rms_norm`", 1, 2, 2)
 ADD, NORM = Operation("add", 1, 2, 1), Operation("norm", 1, 1, 1)
 STAGES = (
     Stage(ADD_NORM, (ADD, NORM)),
-    Stage(Operation("product: `qkv_proj`", 1, 1, 2)),
+    Stage(Operation("GEMM: `qkv_proj`", 1, 1, 2)),
     Stage(
         Operation("`rotate_and_store`", 1, 2, 2),
         (
@@ -52,14 +52,14 @@ STAGES = (
         ),
     ),
     Stage(Operation("attention", 1, 1, 1)),
-    Stage(Operation("product: `o_proj`", 1, 1, 1)),
+    Stage(Operation("GEMM: `o_proj`", 1, 1, 1)),
     Stage(ADD_NORM, (ADD, NORM)),
-    Stage(Operation("product: `gate_up_proj`", 1, 1, 6)),
+    Stage(Operation("GEMM: `gate_up_proj`", 1, 1, 6)),
     Stage(
         Operation("`silu_and_mul`", 1, 6, 3),
         (Operation("silu of the gates", 1, 3, 3), Operation("multiply", 1, 6, 3)),
     ),
-    Stage(Operation("product: `down_proj`", 1, 3, 1)),
+    Stage(Operation("GEMM: `down_proj`", 1, 3, 1)),
 )  # fmt: skip
 BEFORE = tuple(operation for stage in STAGES for operation in stage.before)
 AFTER = tuple(stage.after for stage in STAGES if stage.before)
@@ -79,11 +79,11 @@ def fused_operations() -> Drawing:
     before, after = total(BEFORE), total(AFTER)
     drawing = Drawing(
         "The small operations of a decoder layer, fused",
-        f"Two columns of boxes, from top to bottom. Left, part 14: {_spoken(BEFORE)}; between them are four products "
-        f"and attention. Right, part 15: {_spoken(AFTER)}; the products and attention are the same. The unit is one "
-        f"hidden state. In total, the small operations of part 14 are {before.launches} launches that read "
-        f"{before.reads:g} and write {before.writes:g}; those of part 15 are {after.launches} launches that read "
-        f"{after.reads:g} and write {after.writes:g}.",
+        f"Two columns of boxes, from top to bottom. Left, part 14: {_spoken(BEFORE)}; between them are four matrix "
+        f"multiplications (GEMMs) and attention. Right, part 15: {_spoken(AFTER)}; the GEMMs and attention are the "
+        f"same. The unit is one hidden state. In total, the small operations of part 14 are {before.launches} launches "
+        f"that read {before.reads:g} and write {before.writes:g}; those of part 15 are {after.launches} launches that "
+        f"read {after.reads:g} and write {after.writes:g}.",
     )
     top = drawing.heading(
         "Fewer passes over memory, and fewer launches: a fused operation keeps in registers what the others write to "
@@ -112,7 +112,8 @@ def fused_operations() -> Drawing:
     assert end < RIGHT, "the legend fits"
     note = (
         "Launches are those on a GPU. Not counted: weights, the context that attention reads, and the table of cosines "
-        "and sines. Each “rotate” is 4 multiplications, a difference, a sum and a concatenation. Splitting queries, "
+        "and sines. A GEMM is a matrix multiplication. Each “rotate” is 4 multiplications, a difference, a sum and a "
+        "concatenation. Splitting queries, "
         "keys and values moves nothing: they are views of one tensor. The first add belongs to the layer before."
     )
     drawing.paragraph(MARGIN, bottom + 56, note, RIGHT - MARGIN, SMALL, "muted")

@@ -35,7 +35,7 @@ def warp_reduction() -> Drawing:
         f"Eight lanes hold the numbers {_listed(steps[0])}. In the first step, each lane reads the number of the lane "
         f"whose index differs in bit value 4 and keeps the larger one: {_listed(steps[1])}. In the second step it "
         f"differs in 2: {_listed(steps[2])}. In the third step it differs in 1: {_listed(steps[3])}. All lanes have "
-        "the maximum of all. A warp has 32 lanes and needs five steps, with 16, 8, 4, 2 and 1.",
+        "the maximum of all. A warp has 32 lanes and needs five steps, with lane xor 16, 8, 4, 2, 1.",
     )
     top = drawing.heading(
         "In each step, a lane reads a register of another lane and keeps the larger number. No memory, no barrier."
@@ -63,8 +63,8 @@ def warp_reduction() -> Drawing:
     drawing.legend(LANE_LEFT, bottom + 28, [("orange-strong", f"where {max(LANES)}, the largest number, has arrived")])
     note = (
         "Grey: a lane's own number. Blue: what it reads. `warp_reduce` in `common.cuh` does this with "
-        "`__shfl_xor_sync` for the 32 lanes of a warp: five steps, with xor "
-        f"{_listed(tuple(shuffles(WARP)))}."
+        "`__shfl_xor_sync` for the 32 lanes of a warp: five steps, with lane xor "
+        f"{', '.join(str(bit) for bit in shuffles(WARP))}."
     )
     drawing.paragraph(MARGIN, bottom + 60, note, RIGHT - MARGIN, SMALL, "muted")
     return drawing

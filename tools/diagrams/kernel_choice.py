@@ -73,7 +73,7 @@ def _steps(drawing: Drawing, y: float) -> float:
         drawing.arrow([start.right_center, end.left_center])
     lane = y - 18
     drawing.arrow([rects[1].top_center, (rects[1].cx, lane), (rects[3].cx, lane), rects[3].top_center])
-    label = "on a CPU, with several ranks, or if only one can: the first that can"
+    label = "on a CPU, with several ranks, or if only one can: the first usable backend"
     drawing.text((rects[1].cx + rects[3].cx) / 2, lane - 11, label, SMALL, "muted", "middle")
     drawing.text(rects[1].x, rects[1].bottom + 15, "If not, the reason is noted.", SMALL, "muted")
     return y + height + 16

@@ -42,8 +42,8 @@ COLUMNS = (  # (name, left edge, width)
 )  # fmt: skip
 ROW_HEIGHT, ROW_PITCH = 26.0, 30.0
 # The kernels of a layer, in order: those of all layers are one graph.
-LAYER = ("norm", "product", "rotary", "attention", "product", "norm", "product", "activation", "product")
-KERNEL_HUES = {"product": "grey-strong", "attention": "green-strong"}  # all others: orange
+LAYER = ("norm", "GEMM", "rotary", "attention", "GEMM", "norm", "GEMM", "activation", "GEMM")
+KERNEL_HUES = {"GEMM": "grey-strong", "attention": "green-strong"}  # all others: orange
 
 
 def padded_step() -> Drawing:
@@ -127,7 +127,7 @@ def _graph(drawing: Drawing, rect: Rect) -> Rect:
             drawing.shape(Rect(left + index * pitch, y, cell, cell), style, 2)
     y = top + NUM_LAYERS * 24 + 8
     drawing.text(rect.x + 14, y, "One call replays all kernels.", SMALL_BOLD)
-    items = (("grey-strong", "product"), ("green-strong", "attention"), ("orange-strong", "fused small operation"))
+    items = (("grey-strong", "GEMM"), ("green-strong", "attention"), ("orange-strong", "fused small operation"))
     drawing.legend(rect.x + 14, y + 26, items[:2])
     drawing.legend(rect.x + 14, y + 48, items[2:])
     return rect

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from llvmlite.binding import get_host_cpu_name
 from torch import Tensor
+
+from common.results import machine_stamp
 
 from .build import cache_directory
 
@@ -27,7 +30,7 @@ Functions = Mapping[str, Callable[..., Tensor]]
 
 
 class Tuner:
-    """Keeps what it has measured in a file. path: of the file; None for one in the user's cache directory."""
+    """Keeps what it has measured in a file. path: of the file; None: a file in the user's cache directory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_directory() / "autotune.json"
@@ -53,7 +56,7 @@ class Tuner:
             known = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}
-        return known if isinstance(known, dict) else {}
+        return {key: times for key, times in known.items() if has_times(times)} if isinstance(known, dict) else {}
 
     def _write(self, known: dict[str, dict[str, float]]) -> None:
         """A reader sees the old file or the new one. If it can't be written, the next start measures again."""
@@ -64,6 +67,11 @@ class Tuner:
             temporary.replace(self.path)
 
 
+def has_times(times: object) -> bool:
+    """Whether an entry of the file is what _write() puts there."""
+    return isinstance(times, dict) and all(isinstance(each, float) and each > 0 for each in times.values())
+
+
 def shape(situation: Situation) -> tuple[Any, ...]:
     return (
         situation.dtype, situation.kv_dtype, situation.num_heads, situation.num_kv_heads, situation.head_dim,
@@ -72,7 +80,13 @@ def shape(situation: Situation) -> tuple[Any, ...]:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu of {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+@cache
+def cpu_name() -> str:
+    """The CPU's model as the system names it, which in a virtual machine may be vague, and as LLVM does; its cores."""
+    return f"{machine_stamp()['cpu']} ({get_host_cpu_name()}), {os.cpu_count()} cores"
 
 
 @cache
@@ -86,7 +100,7 @@ def sources() -> str:
 
 
 def time_all(run: Callable[[Any], object], candidates: Mapping[str, Any], device: torch.device) -> dict[str, float]:
-    """The median of several runs of each candidate, which take turns. One that fails is left out."""
+    """The median of several interleaved runs of each candidate. One that fails is left out."""
     times: dict[str, list[float]] = {}
     for name, candidate in candidates.items():
         with contextlib.suppress(RuntimeError, NotImplementedError):
@@ -113,6 +127,8 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def attention_case(situation: Situation) -> Callable[[Functions], object]:
+    """A decode of 16 sequences and, in the same measurement, a prefill: a chunk of 16 tokens of one sequence. All have
+    a context of 512 tokens."""
     heads, device = (situation.num_heads, situation.head_dim), situation.device
     num_blocks = NUM_SEQS * CONTEXT_LEN // BLOCK_SIZE
     query = torch.randn(NUM_SEQS, *heads, dtype=situation.dtype, device=device)

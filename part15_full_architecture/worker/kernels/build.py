@@ -13,21 +13,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from llvmlite.binding import get_host_cpu_name
+
 SOURCES_VARIABLE = "LLM_COURSE_KERNEL_SOURCES"  # a folder in place of cuda/; `workshop check` prepares one
 SOURCES = Path(os.environ.get(SOURCES_VARIABLE) or Path(__file__).parent / "cuda")
 INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
-CACHE_VARIABLE = "LLM_COURSE_KERNEL_CACHE"
+CACHE_VARIABLE, BUILDING = "LLM_COURSE_KERNEL_CACHE", "building-"
 CPU_FLAGS = ("-std=c++17", "-O2", "-g", "-march=native", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
-WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror=return-type")
 CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static")
 
 
+STALE_S = 3_600.0  # a folder in the cache that is older belongs to a build that was killed
+
+
 class NoCompilerError(RuntimeError):
-    """There is no compiler for this target; the message says how to get one."""
+    """There is no compiler for this target, or it does not work; the message says which, or how to get one."""
 
 
 class CompileError(RuntimeError):
@@ -47,22 +53,52 @@ class Target:
 def build(source: Path, target: Target) -> Path:
     """The library of a source, which is compiled if that has not been done before.
 
-    Raises NoCompilerError or CompileError. Several processes may build the same library at once.
+    Raises NoCompilerError, CompileError, or OSError if the cache cannot be written. Several processes may build the
+    same library at once.
     """
     command = compile_command(target)
     library = cache_directory() / f"{source.stem}-{target.arch}-{digest(source, command)}.so"
-    if library.exists():
+    if is_intact(library):
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        output = Path(directory).resolve() / library.name
+    with temporary_directory(library.parent) as directory:
+        output = Path(directory) / library.name
         # Relative paths, so that neither the library nor the compiler's messages depend on where the sources are.
         arguments = [*command, os.path.relpath(source, SOURCES), "-o", str(output)]
         done = subprocess.run(arguments, cwd=SOURCES, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CompileError(f"{source.name} for {target.arch}: {command[0]} failed:\n{done.stderr or done.stdout}")
-        output.replace(library)
+        if not output.exists():
+            raise CompileError(f"{source.name} for {target.arch}: {command[0]} succeeded, but wrote no library")
+        checksum_path(output).write_text(checksum(output))
+        for path in (output, checksum_path(output)):
+            path.replace(library.parent / path.name)
     return library
+
+
+def is_intact(library: Path) -> bool:
+    """Whether a library exists and is whole: one that was cut off would kill the process that loads it."""
+    path = checksum_path(library)
+    return library.exists() and path.exists() and path.read_text() == checksum(library)
+
+
+def checksum_path(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def temporary_directory(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder in the cache. Removes what killed builds have left there. Raises OSError that names the variable."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for path in parent.glob(f"{BUILDING}*"):
+            if time.time() - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
+        return tempfile.TemporaryDirectory(prefix=BUILDING, dir=parent)
+    except OSError as error:
+        raise OSError(f"cannot write compiled kernels to {parent}: {error.strerror}; set {CACHE_VARIABLE}") from error
 
 
 def compile_command(target: Target) -> list[str]:
@@ -75,8 +111,9 @@ def compile_command(target: Target) -> list[str]:
 
 
 def digest(source: Path, command: list[str]) -> str:
-    """A hash of all that a library depends on."""
-    found = hashlib.sha256("\0".join([version(command[0]), *command[1:]]).encode())
+    """A hash of all that a library depends on; -march=native depends on the CPU."""
+    cpu = get_host_cpu_name() if "-march=native" in command else ""
+    found = hashlib.sha256("\0".join([cpu, version(command[0]), *command[1:]]).encode())
     for path in with_headers(source):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
@@ -95,15 +132,21 @@ def with_headers(source: Path) -> list[Path]:
 
 @cache
 def version(compiler: str) -> str:
-    """What a compiler says of itself."""
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    """The compiler's version string. Raises NoCompilerError if it does not run."""
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NoCompilerError(f"{compiler} --version failed: {error}") from None
 
 
 def find_cxx() -> str:
     """A C++ compiler: the one in CXX, or g++, or clang++. Raises NoCompilerError."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (path := shutil.which(name)):
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["g++", "clang++"]:
+        if path := shutil.which(name):
             return path
+    if wanted:
+        raise NoCompilerError(f"CXX is {wanted!r}: expected the name or path of a C++ compiler")
     raise NoCompilerError("no C++ compiler was found: install g++ (apt install g++) or clang, or set CXX")
 
 
@@ -139,6 +182,6 @@ def nvcc_paths() -> list[str]:
 def cache_directory() -> Path:
     """Where libraries are kept: LLM_COURSE_KERNEL_CACHE, or a directory in the user's cache."""
     if directory := os.environ.get(CACHE_VARIABLE):
-        return Path(directory)
+        return Path(directory).expanduser().resolve()
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "llm-engine-course" / "kernels"

@@ -18,13 +18,13 @@ from ...kernel_names import BACKENDS, TUNED, parse_kernels
 from ..quantization.products import reference_product
 from . import reference
 from .autotune import CASES, Tuner, shape
-from .build import NoCompilerError, find_cxx, find_nvcc
+from .build import NoCompilerError, find_cxx, find_nvcc, version
 
 # Each operation with its functions, and where backends have them, from this package on: a module, or module:function.
 OPERATIONS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "attention": (
         ("paged_attention",),
-        {"torch": ".reference", "numba": ".cpu.attention", "triton": "..triton_attention", "cuda": ".cuda.attention"},
+        {"torch": ".reference", "numba": ".cpu.attention", "triton": ".triton.attention", "cuda": ".cuda.attention"},
     ),
     "norm": (
         ("add_rms_norm", "rms_norm"),
@@ -60,6 +60,7 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 # What "auto" takes first. On a GPU with several candidates, they are measured instead.
 PREFERENCE = {"cpu": ("numba", "torch"), "cuda": ("triton", "cuda", "torch")}
 CUDA_HEAD_DIMS = (32, 64, 96, 128, 256)
+TURING, MAX_TURING_HEAD_DIM = (7, 5), 128  # prefill_tiled needs 69 KiB of shared memory for head_dim 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of all operations; each is described in reference.py. Without arguments: the references.
+    """The functions of all operations; each is described in reference.py. By default, every field is the torch
+    reference.
 
     quantized_linear(rows, weight) has a QuantizedWeight instead of its tensors.
     """
@@ -90,7 +92,7 @@ class Kernels:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a choice depends on. kv_dtype: of the KV cache. num_ranks: that share each layer."""
+    """What the choice depends on. kv_dtype: of the KV cache. num_ranks: how many ranks share each layer."""
 
     device: torch.device
     dtype: torch.dtype
@@ -109,8 +111,8 @@ class Situation:
 
 
 def choose_kernels(text: str, situation: Situation, tuner: Tuner | None = None) -> Kernels:
-    """The kernels for a model. text: the value of --kernels. tuner: measures; None for one that keeps its results in
-    the user's cache directory.
+    """The kernels for a model. text: the value of --kernels. tuner: measures the candidates; None: create one in the
+    user's cache directory.
 
     Raises FieldError if a backend that was asked for cannot be used, and says why.
     """
@@ -164,6 +166,9 @@ def why_not(operation: str, backend: str, situation: Situation) -> str:
         case "cuda":
             if operation == "attention" and situation.head_dim not in CUDA_HEAD_DIMS:
                 return f"no kernel for head_dim {situation.head_dim}: expected one of {CUDA_HEAD_DIMS}"
+            if operation == "attention" and capability == TURING and situation.head_dim > MAX_TURING_HEAD_DIM:
+                limit = f"expected at most {MAX_TURING_HEAD_DIM}"
+                return f"head_dim {situation.head_dim} on compute capability 7.5, with 64 KiB of shared memory: {limit}"
             if capability is not None and capability < (7, 0):
                 return f"compute capability {capability[0]}.{capability[1]}: expected 7.0 or higher"
             if capability is not None and operation.endswith("_linear") and capability < (8, 0):
@@ -171,7 +176,7 @@ def why_not(operation: str, backend: str, situation: Situation) -> str:
             if capability is not None and situation.dtype == torch.bfloat16 and capability < (8, 0):
                 return f"bfloat16 on compute capability {capability[0]}.{capability[1]}: expected 8.0 or higher"
             try:
-                find_cxx() if is_on_cpu else find_nvcc()
+                version(find_cxx() if is_on_cpu else find_nvcc())
             except NoCompilerError as error:
                 return str(error)
     return ""

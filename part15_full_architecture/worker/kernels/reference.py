@@ -116,11 +116,12 @@ def merge_states(outputs: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
 
     outputs: [num_parts, …, head_dim], float32: attention over each part alone. log_sums: [num_parts, …], float32, the
     log of the sum of exp(scores) in each part: -inf for an empty part, whose output does not count. Returns the
-    attention over all parts, and its log-sum-exp: zeros and -inf if all parts are empty. (FlashAttention 2, FlashInfer)
+    attention over all parts, and its log-sum-exp: zeros and -inf if all parts are empty, NaN if a log-sum-exp is NaN.
+    (FlashAttention 2, FlashInfer)
     """
     total = log_sums.logsumexp(dim=0)
-    weights = (log_sums - total).exp().nan_to_num(0.0).unsqueeze(-1)
-    return torch.where(weights > 0, weights * outputs, 0.0).sum(dim=0), total
+    weights = (log_sums - total).exp().masked_fill(log_sums == -torch.inf, 0.0).unsqueeze(-1)
+    return torch.where(weights != 0, weights * outputs, 0.0).sum(dim=0), total
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

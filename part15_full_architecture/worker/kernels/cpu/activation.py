@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...cpu_attention import OPTIONS, _jit_cached, exp, to_float32
 from .. import reference
-from .norm import DTYPES, LIKE, from_float32, numbers_at
+from .memory import DTYPES, LIKE, from_float32, numbers_at
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

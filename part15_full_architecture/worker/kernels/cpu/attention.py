@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import cpu_attention
 from ...cpu_attention import OPTIONS, _jit_cached, exp, to_float32, token_attention
 from .. import reference
-from .norm import DTYPES, LIKE, numbers_at
+from .memory import DTYPES, LIKE, numbers_at
 
 TILE_SIZE = 64  # keys
 CHUNK = 32  # dimensions; head_dim must be a multiple of it

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...cpu_attention import OPTIONS, _jit_cached, to_float32
 from .. import reference
-from .norm import DTYPES, EXACT, LIKE, from_float32, numbers_at
+from .memory import DTYPES, EXACT, LIKE, from_float32, numbers_at
 
 CODE_DTYPES = (torch.int8, torch.uint8)
 ROUND = np.float32(1.5 * 2**23)  # a float32 of this size has no fraction: adding it rounds, and the low bits are n

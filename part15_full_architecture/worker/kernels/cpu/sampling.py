@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...cpu_attention import OPTIONS, _jit_cached, exp
-from .norm import EXACT, numbers_at
+from .memory import EXACT, numbers_at
 
 BLOCK_SIZE = 64  # tokens with a common maximum
 LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)

@@ -22,7 +22,7 @@
 // Reads: with twice the rows per tile, half as much as prefill_wmma.cu. Operations of a prompt of n tokens: about
 // 2 n^2 head_dim per query head (half of 4 n^2 head_dim, because of the causal mask).
 #include "cuda_on_cpu/ptx.h"
-#include "paged_decode.cuh"
+#include "paged_cache.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP, TILE_KEYS = 64;
 constexpr int SIDE = 16;    // rows of an mma, and columns of its left operand

@@ -12,10 +12,11 @@
 // registers.
 //
 // Shared memory for head_dim d, all floats: the queries (32 x (d + 4)), one tile of keys, and later of values, in the
-// same place (32 x (d + 4)), and the weights (32 x 32): 38 KB for 128 dimensions. Rows are padded by 16 bytes: without,
-// lanes that read the same columns of neighboring rows would all hit the same bank.
+// same place (32 x (d + 4)), and the weights (32 x 32): 37 KiB for 128 dimensions, and 69 KiB for 256, which is more
+// than the 64 KiB of compute capability 7.5. Rows are padded by 16 bytes: without, lanes that read the same columns of
+// neighboring rows would all hit the same bank.
 // Reads the context's keys and values once per tile of queries, most of them from the L2 cache.
-#include "paged_decode.cuh"
+#include "paged_cache.cuh"
 
 constexpr int TILE_ROWS = 32, TILE_KEYS = 32, WARPS = 4, WARP_ROWS = TILE_ROWS / WARPS;
 

@@ -17,7 +17,7 @@
 // the weights (64 x 72, 16 bits): 77 KiB for 128 dimensions. Rows are padded by 16 bytes to spread them over the banks.
 // Reads: each tile of queries reads the keys and values up to its causal limit; with twice the rows, half as much in
 // total as prefill_tiled.cu.
-#include "paged_decode.cuh"
+#include "paged_cache.cuh"
 
 using namespace nvcuda;
 

@@ -1,4 +1,4 @@
-"""Products with matrices of codes (W8A16, W4A16) in CUDA: one kernel for few rows, one for tensor cores."""
+"""Products with matrices of codes (W8A16, W4A16) in CUDA: a kernel for few rows and one for many."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _launch(
         assert tensor is None or tensor.is_contiguous(), f"{name} is not contiguous"
     output = rows.new_empty(num_rows, out_features)
     if output.numel():
-        Library("quantized_linear").call(
+        Library(symbol).call(
             symbol, rows, codes, scale, zero, output, rows.dtype, CODE_TYPES[kind], codes_per_byte, num_rows,
             out_features, num_groups, group_size,
         )  # fmt: skip

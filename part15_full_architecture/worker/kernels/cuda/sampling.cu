@@ -13,16 +13,16 @@
 // Probabilities are added as 64-bit integers, multiples of 2^-44 of the likeliest token's. So the sum does not depend
 // on the order in which the threads add, and neither does the token.
 //
-// Shared memory: 18.5 KiB. The counters of 256 buckets, 8 copies of each: logits are so close together that most
-// tokens fall into a few buckets, and threads that add to the same counter at the same time wait for each other.
+// Shared memory: 18.5 KiB. The counters of 256 bins, 8 copies of each: logits are so close together that most
+// tokens fall into a few bins, and threads that add to the same counter at the same time wait for each other.
 // Memory traffic: a row of V tokens is 4 V bytes. It is read once if the temperature is 0, else 2 to 10 times: from
 // the L2 cache, after the first time.
 #include "common.cuh"
 
 typedef unsigned long long uint64;
 
-constexpr int BUCKET_BITS = 8, NUM_BUCKETS = 1 << BUCKET_BITS, NUM_COPIES = 8;
-constexpr int COPY_SIZE = NUM_BUCKETS + 1;     // one more, so that the copies of a counter are in different banks
+constexpr int BIN_BITS = 8, NUM_BINS = 1 << BIN_BITS, NUM_COPIES = 8;
+constexpr int COPY_SIZE = NUM_BINS + 1;     // one more, so that the copies of a counter are in different banks
 constexpr float MASS_OF_LIKELIEST = 0x1p44f;   // the integer that stands for the likeliest token's probability
 constexpr index_t MAX_VOCAB_SIZE = 1 << 19;    // so many of these integers add up to 2^63, which 64 bits can hold
 constexpr uint64 GOLDEN_RATIO = 0x9e3779b97f4a7c15ull;  // 2^64 / φ: the step between two inputs of SplitMix64
@@ -82,38 +82,38 @@ struct Counters {
     __device__ void clear() {
         for (int i = threadIdx.x; i < NUM_COPIES * COPY_SIZE; i += blockDim.x) lower[i] = upper[i] = 0;
     }
-    __device__ void add(unsigned bucket, uint64 amount) {
-        const unsigned at = threadIdx.x % NUM_COPIES * COPY_SIZE + bucket, low = (unsigned)amount;
+    __device__ void add(unsigned bin, uint64 amount) {
+        const unsigned at = threadIdx.x % NUM_COPIES * COPY_SIZE + bin, low = (unsigned)amount;
         const unsigned before = atomicAdd(&lower[at], low), carry = before + low < low;
         const unsigned high = (unsigned)(amount >> 32) + carry;
         if (high) atomicAdd(&upper[at], high);
     }
-    __device__ uint64 sum_of_copies(int bucket) const {
+    __device__ uint64 sum_of_copies(int bin) const {
         uint64 sum = 0;
         for (int copy = 0; copy < NUM_COPIES; copy++) {
-            const int at = copy * COPY_SIZE + bucket;
+            const int at = copy * COPY_SIZE + bin;
             sum += ((uint64)upper[at] << 32) + lower[at];
         }
         return sum;
     }
 };
 
-// The shared memory of a search. The last three are what a step finds: the bucket in which the target is reached,
-// counted from the highest bucket down, the part of the target that is left for it, and whether the target is reached.
+// The shared memory of a search. The last three are what a step finds: the bin in which the target is reached,
+// counted from the highest bin down, the part of the target that is left for it, and whether the target is reached.
 struct Search {
     Counters counters;
-    uint64 amounts[NUM_BUCKETS];  // the counters, with their copies added up
+    uint64 amounts[NUM_BINS];  // the counters, with their copies added up
     uint64 target_left;
-    unsigned bucket;
+    unsigned bin;
     bool is_reached;
 };
 
-// Finds the bucket from search->amounts. Only the first warp calls this; each lane takes 8 neighboring buckets.
-template <class TargetOf> __device__ void choose_bucket(Search* search, TargetOf target_of) {
-    constexpr int BUCKETS_PER_LANE = NUM_BUCKETS / WARP;
-    const int lane = threadIdx.x, begin = lane * BUCKETS_PER_LANE;
+// Finds the bin from search->amounts. Only the first warp calls this; each lane takes 8 neighboring bins.
+template <class TargetOf> __device__ void choose_bin(Search* search, TargetOf target_of) {
+    constexpr int BINS_PER_LANE = NUM_BINS / WARP;
+    const int lane = threadIdx.x, begin = lane * BINS_PER_LANE;
     uint64 own = 0;
-    for (int i = 0; i < BUCKETS_PER_LANE; i++) own += search->amounts[begin + i];
+    for (int i = 0; i < BINS_PER_LANE; i++) own += search->amounts[begin + i];
     uint64 from_here = own;  // becomes the sum over this lane and all higher ones
     for (int offset = 1; offset < WARP; offset *= 2) {
         const uint64 higher = __shfl_down_sync(ALL_LANES, from_here, offset);
@@ -122,10 +122,10 @@ template <class TargetOf> __device__ void choose_bucket(Search* search, TargetOf
     const uint64 total = __shfl_sync(ALL_LANES, from_here, 0), target = target_of(total);
     if (lane == 0) search->is_reached = total >= target;
     uint64 above = from_here - own;
-    if (above >= target || from_here < target) return;  // another lane has the bucket
-    int bucket = begin + BUCKETS_PER_LANE - 1;
-    while (above + search->amounts[bucket] < target) above += search->amounts[bucket--];
-    search->bucket = bucket;
+    if (above >= target || from_here < target) return;  // another lane has the bin
+    int bin = begin + BINS_PER_LANE - 1;
+    while (above + search->amounts[bin] < target) above += search->amounts[bin--];
+    search->bin = bin;
     search->target_left = target - above;
 }
 
@@ -134,29 +134,29 @@ template <class TargetOf> __device__ void choose_bucket(Search* search, TargetOf
 // target_of(total): the target, where total is what all tokens amount to. All threads of the block must call this.
 template <int N, class AmountOf, class TargetOf>
 __device__ unsigned find_limit(const Row& row, unsigned limit, Search* search, AmountOf amount_of, TargetOf target_of) {
-    constexpr int FIRST_SHIFT = 32 - BUCKET_BITS;
+    constexpr int FIRST_SHIFT = 32 - BIN_BITS;
     unsigned known = 0;  // the upper bits of the result, as far as they are known, then zeros
     uint64 target = 0;   // what the tokens that agree in these bits must amount to
-    for (int shift = FIRST_SHIFT; shift >= 0; shift -= BUCKET_BITS) {
+    for (int shift = FIRST_SHIFT; shift >= 0; shift -= BIN_BITS) {
         search->counters.clear();
         __syncthreads();
         for_each_token<N>(row, [&](int, float logit) {
             const float scaled = logit / row.temperature;
-            const unsigned key = to_key(scaled), bucket = (key ^ known) >> shift;
-            const bool agrees = bucket < NUM_BUCKETS;  // else the known bits differ
-            if (agrees && key >= limit) search->counters.add(bucket, amount_of(scaled));
+            const unsigned key = to_key(scaled), bin = (key ^ known) >> shift;
+            const bool agrees = bin < NUM_BINS;  // else the known bits differ
+            if (agrees && key >= limit) search->counters.add(bin, amount_of(scaled));
         });
         __syncthreads();
-        for (int i = threadIdx.x; i < NUM_BUCKETS; i += blockDim.x) {
+        for (int i = threadIdx.x; i < NUM_BINS; i += blockDim.x) {
             search->amounts[i] = search->counters.sum_of_copies(i);
         }
         __syncthreads();
         if (threadIdx.x < WARP) {
-            choose_bucket(search, [=](uint64 total) { return shift == FIRST_SHIFT ? target_of(total) : target; });
+            choose_bin(search, [=](uint64 total) { return shift == FIRST_SHIFT ? target_of(total) : target; });
         }
         __syncthreads();
         if (!search->is_reached) return limit;
-        known |= search->bucket << shift;
+        known |= search->bin << shift;
         target = search->target_left;
     }
     return known;

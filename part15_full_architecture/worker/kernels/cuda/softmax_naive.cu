@@ -3,8 +3,10 @@
 //   maximum = max(row);  sum = Σ exp(row[i] - maximum);  output[i] = exp(row[i] - maximum) / sum
 //
 // A block is 128 threads, and each of them walks through a row of its own. That is the slow way to use a GPU: the 32
-// threads of a warp run in step, so at any moment they read 32 numbers that are a row apart. Each number comes from
-// another 32-byte sector, and most of every sector is thrown away: such reads are called uncoalesced.
+// threads of a warp run in step, so at any moment they read 32 numbers that are a row apart. Such a load is called
+// uncoalesced: each number is in another 32-byte sector, so one instruction needs 32 sectors, where 32 neighboring
+// floats are in 4. The next instructions read the rest of the same sectors: a cache may still have them, but only as
+// long as the sectors of all rows that are being read fit.
 //
 // It is also the least exact way: one thread adds all the numbers of a row, one after another, and each of so many
 // additions rounds. In the other rungs each thread adds a part of the row.

@@ -36,6 +36,7 @@ __device__ SoftmaxState merge_warp(SoftmaxState state) {
 }
 
 // Merges the states of all threads of the block; the result reaches every thread. The block has whole warps, at most 32.
+// A kernel may call this only once: unlike block_reduce, it doesn't wait until an earlier call has been read.
 __device__ SoftmaxState merge_block(SoftmaxState state) {
     __shared__ SoftmaxState of_warp[WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, num_warps = blockDim.x / WARP;

@@ -26,7 +26,8 @@ def split_kv(
     """Attention of sequences with one new token each, over contexts that several programs share (Dao et al., 2023).
 
     A decode of one sequence has one program per KV head, so most of a GPU has no work. Here each context is split into
-    parts: a program attends to one part, and a second kernel merges the parts by their log-sum-exps.
+    parts: a program attends to one part, and a second kernel merges the parts by their log-sum-exps. attention.py calls
+    this if there is more than one part.
 
     The arguments are triton_attention.py::paged_attention's, with max_query_len == 1: a sequence has one query or none.
     Returns query's shape and dtype; zeros for a query whose context has no tokens, as padding may have. Nothing is read

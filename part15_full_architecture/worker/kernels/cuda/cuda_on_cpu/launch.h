@@ -97,7 +97,7 @@ inline void run_grid(const void* kernel, const Grid& grid) {
 
 // kernel<<<grid, block, shared_bytes, stream>>>: called with the kernel's arguments.
 template <class... Parameters> struct Launcher {
-    const char* name;
+    std::string name;
     void (*kernel)(Parameters...);
     dim3 grid, block_size;
     size_t shared_bytes;
@@ -111,15 +111,17 @@ template <class... Parameters> struct Launcher {
             const Call& call = *(const Call*)pointer;
             std::apply(call.kernel, call.arguments);
         };
-        run_grid((const void*)kernel, Grid{name, grid, block_size, shared_bytes, run_thread, &call});
+        run_grid((const void*)kernel, Grid{name.c_str(), grid, block_size, shared_bytes, run_thread, &call});
     }
 };
 
+// name: as LAUNCH gets it. A kernel with several template arguments is in parentheses there, which are left out.
 template <class... Parameters>
 Launcher<Parameters...> make_launcher(
-    const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block_size, size_t shared_bytes, cudaStream_t
+    const std::string& name, void (*kernel)(Parameters...), dim3 grid, dim3 block_size, size_t shared_bytes, cudaStream_t
 ) {
-    return {name, kernel, grid, block_size, shared_bytes};
+    const bool has_parentheses = name.front() == '(';
+    return {has_parentheses ? name.substr(1, name.size() - 2) : name, kernel, grid, block_size, shared_bytes};
 }
 
 }  // namespace emulation

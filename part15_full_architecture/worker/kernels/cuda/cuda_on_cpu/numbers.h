@@ -113,6 +113,14 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
+// Four of the eight bytes of x and y, of which x has the first four. Each 4 bits of the selector choose one, by their
+// lower 3. (With the fourth, PTX's prmt would repeat the byte's sign, but nvcc clears it.)
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = (uint64_t)y << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) result |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
 template <class T> inline T __ldg(const T* pointer) { return *pointer; }
 
 namespace emulation {

@@ -1,195 +1,18 @@
-// Products with matrices of codes (W8A16, W4A16): output = rows * matrix^T, where number = (code - zero) * scale.
+// Products of more than 8 rows with matrices of codes (W8A16, W4A16), on tensor cores: output = rows * matrix^T.
 //
-// With few rows, as in decode, the time is that of reading the codes, so each should be read once. For 1 row and a
-// 4096 x 4096 matrix of 4-bit codes in groups of 128: 8.4 MB of codes, 0.5 MB of scales, and 16 KB of the row and the
-// outputs, for 34 MFLOP. That is less than 4 FLOP per byte; an H100 can do 20 of float32, or 300 on tensor cores.
-//
-// gemv_kernel, for up to 8 rows: no shared memory. A warp computes 2 outputs for all rows. Its lanes read neighboring
-// chunks of 16 bytes, decode them in registers, and add up the products in float32; then the lanes' sums are added.
-//
-// gemm_kernel, for more rows: tensor cores. A block of 8 warps computes a tile of 16, 32 or 64 rows and 32 or 64
-// outputs. It walks over the columns, a tile of 256 or 128 at a time. In shared memory:
+// A block of 8 warps computes a tile of 16, 32 or 64 rows and 32 or 64 outputs. It walks over the columns, a tile of
+// 256 or 128 at a time. In shared memory:
 //   stages   [2 or 3]: of each tile the rows, [ROWS, COLUMNS], and the codes, [OUTPUTS, BYTES]; while one is used, the
 //                      next ones are on their way (cp.async)
 //   numbers  [2]:      the decoded codes, [OUTPUTS, COLUMNS]; while slow warps multiply one, fast ones write the other
 // A block reads the codes of its outputs once, and its rows once: rows are read out_features / OUTPUTS times in total,
 // codes num_rows / ROWS times, most of that from the L2 cache.
 //
-// Order of columns: byte i of a group of 4-bit codes has code i in its lower half and code i + group_size / 2 in its
-// upper half (packing.py::pack_nibbles). So a run of bytes within a group has one run of columns per code in a byte.
-// A sum doesn't depend on the order of its terms: the tiles keep the order of the bytes, and rows are read to match.
-//
-// In the first kernel, numbers stay in float32. In the second they are rounded to the rows' type, for the tensor cores.
-#include "common.cuh"
+// Tensor cores multiply 16-bit numbers: decoded codes are rounded to the rows' type.
+#include "quantized_matrix.cuh"
 using namespace nvcuda;
 
-constexpr int CHUNK = 16;  // bytes that are loaded at once
-constexpr int RUN = 8;     // 16-bit numbers that are loaded or stored at once
-
-// ---- codes
-
-// A byte of a word, 0 to 255, minus a zero point. GPUs convert integers to floats slowly, four times slower than they
-// add. But between 2^23 and 2^24 the last bit of a float counts 1: a byte below the bits of 2^23 gives 2^23 + byte, and
-// one instruction puts it there. The difference is exact.
-__device__ __forceinline__ float subtract(unsigned word, int byte, float zero) {
-    constexpr unsigned BITS = 0x4b000000u;  // of 2^23
-#ifdef __CUDACC__
-    const unsigned sum = __byte_perm(word, BITS, 0x7440 + byte);  // bytes 7, 4 and 4 of the pair, then the one of word
-#else
-    const unsigned sum = BITS | (word >> 8 * byte & 0xffu);
-#endif
-    return __int_as_float((int)sum) - (0x1p23f + zero);
-}
-
-// What a byte of codes means. number: code - zero, of a byte in a word of 4, and of a run if a byte has two codes.
-struct Int4 {
-    static constexpr int PER_BYTE = 2;
-    static __device__ __forceinline__ float number(unsigned word, int byte, int run, float zero) {
-        return subtract(word >> 4 * run & 0x0f0f0f0fu, byte, 8.f + zero);  // codes are stored plus 8
-    }
-};
-struct Int8 {
-    static constexpr int PER_BYTE = 1;
-    static __device__ __forceinline__ float number(unsigned word, int byte, int, float zero) {
-        return subtract(word ^ 0x80808080u, byte, 128.f + zero);  // the other sign bit: plus 128
-    }
-};
-struct Fp8 {
-    static constexpr int PER_BYTE = 1;
-    static __device__ __forceinline__ float number(unsigned word, int byte, int, float) {
-        return to_float(fp8_t{(unsigned char)(word >> 8 * byte)});
-    }
-};
-
-struct Affine {
-    float scale, zero;
-};
-
-struct Matrix {
-    const unsigned char* codes;  // [out_features, row_bytes]
-    const float* scale;          // [out_features, num_groups]
-    const signed char* zero;     // the same shape, or null: all are 0
-    index_t out_features, num_columns;
-    int num_groups, group_bytes, row_bytes;
-
-    // The scale and the zero point of a group.
-    __device__ __forceinline__ Affine affine(index_t output, int group) const {
-        const index_t place = output * num_groups + group;
-        return {scale[place], zero ? to_float(zero[place]) : 0.f};
-    }
-
-    // The column of a byte's code: of its lower half (run 0) or its upper half (run 1), if it has two.
-    template <class Codes> __device__ __forceinline__ int column(int byte, int run) const {
-        return Codes::PER_BYTE == 2 ? byte + (byte / group_bytes + run) * group_bytes : byte;
-    }
-};
-
-// ---- few rows
-
-constexpr int GEMV_THREADS = 128, GEMV_OUTPUTS = 2;  // outputs of a warp: rows are loaded and converted once for both
-constexpr int GEMV_BLOCKS = 4;  // of a multiprocessor, at least: up to 128 registers for a thread, so that none spills
-
-// BYTES bytes, as words of 4.
-template <int BYTES>
-__device__ __forceinline__ void load_words(const unsigned char* from, unsigned (&words)[(BYTES + 3) / 4]) {
-    if constexpr (BYTES == CHUNK) {
-        const Pack<unsigned, 4> pack = *reinterpret_cast<const Pack<unsigned, 4>*>(from);
-#pragma unroll
-        for (int i = 0; i < 4; i++) words[i] = pack.values[i];
-    } else {
-        static_assert(BYTES == 1, "a chunk, or a single byte");
-        words[0] = *from;
-    }
-}
-
-// SIZE neighboring numbers, with as few instructions as possible.
-template <class T, int SIZE> __device__ __forceinline__ void load_floats(const T* from, float (&to)[SIZE]) {
-    constexpr int N = SIZE * sizeof(T) < 16 ? SIZE : 16 / sizeof(T);
-#pragma unroll
-    for (int first = 0; first < SIZE; first += N) {
-        const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from + first);
-#pragma unroll
-        for (int i = 0; i < N; i++) to[first + i] = to_float(pack.values[i]);
-    }
-}
-
-// What a lane has of the matrix at a time: BYTES bytes of each of its outputs. BYTES: 16, or 1 without alignment.
-template <int BYTES> struct Chunk {
-    unsigned words[GEMV_OUTPUTS][(BYTES + 3) / 4];
-    Affine affine[GEMV_OUTPUTS];
-
-    __device__ __forceinline__ void load(const Matrix& matrix, index_t first_output, int byte) {
-        const int group = byte / matrix.group_bytes;
-#pragma unroll
-        for (int o = 0; o < GEMV_OUTPUTS; o++) {
-            const index_t output = min(first_output + o, matrix.out_features - 1);  // what is read twice isn't stored
-            load_words<BYTES>(matrix.codes + output * matrix.row_bytes + byte, words[o]);
-            affine[o] = matrix.affine(output, group);
-        }
-    }
-};
-
-// Adds the products of a chunk with rows to the sums. columns: in the first row, of the chunk's run 0.
-template <class T, class Codes, int ROWS, int BYTES>
-__device__ __forceinline__ void add_products(const Chunk<BYTES>& chunk, const T* columns, int num_rows,
-                                             const Matrix& matrix, float (&sums)[GEMV_OUTPUTS][ROWS]) {
-#pragma unroll
-    for (int run = 0; run < Codes::PER_BYTE; run++) {
-        float numbers[GEMV_OUTPUTS][BYTES];
-#pragma unroll
-        for (int o = 0; o < GEMV_OUTPUTS; o++)
-#pragma unroll
-            for (int b = 0; b < BYTES; b++)
-                numbers[o][b] = Codes::number(chunk.words[o][b / 4], b % 4, run, chunk.affine[o].zero);
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) {
-            if (ROWS > 1 && row >= num_rows) break;  // the same for all threads
-            float x[BYTES];
-            load_floats(columns + row * matrix.num_columns + run * matrix.group_bytes, x);
-#pragma unroll
-            for (int o = 0; o < GEMV_OUTPUTS; o++) {
-                float sum = 0.f;
-#pragma unroll
-                for (int b = 0; b < BYTES; b++) sum += x[b] * numbers[o][b];
-                sums[o][row] += sum * chunk.affine[o].scale;  // once instead of 16 times
-            }
-        }
-    }
-}
-
-// rows: [num_rows, num_columns]; output: [num_rows, out_features]. blockIdx.x: outputs; blockIdx.y: ROWS rows.
-template <class T, class Codes, int ROWS, int BYTES>
-__global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS)
-gemv_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ output, index_t num_rows) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const index_t first_output = (blockIdx.x * (index_t)(GEMV_THREADS / WARP) + warp) * GEMV_OUTPUTS;
-    const index_t first_row = blockIdx.y * (index_t)ROWS;
-    if (first_output >= matrix.out_features) return;  // all lanes of a warp return together
-    rows += first_row * matrix.num_columns;
-    const int rows_here = (int)min((index_t)ROWS, num_rows - first_row);
-
-    float sums[GEMV_OUTPUTS][ROWS] = {};
-    const int last = matrix.row_bytes - BYTES;  // past it, the last chunk is loaded again, and not used
-    Chunk<BYTES> next;
-    next.load(matrix, first_output, min(lane * BYTES, last));
-    for (int byte = lane * BYTES; byte <= last; byte += WARP * BYTES) {
-        const Chunk<BYTES> chunk = next;  // the next one is on its way while this one is used
-        next.load(matrix, first_output, min(byte + WARP * BYTES, last));
-        const T* columns = rows + matrix.template column<Codes>(byte, 0);
-        add_products<T, Codes, ROWS, BYTES>(chunk, columns, rows_here, matrix, sums);
-    }
-#pragma unroll
-    for (int o = 0; o < GEMV_OUTPUTS; o++)
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) {
-            const float sum = warp_reduce(sums[o][row], Add());
-            if (lane == 0 && row < rows_here && first_output + o < matrix.out_features)
-                output[(first_row + row) * matrix.out_features + first_output + o] = from_float<T>(sum);
-        }
-}
-
-// ---- more rows
-
+constexpr int RUN = 8;  // 16-bit numbers that are loaded or stored at once
 constexpr int GEMM_THREADS = 256, GEMM_BLOCKS = 2;
 constexpr int FRAGMENT = 16;              // a tensor core multiplies 16 x 16 numbers
 constexpr int PIPELINE_BYTES = 96 << 10;  // three stages if all fits into this, else two; a block can have 99 KB
@@ -403,68 +226,14 @@ gemm_kernel(const T* __restrict__ rows, const Matrix matrix, T* __restrict__ out
     store<T, Codes, ROWS>(sums, parts, output, first_row, num_rows, first_output, matrix.out_features);
 }
 
-// ---- launchers
-
-inline unsigned cdiv(index_t a, index_t b) { return (unsigned)((a + b - 1) / b); }
-
-inline Matrix make_matrix(const void* codes, const void* scale, const void* zero, index_t codes_per_byte,
-                          index_t out_features, index_t num_groups, index_t group_size) {
-    const index_t group_bytes = group_size / codes_per_byte;
-    return {(const unsigned char*)codes, (const float*)scale,       (const signed char*)zero,
-            out_features,                num_groups * group_size,   (int)num_groups,
-            (int)group_bytes,            (int)(num_groups * group_bytes)};
-}
-
-// Whether all chunks of codes, and the runs of rows beside them, are aligned to 16 bytes, and each is in one group.
-inline bool is_aligned(const void* rows, const Matrix& matrix) {
-    return matrix.group_bytes % CHUNK == 0 && ((uintptr_t)matrix.codes | (uintptr_t)rows) % 16 == 0;
-}
-
-// Calls launch with a value of the type that decodes the codes. code_type: INT8, for integers of 8 or 4 bits, or FP8.
-template <class F> int dispatch_codes(int code_type, index_t codes_per_byte, F launch) {
-    if constexpr (is_compiled(INT8, ONLY_CACHE_DTYPE)) {  // the second dtype of a call: see common.cuh
-        if (code_type == INT8 && codes_per_byte == 2) return launch(Int4{});
-        if (code_type == INT8 && codes_per_byte == 1) return launch(Int8{});
-    }
-    if constexpr (is_compiled(FP8, ONLY_CACHE_DTYPE)) {
-        if (code_type == FP8 && codes_per_byte == 1) return launch(Fp8{});
-    }
-    return UNSUPPORTED;
-}
-
-template <class T, class Codes, int ROWS, int BYTES>
-int launch_gemv(const void* rows, const Matrix& matrix, void* output, index_t num_rows, void* stream) {
-    const dim3 grid(cdiv(matrix.out_features, GEMV_THREADS / WARP * GEMV_OUTPUTS), cdiv(num_rows, ROWS));
-    LAUNCH((gemv_kernel<T, Codes, ROWS, BYTES>), grid, GEMV_THREADS, 0, stream)
-    ((const T*)rows, matrix, (T*)output, num_rows);
-    return cudaGetLastError();
-}
-
 template <class T, class Codes, int ROWS, bool IS_ALIGNED>
 int launch_gemm(const void* rows, const Matrix& matrix, void* output, index_t num_rows, void* stream) {
     typedef Tile<T, Codes, ROWS> Shape;
-    const dim3 grid(cdiv(matrix.out_features, Shape::OUTPUTS), cdiv(num_rows, ROWS));
+    const dim3 grid((unsigned)ceil_div(matrix.out_features, Shape::OUTPUTS), (unsigned)ceil_div(num_rows, ROWS));
     auto* kernel = gemm_kernel<T, Codes, ROWS, IS_ALIGNED>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::SHARED);
     LAUNCH(kernel, grid, GEMM_THREADS, Shape::SHARED, stream)((const T*)rows, matrix, (T*)output, num_rows);
     return cudaGetLastError();
-}
-
-// Any number of rows, of float32 too: 8 at a time. dtype: of rows and output.
-extern "C" int quantized_gemv(const void* rows, const void* codes, const void* scale, const void* zero, void* output,
-                              int dtype, int code_type, index_t codes_per_byte, index_t num_rows, index_t out_features,
-                              index_t num_groups, index_t group_size, void* stream) {
-    const Matrix matrix = make_matrix(codes, scale, zero, codes_per_byte, out_features, num_groups, group_size);
-    return dispatch_float(dtype, [=](auto number) {
-        return dispatch_codes(code_type, codes_per_byte, [=](auto code) {
-            typedef decltype(number) T;
-            typedef decltype(code) Codes;
-            if (!is_aligned(rows, matrix)) return launch_gemv<T, Codes, 8, 1>(rows, matrix, output, num_rows, stream);
-            if (num_rows == 1) return launch_gemv<T, Codes, 1, CHUNK>(rows, matrix, output, num_rows, stream);
-            if (num_rows <= 4) return launch_gemv<T, Codes, 4, CHUNK>(rows, matrix, output, num_rows, stream);
-            return launch_gemv<T, Codes, 8, CHUNK>(rows, matrix, output, num_rows, stream);
-        });
-    });
 }
 
 // Any number of rows of float16 or bfloat16.

@@ -1,10 +1,14 @@
-"""Engines in processes of their own, the proxy in front of them, and an engine that computes alone, for comparison."""
+"""Engines in processes of their own, the proxy in front of them, and an engine that computes alone, for comparison.
+
+Of part 13, or of the later part that is named.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
+import importlib
 import json
 import os
 import re
@@ -21,8 +25,7 @@ import torch
 from common.checkpoint import load_model, resolve_checkpoint
 from common.serve import ListenConfig, running_app
 from common.testing import assert_same_greedy
-from part13_disaggregation.disagg.config import DisaggConfig
-from part13_disaggregation.disagg.proxy import Proxy, create_app
+from part13_disaggregation.disagg.proxy import Proxy
 from part13_disaggregation.kv_params import SECRET_VARIABLE
 from tests.forked_servers import GREEDY, ForkedServer, Host, is_alive, until
 from tests.http_checks import COMPLETIONS
@@ -49,21 +52,21 @@ def prompt_of(number: int, num_tokens: int) -> list[int]:
 class Engines:
     """Forks engines, which end with the block that `forked` opens. Several threads may call it."""
 
-    def __init__(self, host: Host) -> None:
-        self.host, self.lock = host, threading.Lock()
+    def __init__(self, host: Host, part: str = PART) -> None:
+        self.host, self.part, self.lock = host, part, threading.Lock()
         self.started: list[ForkedServer] = []
 
     def start(self, *flags: str, **changes: Any) -> ForkedServer:
         """changes: see Host.start."""
         with self.lock:
-            engine = self.host.serve(PART, *FLAGS, *flags, **changes)
+            engine = self.host.serve(self.part, *FLAGS, *flags, **changes)
             self.started.append(engine)
         return engine
 
 
 @contextlib.contextmanager
-def forked(host: Host) -> Iterator[Engines]:
-    engines = Engines(host)
+def forked(host: Host, part: str = PART) -> Iterator[Engines]:
+    engines = Engines(host, part)
     try:
         yield engines
     finally:
@@ -110,15 +113,17 @@ def check_free(*engines: ServerClient) -> None:
 
 @contextlib.contextmanager
 def proxied(
-    prefill: Sequence[ServerClient], decode: Sequence[ServerClient], engine_flags: Sequence[str] = (), /, **flags: Any
-) -> Iterator[tuple[str, Proxy]]:
+    prefill: Sequence[ServerClient], decode: Sequence[ServerClient], engine_flags: Sequence[str] = (), /,
+    part: str = PART, **flags: Any,
+) -> Iterator[tuple[str, Proxy]]:  # fmt: skip
     """The proxy's address, and itself. It runs in this process; the engines don't."""
-    config = DisaggConfig(
+    disagg = importlib.import_module(f"{part}.disagg.proxy")
+    config = disagg.DisaggConfig(
         prefill_urls=",".join(engine.url for engine in prefill), decode_urls=",".join(engine.url for engine in decode),
         **{"policy": "round_robin", "kv_transfer_secret": SECRET, "remote_prefill_chars": 0, **FAST,
            "request_timeout": TIMEOUT_S, "health_timeout": TIMEOUT_S, **flags},
     )  # fmt: skip
-    app = create_app(config, ListenConfig(api_key="key"), engine_flags)
+    app = disagg.create_app(config, ListenConfig(api_key="key"), engine_flags)
     with running_app(app) as url:
         proxy: Proxy = app.state.router
         until(lambda: all(replica.kv_sources for replica in proxy.pool.replicas), f"all sources. {LOOK_SOURCES}")
@@ -171,8 +176,8 @@ class Client(ServerClient):
     def ask(self, path: str = COMPLETIONS, **fields: Any) -> httpx.Response:
         return self.post(path, {**GREEDY, **fields}, KEY)
 
-    def ask_for_ids(self, prompt: list[int], max_tokens: int, **fields: Any) -> list[list[int]]:
-        """Of each choice."""
+    def ask_for_ids(self, prompt: list[int] | list[list[int]], max_tokens: int, **fields: Any) -> list[list[int]]:
+        """Of each choice. prompt: one, or several."""
         got = self.ask(prompt=prompt, max_tokens=max_tokens, return_token_ids=True, **fields)
         assert got.status_code == 200, f"{got.status_code}: {got.text}"
         return [choice["token_ids"] for choice in got.json()["choices"]]

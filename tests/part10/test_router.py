@@ -354,17 +354,17 @@ def test_requests_wait_and_one_too_many_gets_429() -> None:
 def test_clients_with_keys_of_their_own_take_turns() -> None:
     a = FakeReplica("a", answer_stream, gate=0)
     with routed(a, client_keys="ada-key, ben-key", max_requests_per_replica=1) as (url, router, _):
-        order: list[str] = []
 
         def wait(key: str) -> None:
-            assert ask(url, headers={"Authorization": f"bearer  {key}"}).status_code == 200
-            order.append(key)
+            headers = {"Authorization": f"bearer  {key}", "X-Request-Id": key}
+            assert ask(url, headers=headers).status_code == 200
 
         with ThreadPoolExecutor(8) as threads:
             for number, key in enumerate(["ada-key"] * 4 + ["ben-key"]):
                 threads.submit(wait, key)
                 until(lambda number=number: router.pool.queue.num_waiting == number, "it to wait")  # type: ignore[misc]
             a.gate = 100
+        order = [each["x-request-id"] for each in a.headers]  # as they came to the replica
         assert "ben-key" in order[:3], f"ben does not wait for all of ada's requests, got {order}. {LOOK_TURNS}"
         assert {each["Authorization"] for each in a.headers} == {"Bearer key"}, f"{a.headers}. {LOOK}"
         wrong = ask(url, headers={"Authorization": "Bearer ada"})

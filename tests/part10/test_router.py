@@ -356,7 +356,7 @@ def test_clients_with_keys_of_their_own_take_turns() -> None:
     with routed(a, client_keys="ada-key, ben-key", max_requests_per_replica=1) as (url, router, _):
 
         def wait(key: str) -> None:
-            headers = {"Authorization": f"bearer  {key}", "X-Request-Id": key}
+            headers = {"Authorization": f"bearer  {key}", "x-test-client": key}
             assert ask(url, headers=headers).status_code == 200
 
         with ThreadPoolExecutor(8) as threads:
@@ -364,7 +364,7 @@ def test_clients_with_keys_of_their_own_take_turns() -> None:
                 threads.submit(wait, key)
                 until(lambda number=number: router.pool.queue.num_waiting == number, "it to wait")  # type: ignore[misc]
             a.gate = 100
-        order = [each["x-request-id"] for each in a.headers]  # as they came to the replica
+        order = [each["x-test-client"] for each in a.headers]  # as they came to the replica
         assert "ben-key" in order[:3], f"ben does not wait for all of ada's requests, got {order}. {LOOK_TURNS}"
         assert {each["Authorization"] for each in a.headers} == {"Bearer key"}, f"{a.headers}. {LOOK}"
         wrong = ask(url, headers={"Authorization": "Bearer ada"})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import plotting
 from common.cli import check_minimums, exit_on_error, option, parse_config
@@ -29,6 +27,7 @@ from common.threads import set_num_threads
 
 from .config import EngineConfig
 from .lab.kernel_times import measure
+from .lab.operators import CallCounter, replaced_run
 from .lab.speed import decode_speeds, generate_s
 from .llm import LLM
 
@@ -59,18 +58,6 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         check_minimums(self)
-
-
-class CallCounter(TorchDispatchMode):
-    """Counts torch's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num_calls += 1
-        return func(*args, **(kwargs or {}))
 
 
 def measure_operations(repeats: int) -> dict[str, Any]:
@@ -138,14 +125,6 @@ def operators_per_step(llm: LLM) -> int:
     """torch's operators in a decode step of 32 requests."""
     runner = llm.engine.executor.worker.runner  # type: ignore[attr-defined]
     counts = list[int]()
-    with counting(runner, counts):
-        generate_s(llm, 32, 8)
-    return counts[-1]
-
-
-@contextmanager
-def counting(runner: Any, counts: list[int]) -> Iterator[None]:
-    """Inside, the operators of each step are counted."""
     run = runner.run
 
     def run_counted(*args: Any, **named: Any) -> Any:
@@ -154,11 +133,9 @@ def counting(runner: Any, counts: list[int]) -> Iterator[None]:
         counts.append(counter.num_calls)
         return result
 
-    runner.run = run_counted
-    try:
-        yield
-    finally:
-        del runner.run
+    with replaced_run(runner, run_counted):
+        generate_s(llm, 32, 8)
+    return counts[-1]
 
 
 def measure_all(config: BenchConfig) -> dict[str, Any]:

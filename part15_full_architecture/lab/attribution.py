@@ -29,7 +29,7 @@ from common.threads import set_num_threads
 
 from ..config import EngineConfig
 from ..llm import LLM
-from .operators import CallCounter
+from .operators import CallCounter, replaced_run
 
 PROG = "part15_full_architecture.lab.attribution"
 FULL: dict[str, Any] = {
@@ -172,11 +172,8 @@ def counting(
         counters.num_operators += counter.num_calls
         return result
 
-    runner.run = run_counted
-    try:
+    with replaced_run(runner, run_counted):
         yield
-    finally:
-        del runner.run
 
 
 def measure(config: AttributionConfig) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ import ctypes
 import ipaddress
 import logging
 import math
+import os
 import re
 import signal
 import socket
@@ -257,7 +258,7 @@ def server_process(
     command = [sys.executable, "-m", part, "--port", "0", *flags]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=cwd, preexec_fn=end_with_parent
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=cwd, preexec_fn=end_with_parent()
         )  # fmt: skip
         try:
             assert process.stdout is not None
@@ -277,8 +278,16 @@ def server_process(
                 process.wait()
 
 
-def end_with_parent() -> None:
-    """In the child, before exec: ask Linux for SIGTERM when the parent dies."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def end_with_parent() -> Callable[[], None]:
+    """What the child of this process calls before exec, as Popen's preexec_fn: it asks Linux for SIGTERM when its
+    parent dies, and ends at once if it has died before that."""
+    parent = os.getpid()
+
+    def ask() -> None:
+        if sys.platform == "linux":
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask

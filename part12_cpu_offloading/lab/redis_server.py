@@ -34,7 +34,7 @@ def redis_server(*flags: str, port: int | None = None) -> Iterator[str]:
     port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="redis-") as directory:
         command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", directory]
-        process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, preexec_fn=end_with_parent)
+        process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, preexec_fn=end_with_parent())
         try:
             wait_for_port(port, process)
             yield f"redis://127.0.0.1:{port}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import itertools
 import os
 import re
@@ -13,6 +12,8 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
+
+from common.serve import end_with_parent
 
 PART = __name__.partition(".")[0]
 START_TIMEOUT_S = 600.0
@@ -87,7 +88,7 @@ class ReplicaProcess:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", PART, "--host", host, "--port", "0", *flags,
-                stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=_end_with_parent,
+                stdout=PIPE, stderr=PIPE, start_new_session=True, preexec_fn=end_with_parent(),
                 env={**os.environ, **(env or {})},
             )  # fmt: skip
         except ValueError as error:  # a NUL in a flag
@@ -147,10 +148,3 @@ class ReplicaProcess:
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
-
-
-def _end_with_parent() -> None:
-    """In the child, before exec: ask Linux for SIGTERM when the parent dies."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -14,12 +14,19 @@ from torch import Tensor
 from common.checkpoint import resolve_checkpoint
 from common.results import median
 
+from ..worker.kernels import reference
 from ..worker.kernels.autotune import seconds
 from ..worker.kernels.ops import OPERATIONS, Situation, load_all, why_not
 from ..worker.model import head_dim
+from ..worker.quantization.choice import QuantizationFlags
+from ..worker.quantization.layouts import QuantizeOnLoad
+from ..worker.quantization.scheme import quantize
+from ..worker.quantization.weight import QuantizedWeight
 
 BLOCK_SIZE, CONTEXT_LEN = 16, 512
 NUM_MODEL_BATCH = (1, 32)
+FORMATS = {"W8A16": "int8", "W4A16": "int4"}
+NUM_EXPERTS, EXPERTS_PER_ROW = 8, 2
 MIN_RUN_S = 2e-3  # a run repeats a call until it takes at least this long
 
 
@@ -28,6 +35,7 @@ class Case:
     """An operation at one size. torch: how torch computes it without a kernel of ours. run: with the functions of a
     backend. num_bytes: what must at least be read and written. num_flops: additions and multiplications."""
 
+    name: str
     operation: str
     torch: Callable[[], object]
     run: Callable[[dict[str, Callable[..., Tensor]]], object]
@@ -51,6 +59,9 @@ def cases(situation: Situation, intermediate_size: int, num_rows: int) -> Iterat
     yield attention_case(situation, num_rows)
     yield activation_case(situation, intermediate_size, num_rows)
     yield sampling_case(situation, num_rows)
+    for name in FORMATS:
+        yield quantized_case(situation, 2 * intermediate_size, num_rows, name)
+    yield grouped_case(situation, 2 * intermediate_size, num_rows)
 
 
 def norm_case(s: Situation, num_rows: int) -> Case:
@@ -63,6 +74,7 @@ def norm_case(s: Situation, num_rows: int) -> Case:
 
     size = num_rows * s.hidden_size
     return Case(
+        "norm",
         "norm",
         in_torch,
         lambda f: f["add_rms_norm"](rows, residual, weight, 1e-5),
@@ -91,7 +103,7 @@ def rotary_case(s: Situation, num_rows: int) -> Case:
 
     size = num_rows * (2 * sum(sizes) + s.head_dim)
     return Case(
-        "rotary", in_torch,
+        "rotary", "rotary", in_torch,
         lambda f: f["rotate_and_store"](query, key, value, positions, table, kv_cache, slots, None),
         size * s.dtype.itemsize, 3 * num_rows * sum(sizes[:2]),
     )  # fmt: skip
@@ -113,7 +125,8 @@ def attention_case(s: Situation, num_rows: int) -> Case:
 
     size = num_rows * CONTEXT_LEN * 2 * s.num_kv_heads * s.head_dim
     return Case(
-        "attention", in_torch, lambda f: f["paged_attention"](query, kv_cache, tables, starts, lens, 1, scale),
+        "attention", "attention", in_torch,
+        lambda f: f["paged_attention"](query, kv_cache, tables, starts, lens, 1, scale),
         size * s.kv_dtype.itemsize, 4 * num_rows * CONTEXT_LEN * s.num_heads * s.head_dim,
     )  # fmt: skip
 
@@ -126,7 +139,8 @@ def activation_case(s: Situation, intermediate_size: int, num_rows: int) -> Case
         return F.silu(gate) * up
 
     size = num_rows * intermediate_size
-    return Case("activation", in_torch, lambda f: f["silu_and_mul"](gate_up), 3 * size * s.dtype.itemsize, 5 * size)
+    num_bytes = 3 * size * s.dtype.itemsize
+    return Case("activation", "activation", in_torch, lambda f: f["silu_and_mul"](gate_up), num_bytes, 5 * size)
 
 
 def sampling_case(s: Situation, num_rows: int) -> Case:
@@ -136,7 +150,36 @@ def sampling_case(s: Situation, num_rows: int) -> Case:
     top_k = torch.full((num_rows,), min(50, s.vocab_size), dtype=torch.int32, device=s.device)
     arguments = (logits, ones, top_k, ones * 0.9, ones * 0, seeds, seeds)
     in_torch = partial(load_all("sampling", "torch")["sample"], *arguments)
-    return Case("sampling", in_torch, lambda f: f["sample"](*arguments), logits.nbytes, 2 * logits.numel())
+    num_bytes, num_flops = logits.nbytes, 2 * logits.numel()
+    return Case("sampling", "sampling", in_torch, lambda f: f["sample"](*arguments), num_bytes, num_flops)
+
+
+def quantized_case(s: Situation, num_outputs: int, num_rows: int, name: str) -> Case:
+    """Against torch's product with the matrix as it was before it was quantized."""
+    rows, matrix = numbers(s, num_rows, s.hidden_size), numbers(s, num_outputs, s.hidden_size)
+    scheme = QuantizationFlags(FORMATS[name]).scheme()
+    weight = QuantizedWeight((num_outputs, s.hidden_size), QuantizeOnLoad(scheme)).to(s.device)
+    weight.store(quantize(matrix, scheme), (slice(None),), name)
+    num_bytes = weight.codes.nbytes + weight.scale.nbytes + (rows.numel() + num_rows * num_outputs) * s.dtype.itemsize
+    return Case(
+        name, "quantized_linear", partial(F.linear, rows, matrix), lambda f: f["quantized_linear"](rows, weight),
+        num_bytes, 2 * num_rows * matrix.numel(),
+    )  # fmt: skip
+
+
+def grouped_case(s: Situation, num_outputs: int, num_rows: int) -> Case:
+    """8 experts, of which each row takes 2. Against a product for each expert."""
+    weight = numbers(s, NUM_EXPERTS, num_outputs, s.hidden_size)
+    rows = numbers(s, num_rows * EXPERTS_PER_ROW, s.hidden_size)
+    experts = torch.rand(num_rows, NUM_EXPERTS).topk(EXPERTS_PER_ROW).indices.flatten()
+    counts = torch.bincount(experts, minlength=NUM_EXPERTS)
+    num_numbers = int((counts > 0).sum()) * weight[0].numel() + len(rows) * (s.hidden_size + num_outputs)
+    own = counts.to(s.device)
+    return Case(
+        "grouped product", "grouped_linear", partial(reference.grouped_linear, rows, weight, own),
+        lambda f: f["grouped_linear"](rows, weight, own), num_numbers * s.dtype.itemsize,
+        2 * len(rows) * weight[0].numel(),
+    )  # fmt: skip
 
 
 def numbers(s: Situation, *shape: int) -> Tensor:
@@ -157,7 +200,7 @@ def measure(model: str, dtype: torch.dtype, device: str, repeats: int) -> dict[s
             times = in_turns(runs, situation.device, repeats)
             rounded = {name: round(each * 1e6, 2) for name, each in times.items()}
             speedup = {name: round(times["torch"] / times[name], 2) for name in backends}
-            found[f"{case.operation}, {num_rows} rows"] = {
+            found[f"{case.name}, {num_rows} rows"] = {
                 "us": rounded, "speedup": speedup, "bytes": case.num_bytes, "flops": case.num_flops,
             }  # fmt: skip
     return found

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -431,3 +432,24 @@ def test_a_server_process_that_does_not_start(module: Callable[[str], str]) -> N
         server_process(module(code), "--model", "none"),
     ):
         pytest.fail(f"the block ran without a server. {LOOK}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
+def test_a_process_whose_parent_dies_before_it_has_asked_for_the_signal_ends_too() -> None:
+    """Called in the child of another process than the one that prepared it, as after that one's death."""
+    code = """
+        import os, subprocess, sys
+        from common.serve import end_with_parent
+        prepared = end_with_parent()
+        command = [sys.executable, "-c", "print('it runs')"]
+        if os.fork() == 0:
+            os._exit(subprocess.call(command, preexec_fn=prepared))
+        _, status = os.wait()
+        print("ended with", os.waitstatus_to_exitcode(status), flush=True)
+        subprocess.run(command, preexec_fn=prepared, check=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    lines = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout.splitlines()
+    assert lines == ["ended with 1", "it runs"], (
+        f"Look at common/serve.py::end_with_parent: it must compare parents: {lines}"
+    )

@@ -39,7 +39,7 @@ class Worker:
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8",
-            cwd=ROOT, env={**environment, "HF_HUB_OFFLINE": "1"}, start_new_session=True, preexec_fn=end_with_parent,
+            cwd=ROOT, env={**environment, "HF_HUB_OFFLINE": "1"}, start_new_session=True, preexec_fn=end_with_parent(),
         )  # fmt: skip
         self.guard = subprocess.Popen(
             ["sh", "-c", GUARD, str(self.process.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -128,7 +128,7 @@ class Worker:
 @contextlib.contextmanager
 def one_core_taken() -> Iterator[None]:
     """Another program computes all the time, on whichever core Linux gives it."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=end_with_parent) as process:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=end_with_parent()) as process:
         try:
             yield
         finally:

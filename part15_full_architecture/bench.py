@@ -74,9 +74,10 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
     wanted = dict(BEFORE)
     for name, added in ADDED.items():
         wanted = {operation: backend for operation, backend in wanted.items() if operation not in added}
-        yield name, {"kernels": kernels_flag(wanted), "pack_weights": False}
-    yield "+ sampling", {"pack_weights": False}
-    yield "+ packed matrices", {}
+        yield name, {"kernels": kernels_flag(wanted), "pack_weights": False, "megakernel": False}
+    yield "+ sampling", {"pack_weights": False, "megakernel": False}
+    yield "+ packed matrices", {"megakernel": False}
+    yield "megakernel", {}
 
 
 def kernels_flag(wanted: dict[str, str]) -> str:

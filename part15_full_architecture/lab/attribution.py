@@ -46,6 +46,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "KV offloading": {"kv_offload_gib": 0.0},
     "CPU kernels": {"kernels": "torch"},
     "packed matrices": {"pack_weights": False},
+    "megakernel": {"megakernel": False},
 }
 NEEDS = {"KV offloading": "prefix caching"}  # which is left out with it
 BEFORE = "one request at a time"

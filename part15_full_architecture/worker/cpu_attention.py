@@ -117,13 +117,17 @@ def _paged_attention_kernel(
             for token in range(start, end):
                 num_visible = context_lens[seq] - (end - 1 - token)  # the last token sees all of it
                 token_attention(
-                    output[token], query[token], kv_cache, block_tables[seq], num_visible, block_size, scale
-                )
+                    output[token], query[token], kv_cache, 0, kv_cache.shape[2], block_tables[seq], num_visible,
+                    block_size, scale,
+                )  # fmt: skip
 
 
 @numba.njit(**OPTIONS)
-def token_attention(output, query, kv_cache, block_table, context_len, block_size, scale):
-    """All heads of one token over the first context_len positions. output, query: [num_heads, head_dim].
+def token_attention(
+    output, query, kv_cache, first_kv_head, num_kv_heads, block_table, context_len, block_size, scale
+):  # fmt: skip
+    """Some heads of one token over the first context_len positions: those of num_kv_heads KV heads, from first_kv_head
+    on. output, query: [num_heads, head_dim].
 
     Online softmax (Milakov and Gimelshein, 2018): after every tile of keys, `output / total` is the attention over the
     keys so far; a larger maximum rescales both.
@@ -135,7 +139,7 @@ def token_attention(output, query, kv_cache, block_table, context_len, block_siz
     for start in range(0, context_len, TILE_SIZE):
         num_keys = min(TILE_SIZE, context_len - start)
         find_slots(slots, block_table, start, num_keys, block_size)
-        score_keys(scores, query, kv_cache, slots, num_keys, scale)
+        score_keys(scores, query, kv_cache, first_kv_head, num_kv_heads, slots, num_keys, scale)
         for head in range(num_heads):
             new_maximum, tile_total = maximum[head], np.float32(0)
             for i in range(num_keys):
@@ -148,7 +152,7 @@ def token_attention(output, query, kv_cache, block_table, context_len, block_siz
             for dim in range(head_dim):
                 output[head, dim] *= rescale
             maximum[head] = new_maximum
-        add_values(output, scores, kv_cache, slots, num_keys)
+        add_values(output, scores, kv_cache, first_kv_head, num_kv_heads, slots, num_keys)
     for head in range(num_heads):
         for dim in range(head_dim):
             output[head, dim] /= total[head]
@@ -164,46 +168,46 @@ def find_slots(slots, block_table, start, num_keys, block_size):
 
 
 @numba.njit(**OPTIONS)
-def score_keys(scores, query, kv_cache, slots, num_keys, scale):
+def score_keys(scores, query, kv_cache, first_kv_head, num_kv_heads, slots, num_keys, scale):
     """scores[head, i] = scale · query[head] · key[i] for a tile. Consecutive query heads share a KV head.
 
     Four keys per pass: each number of the query is loaded once for four products. The last pass may score up to three
     keys past num_keys. All heads of a key come before the next key, since that is their order in memory.
     """
-    num_kv_heads, head_dim = kv_cache.shape[2:]
-    group_size = len(query) // num_kv_heads
+    head_dim, group_size = kv_cache.shape[3], len(query) // num_kv_heads
     for i in range(0, num_keys, 4):
         a, b, c, d = slots[i], slots[i + 1], slots[i + 2], slots[i + 3]
         for kv_head in range(num_kv_heads):
+            stored_head = first_kv_head + kv_head
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 sum_a = sum_b = sum_c = sum_d = np.float32(0)
                 for dim in range(head_dim):
-                    sum_a += query[head, dim] * to_float32(kv_cache[a, 0, kv_head, dim])
-                    sum_b += query[head, dim] * to_float32(kv_cache[b, 0, kv_head, dim])
-                    sum_c += query[head, dim] * to_float32(kv_cache[c, 0, kv_head, dim])
-                    sum_d += query[head, dim] * to_float32(kv_cache[d, 0, kv_head, dim])
+                    sum_a += query[head, dim] * to_float32(kv_cache[a, 0, stored_head, dim])
+                    sum_b += query[head, dim] * to_float32(kv_cache[b, 0, stored_head, dim])
+                    sum_c += query[head, dim] * to_float32(kv_cache[c, 0, stored_head, dim])
+                    sum_d += query[head, dim] * to_float32(kv_cache[d, 0, stored_head, dim])
                 scores[head, i], scores[head, i + 1] = sum_a * scale, sum_b * scale
                 scores[head, i + 2], scores[head, i + 3] = sum_c * scale, sum_d * scale
 
 
 @numba.njit(**OPTIONS)
-def add_values(output, weights, kv_cache, slots, num_keys):
+def add_values(output, weights, kv_cache, first_kv_head, num_kv_heads, slots, num_keys):
     """output[head] += weights[head, i] · value[i] over a tile, four values per pass."""
-    num_kv_heads, head_dim = kv_cache.shape[2:]
-    group_size = len(output) // num_kv_heads
+    head_dim, group_size = kv_cache.shape[3], len(output) // num_kv_heads
     weights[:, num_keys:] = 0  # the last pass may go past num_keys
     for i in range(0, num_keys, 4):
         a, b, c, d = slots[i], slots[i + 1], slots[i + 2], slots[i + 3]
         for kv_head in range(num_kv_heads):
+            stored_head = first_kv_head + kv_head
             for head in range(kv_head * group_size, (kv_head + 1) * group_size):
                 weight_a, weight_b = weights[head, i], weights[head, i + 1]
                 weight_c, weight_d = weights[head, i + 2], weights[head, i + 3]
                 for dim in range(head_dim):
                     output[head, dim] += (
-                        weight_a * to_float32(kv_cache[a, 1, kv_head, dim])
-                        + weight_b * to_float32(kv_cache[b, 1, kv_head, dim])
-                        + weight_c * to_float32(kv_cache[c, 1, kv_head, dim])
-                        + weight_d * to_float32(kv_cache[d, 1, kv_head, dim])
+                        weight_a * to_float32(kv_cache[a, 1, stored_head, dim])
+                        + weight_b * to_float32(kv_cache[b, 1, stored_head, dim])
+                        + weight_c * to_float32(kv_cache[c, 1, stored_head, dim])
+                        + weight_d * to_float32(kv_cache[d, 1, stored_head, dim])
                     )
 
 

@@ -16,12 +16,12 @@ from ..config import EngineConfig
 from ..messages import ScheduledRequest
 from .attention import AttentionMetadata, PagedAttention
 from .device import to_device
-from .graphs import StepGraphs, make_graphs
 from .kernels.ops import Kernels
 from .kv_cache import KVCache, slot_mapping
 from .model import DecoderModel
 from .quantization.kv_codes import KVFormat
 from .sampler import SamplingState, draw, probabilities
+from .small_steps import SmallSteps, make_small_steps
 from .token_buffer import TokenBuffer
 
 
@@ -57,7 +57,7 @@ class DraftModelProposer:
         shape = (config.max_num_seqs, config.num_speculative_tokens, model.config.vocab_size)
         self.probs = torch.empty(shape, device=self.device)
         self.attention: PagedAttention | None = None  # set_cache() comes first
-        self.graphs: StepGraphs | None = None
+        self.small_steps: SmallSteps | None = None
         self.num_tokens_computed = 0
         self._num_computed = [0] * config.max_num_seqs  # tokens of each row that are in the draft model's cache
 
@@ -65,7 +65,7 @@ class DraftModelProposer:
         """max_blocks: the width of the widest block table."""
         kv_cache = KVCache(self.model, num_blocks, self.config.block_size, self.kv_format)
         self.attention = PagedAttention(kv_cache, self.model.head_dim**-0.5, self.kernels)
-        self.graphs = make_graphs(self.model, self.attention, self.config, max_blocks)
+        self.small_steps = make_small_steps(self.model, self.attention, self.config, max_blocks)
 
     @property
     def kv_cache(self) -> KVCache:
@@ -151,7 +151,7 @@ class DraftModelProposer:
             context_lens=to_device([span.end for span in spans], self.device, torch.int32),
             max_query_len=max(lens),
         )
-        hidden = None if self.graphs is None else self.graphs.run(input_ids, positions, metadata)
+        hidden = None if self.small_steps is None else self.small_steps.run(input_ids, positions, metadata)
         if hidden is None:
             hidden = self.model(input_ids, positions, partial(self.attention.attend, metadata))
         return hidden[query_start_loc[1:].long() - 1]

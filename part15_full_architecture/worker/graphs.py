@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..config import EngineConfig
 from ..messages import NULL_BLOCK
 from .attention import AttentionMetadata, PagedAttention
 from .model import DecoderModel
@@ -121,20 +120,6 @@ class StepGraphs:
             return output
 
         return replay
-
-
-def make_graphs(
-    model: DecoderModel, attention: PagedAttention, config: EngineConfig, max_blocks: int
-) -> StepGraphs | None:
-    """Capture the graphs that the config asks for. max_blocks: the width of the widest block table."""
-    assert config.max_num_batched_tokens is not None, "resolve_config fills it in"
-    sizes = [size for size in config.graph_sizes(DEFAULT_SIZES) if size <= config.max_num_batched_tokens]
-    if not sizes or not can_be_captured(model):
-        return None
-    graphs = StepGraphs(model, attention, sizes, max_blocks)
-    with torch.inference_mode():
-        graphs.capture()
-    return graphs
 
 
 def can_be_captured(model: DecoderModel) -> bool:

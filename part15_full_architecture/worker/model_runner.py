@@ -17,7 +17,6 @@ from ..messages import ScheduledRequest, StepInput, StepOutput
 from .attention import AttentionMetadata, PagedAttention
 from .device import to_device
 from .draft_model import DraftModelProposer, samples_drafts
-from .graphs import StepGraphs, make_graphs
 from .kernels.ops import Kernels
 from .kv_cache import KVCache, slot_mapping
 from .model import Attend, DecoderModel, Rotation
@@ -25,6 +24,7 @@ from .prompt_logprobs import PromptSpan, prompt_spans, to_prompt_logprobs
 from .rejection_sampler import SpecDecodeMetadata
 from .request_states import RequestStates
 from .sampler import LogprobsTensors, Sampler, SamplerOutput, SamplingState, to_logprobs, top_logprobs
+from .small_steps import SmallSteps, make_small_steps
 from .token_buffer import TokenBuffer
 
 
@@ -82,7 +82,7 @@ class ModelRunner:
         self.tokens = TokenBuffer(config.max_num_seqs, config.max_model_len, self.device)
         self.states = RequestStates(config.max_num_seqs, config.max_model_len, config.block_size)
         self.attention: PagedAttention | None = None  # set_cache() comes first
-        self.graphs: StepGraphs | None = None
+        self.small_steps: SmallSteps | None = None
         self.num_tokens_computed = 0
 
     def set_cache(self, kv_cache: KVCache) -> None:
@@ -90,7 +90,7 @@ class ModelRunner:
         max_blocks = self.states.block_tables.shape[1]
         if self.drafter is not None:
             self.drafter.set_cache(kv_cache.num_blocks, max_blocks)
-        self.graphs = make_graphs(self.model, self.attention, self.config, max_blocks)
+        self.small_steps = make_small_steps(self.model, self.attention, self.config, max_blocks)
 
     @property
     def pools(self) -> list[Tensor]:
@@ -209,9 +209,9 @@ class ModelRunner:
     def _forward(
         self, attention: PagedAttention, input_ids: Tensor, batch: Batch, note_layer: Callable[[int], None] | None
     ) -> Tensor:
-        """The hidden states of the step's tokens: from a graph, if there is one for this step."""
-        if self.graphs is not None and note_layer is None:
-            hidden = self.graphs.run(input_ids, batch.positions, batch.metadata)
+        """The hidden states of the step's tokens."""
+        if self.small_steps is not None and note_layer is None:
+            hidden = self.small_steps.run(input_ids, batch.positions, batch.metadata)
             if hidden is not None:
                 return hidden
         attend: Attend = partial(attention.attend, batch.metadata)

@@ -31,6 +31,7 @@ from .quantization.choice import QuantizationFlags
 from .quantization.kv_codes import KVFormat
 from .quantization.kv_scales import choose_kv_format
 from .sampler import SamplerOutput
+from .small_steps import uses_megakernel
 from .stream import StepHandle, make_stream
 from .weights import load_decoder
 
@@ -208,7 +209,8 @@ def use_kernels(model: DecoderModel, kv_format: KVFormat, config: EngineConfig) 
     )  # fmt: skip
     kernels = choose_kernels(config.kernels, situation)
     model.use(kernels)
-    if config.pack_weights and model.device == "cpu" and situation.num_ranks == 1:  # ranks must compute alike
+    is_packed = config.pack_weights and model.device == "cpu" and situation.num_ranks == 1  # ranks must compute alike
+    if is_packed and not uses_megakernel(model, kernels, kv_format.scales, config):
         pack_matrices(model)
     return kernels
 

@@ -87,7 +87,8 @@ class QuantizedReference:
         )
         flags = flags_of({"weights": weights, "KV cache": kv_cache})
         flags |= {"model": model, "enable_prefix_caching": False, "async_scheduling": False, "kernels": "torch"}
-        config = EngineConfig(**{**flags, "num_kv_blocks": PLENTY, "pack_weights": False, **dict(more)})
+        flags |= {"num_kv_blocks": PLENTY, "pack_weights": False, "megakernel": False, **dict(more)}
+        config = EngineConfig(**flags)
         make = partial(LocalExecutor, PART) if config.num_ranks > 1 else engine.make_executor
         with mock.patch.object(engine, "make_executor", make):
             self.llm = LLM(config)

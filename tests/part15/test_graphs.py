@@ -164,8 +164,8 @@ def test_a_draft_model_has_graphs_of_its_own(models: SmallModels) -> None:
         answers.append({name: answer.token_ids for name, answer in engine.finish().items()})
     check_answers(answers[0], answers[1], "with padded draft passes", LOOK)
     drafter = engine.worker.runner.drafter
-    assert drafter.graphs.num_replays > 12, (
-        f"each draft pass fits into a bucket: got {drafter.graphs.num_replays} replays. "
+    assert drafter.small_steps.num_replays > 12, (
+        f"each draft pass fits into a bucket: got {drafter.small_steps.num_replays} replays. "
         "See worker/draft_model.py::DraftModelProposer._forward"
     )
 

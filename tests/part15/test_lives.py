@@ -157,7 +157,8 @@ class FullLife(RuleBasedStateMachine):
         self.counts["preemptions"] += core.scheduler.num_preemptions
         self.counts["accepted draft tokens"] += core.speculation.stats.num_accepted_tokens
         for worker in getattr(core.executor, "workers", None) or [core.executor.worker]:
-            self.counts["padded steps"] += 0 if worker.runner.graphs is None else worker.runner.graphs.num_replays
+            for name, counter in (("padded steps", "num_replays"), ("megakernels", "num_runs")):
+                self.counts[name] += getattr(worker.runner.small_steps, counter, 0)
             worker.close()
 
     def check_answer(self, name: str, got: list[int]) -> None:

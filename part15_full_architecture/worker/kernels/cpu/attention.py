@@ -21,10 +21,13 @@ from ... import cpu_attention
 from ...cpu_attention import OPTIONS, _jit_cached, exp, to_float32, token_attention
 from .. import reference
 from .memory import DTYPES, LIKE, numbers_at
+from .team import chunks, get_team, make_counters
 
 TILE_SIZE = 64  # keys
 CHUNK = 32  # dimensions; head_dim must be a multiple of it
-MAX_TOKENS = 256  # of a sequence in one pass over its keys
+MIN_TOKENS, MAX_TOKENS = 32, 256  # of a span: tokens of a sequence for which its keys are read once
+SPANS_PER_THREAD = 4  # so that all threads end at about the same time
+MIN_TEAM_PRODUCTS = 1 << 20  # for less, waking another thread takes longer than the work
 CACHE_LINE = 64  # bytes
 NO_SCORE = np.float32(-1e30)  # less than any score, but finite: -inf - -inf would be NaN
 
@@ -36,7 +39,7 @@ def paged_attention(
     """See reference.py::paged_attention. query is float32 or bfloat16; the cache is one of these or has codes.
 
     float16, and a head_dim that is not a multiple of 32, go to cpu_attention.py or the reference. All but query are
-    contiguous. In one thread, without the GIL.
+    contiguous. By several threads if there is enough to do, without the GIL.
     """
     (num_tokens, num_heads, head_dim), (num_seqs,) = query.shape, context_lens.shape
     num_blocks, block_size, _, num_kv_heads, _ = kv_cache.shape
@@ -53,10 +56,16 @@ def paged_attention(
     assert are_contiguous, "block_tables, query_start_loc and context_lens must be contiguous"
     rows = query.float().contiguous()
     output = torch.empty_like(rows)
-    _paged_attention_kernel(
-        rows.data_ptr(), kv_cache.data_ptr(), block_tables.data_ptr(), query_start_loc.data_ptr(),
-        context_lens.data_ptr(), output.data_ptr(), num_tokens, num_heads, num_kv_heads, head_dim, num_blocks,
-        block_size, num_seqs, block_tables.shape[1], min_rows(head_dim, kv_cache.dtype), scale, LIKE[kv_cache.dtype],
+    max_context = block_tables.shape[1] * block_size
+    is_short = num_tokens * num_heads * head_dim * max_context < MIN_TEAM_PRODUCTS
+    num_threads = 1 if is_short else torch.get_num_threads()
+    max_tokens = min(MAX_TOKENS, max(MIN_TOKENS, num_tokens // (SPANS_PER_THREAD * num_threads)))
+    spans = find_spans(query_start_loc.numpy(), max_tokens)
+    get_team(num_threads).run(
+        _paged_attention_kernel, make_counters(1), spans, rows.data_ptr(), kv_cache.data_ptr(),
+        block_tables.data_ptr(), query_start_loc.data_ptr(), context_lens.data_ptr(), output.data_ptr(), num_tokens,
+        num_heads, num_kv_heads, head_dim, num_blocks, block_size, num_seqs, block_tables.shape[1],
+        min_rows(head_dim, kv_cache.dtype), scale, LIKE[kv_cache.dtype],
     )  # fmt: skip
     return output.to(query.dtype)
 
@@ -83,10 +92,10 @@ def prefetch(typing_context, address):
 
 @_jit_cached
 def _paged_attention_kernel(
-    query, kv_cache, block_tables, query_start_loc, context_lens, output, num_tokens, num_heads, num_kv_heads, head_dim,
-    num_blocks, block_size, num_seqs, max_blocks, min_rows, scale, like,
+    counters, spans, query, kv_cache, block_tables, query_start_loc, context_lens, output, num_tokens, num_heads,
+    num_kv_heads, head_dim, num_blocks, block_size, num_seqs, max_blocks, min_rows, scale, like,
 ):  # fmt: skip
-    """The first six are addresses."""
+    """counters: see team.py. spans: see find_spans(). The next six are addresses."""
     scale = np.float32(scale)  # a float64 would make every loop that uses it compute in float64
     number, integer = np.float32(0), np.int32(0)
     num_slots, num_chunks = num_blocks * block_size, head_dim // CHUNK
@@ -96,19 +105,37 @@ def _paged_attention_kernel(
     by_chunk = numbers_at(kv_cache, 0, (num_slots, 2, num_kv_heads, num_chunks, CHUNK), like)
     starts = numbers_at(query_start_loc, 0, num_seqs + 1, integer)
     lens = numbers_at(context_lens, 0, num_seqs, integer)
-    for seq in range(num_seqs):
-        start, end = np.int64(starts[seq]), np.int64(starts[seq + 1])
+    for index in chunks(counters, np.int64(0), len(spans)):
+        seq, first, last = spans[index]
         block_table = numbers_at(block_tables, seq * max_blocks, max_blocks, integer)
-        if (end - start) * num_heads < min_rows * num_kv_heads:
-            for token in range(start, end):
-                num_visible = lens[seq] - (end - 1 - token)  # the last token sees all of the context
-                token_attention(outputs[token], queries[token], by_head, block_table, num_visible, block_size, scale)
+        num_after = starts[seq + 1] - last
+        if (last - first) * num_heads < min_rows * num_kv_heads:
+            for token in range(first, last):
+                num_visible = lens[seq] - num_after - (last - 1 - token)  # the last token sees all of the context
+                token_attention(
+                    outputs[token], queries[token], by_head, 0, num_kv_heads, block_table, num_visible, block_size,
+                    scale,
+                )  # fmt: skip
         else:
-            slots = find_slots(block_table, np.int64(lens[seq]), block_size)
-            for first in range(start, end, MAX_TOKENS):
-                last = min(first + MAX_TOKENS, end)
-                num_visible = lens[seq] - (end - last)
-                chunk_attention(outputs[first:last], queries[first:last], by_chunk, kv_cache, slots, num_visible, scale)
+            slots = find_slots(block_table, np.int64(lens[seq] - num_after), block_size)
+            chunk_attention(
+                outputs[first:last], queries[first:last], by_chunk, kv_cache, slots, lens[seq] - num_after, scale
+            )
+
+
+@_jit_cached
+def find_spans(starts, max_tokens):
+    """Spans of up to max_tokens, the chunks of the kernel: [num_spans, 3], a sequence, and where the span begins and
+    ends in the batch. starts: [num_seqs + 1]."""
+    num_spans = 0
+    for seq in range(len(starts) - 1):
+        num_spans += -(-(starts[seq + 1] - starts[seq]) // max_tokens)
+    spans, index = np.empty((num_spans, 3), np.int64), 0
+    for seq in range(len(starts) - 1):
+        for first in range(starts[seq], starts[seq + 1], max_tokens):
+            spans[index] = seq, first, min(first + max_tokens, starts[seq + 1])
+            index += 1
+    return spans
 
 
 @numba.njit(**OPTIONS)

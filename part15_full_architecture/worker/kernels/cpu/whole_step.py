@@ -1,0 +1,243 @@
+"""All layers of a step in one kernel, in Numba: for steps of few tokens, by several threads together.
+
+The other kernels are called layer by layer from Python, and torch wakes its threads for each matrix product. Here, a
+step is one call, and its threads stay awake until it ends. On a GPU, such a kernel is called a megakernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from ...cpu_attention import OPTIONS, _jit_cached, to_float32, token_attention
+from .activation import silu_row
+from .memory import numbers_at
+from .norm import _norm_kernel
+from .rotary import _rotate_and_store_kernel
+from .team import chunks
+
+NUM_AT_ONCE = 4  # rows of a matrix in the inner loop of a product
+NUM_OUTPUTS = 4 * NUM_AT_ONCE  # of a product, in a chunk: their part of the matrix fits the first cache
+PHASES_PER_LAYER = 8
+NUMBER, INTEGER = np.float32(0), np.int32(0)
+BYTES = 4  # of a float32
+
+# Addresses of a layer's weights and of its KV cache; 0 for what a model doesn't have. Matrices are [outputs, inputs],
+# in the model's dtype; the other weights are float32.
+FIELDS = (
+    "input_norm", "qkv", "qkv_bias", "query_norm", "key_norm", "output", "output_bias", "post_norm", "gate_up",
+    "gate_up_bias", "down", "down_bias", "kv_cache",
+)  # fmt: skip
+LAYER = np.dtype([(name, np.int64) for name in FIELDS])
+
+
+class Sizes(NamedTuple):
+    """Of the model, and of its KV cache."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_slots: int
+    block_size: int
+    eps: float
+
+
+class Rows(NamedTuple):
+    """Addresses of float32 numbers, a row for each token. Each is written in one phase, and read in the next ones."""
+
+    residual: int  # hidden_size, like normed and hidden
+    normed: int
+    hidden: int
+    qkv: int  # (num_heads + 2 · num_kv_heads) · head_dim
+    query: int  # num_heads · head_dim, like attended
+    attended: int
+    gate_up: int  # 2 · intermediate_size
+    activated: int  # intermediate_size
+
+
+class Step(NamedTuple):
+    """The tokens of a step: numbers, and addresses of tensors, see AttentionMetadata."""
+
+    num_tokens: int
+    num_seqs: int
+    max_blocks: int
+    positions: int
+    rotary_table: int
+    slot_mapping: int
+    block_tables: int
+    query_start_loc: int
+    context_lens: int
+
+
+@_jit_cached
+def step_kernel(counters, layers, final_norm, sizes, rows, step, like, table_like, cache_like):
+    """Every thread of a team calls this, with the same arguments. counters: see chunks(). layers: an array of LAYER.
+
+    rows.residual has the tokens' embeddings at the start, and rows.normed the last norm's output at the end.
+    """
+    size = sizes.hidden_size
+    query_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    for index in range(len(layers)):
+        layer, phase = layers[index], index * PHASES_PER_LAYER
+        for token in chunks(counters, phase, step.num_tokens):
+            norm(rows, token, layer.input_norm, size, sizes.eps, index == 0)
+        num_outputs = query_size + 2 * kv_size
+        for chunk in chunks(counters, phase + 1, num_chunks(num_outputs)):
+            product(rows.qkv, rows.normed, layer.qkv, layer.qkv_bias, step.num_tokens, size, num_outputs, chunk, like)
+        for token in chunks(counters, phase + 2, step.num_tokens):
+            rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like)
+        for chunk in chunks(counters, phase + 3, step.num_tokens * sizes.num_kv_heads):
+            attend(rows, chunk // sizes.num_kv_heads, chunk % sizes.num_kv_heads, layer, sizes, step, cache_like)
+        for chunk in chunks(counters, phase + 4, num_chunks(size)):
+            product(
+                rows.hidden, rows.attended, layer.output, layer.output_bias, step.num_tokens, query_size, size, chunk,
+                like,
+            )  # fmt: skip
+        for token in chunks(counters, phase + 5, step.num_tokens):
+            norm(rows, token, layer.post_norm, size, sizes.eps, False)
+        for chunk in chunks(counters, phase + 6, num_chunks(sizes.intermediate_size)):
+            gate_and_up(rows, layer, step.num_tokens, size, sizes.intermediate_size, chunk, like)
+        for chunk in chunks(counters, phase + 7, num_chunks(size)):
+            product(
+                rows.hidden, rows.activated, layer.down, layer.down_bias, step.num_tokens, sizes.intermediate_size,
+                size, chunk, like,
+            )  # fmt: skip
+    for token in chunks(counters, len(layers) * PHASES_PER_LAYER, step.num_tokens):
+        norm(rows, token, final_norm, size, sizes.eps, False)
+
+
+@_jit_cached
+def product_kernel(counters, output, rows, matrix, num_rows, num_inputs, num_outputs, like):
+    """output = rows · matrixᵀ, by a team: see product()."""
+    for chunk in chunks(counters, np.int64(0), num_chunks(num_outputs)):
+        product(output, rows, matrix, 0, num_rows, num_inputs, num_outputs, chunk, like)
+
+
+@numba.njit(**OPTIONS)
+def norm(rows, token, weight, size, eps, is_first):
+    """Of the residual stream, after the last product was added to it, if there was one."""
+    start = token * size * BYTES
+    if is_first:
+        _norm_kernel(rows.residual + start, size, 0, weight, rows.normed + start, 1, 1, size, eps, NUMBER)
+    else:
+        residual = rows.residual + start
+        _norm_kernel(rows.hidden + start, size, residual, weight, rows.normed + start, 1, 1, size, eps, NUMBER)
+
+
+@numba.njit(**OPTIONS)
+def rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like):
+    num_heads, num_kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    stride = (num_heads + 2 * num_kv_heads) * head_dim
+    query = rows.qkv + token * stride * BYTES
+    key = query + num_heads * head_dim * BYTES
+    value = key + num_kv_heads * head_dim * BYTES
+    if layer.query_norm != 0:  # Qwen3
+        _norm_kernel(query, stride, 0, layer.query_norm, query, 1, num_heads, head_dim, sizes.eps, NUMBER)
+        _norm_kernel(key, stride, 0, layer.key_norm, key, 1, num_kv_heads, head_dim, sizes.eps, NUMBER)
+    _rotate_and_store_kernel(
+        query, stride, key, stride, value, stride, step.positions + token * 8, step.rotary_table, layer.kv_cache,
+        step.slot_mapping + token * 8, 0, rows.query + token * num_heads * head_dim * BYTES, 1, num_heads, num_kv_heads,
+        head_dim, NUMBER, table_like, cache_like,
+    )  # fmt: skip
+
+
+@numba.njit(**OPTIONS)
+def attend(rows, token, kv_head, layer, sizes, step, cache_like):
+    """The heads of a token that read one KV head."""
+    starts = numbers_at(step.query_start_loc, 0, step.num_seqs + 1, INTEGER)
+    seq = 0
+    while starts[seq + 1] <= token:
+        seq += 1
+    context_len = numbers_at(step.context_lens, 0, step.num_seqs, INTEGER)[seq]
+    num_visible = context_len - (starts[seq + 1] - 1 - token)  # the last token sees all of the context
+    shape = (sizes.num_heads // sizes.num_kv_heads, sizes.head_dim)
+    first = (token * sizes.num_kv_heads + kv_head) * shape[0] * sizes.head_dim
+    kv_cache = numbers_at(layer.kv_cache, 0, (sizes.num_slots, 2, sizes.num_kv_heads, sizes.head_dim), cache_like)
+    block_table = numbers_at(step.block_tables, seq * step.max_blocks, step.max_blocks, INTEGER)
+    scale = np.float32(1) / np.sqrt(np.float32(sizes.head_dim))
+    token_attention(
+        numbers_at(rows.attended, first, shape, NUMBER), numbers_at(rows.query, first, shape, NUMBER), kv_cache,
+        kv_head, 1, block_table, num_visible, sizes.block_size, scale,
+    )  # fmt: skip
+
+
+@numba.njit(**OPTIONS)
+def gate_and_up(rows, layer, num_tokens, size, intermediate_size, chunk, like):
+    """Some columns of both products, and of SiLU(gate) · up."""
+    first = chunk * NUM_OUTPUTS
+    last = min(first + NUM_OUTPUTS, intermediate_size)
+    shape = (num_tokens, 2 * intermediate_size)
+    both, normed = numbers_at(rows.gate_up, 0, shape, NUMBER), numbers_at(rows.normed, 0, (num_tokens, size), NUMBER)
+    matrix = numbers_at(layer.gate_up, 0, (shape[1], size), like)
+    bias = numbers_at(layer.gate_up_bias, 0, shape[1], NUMBER)
+    powers = np.empty(last - first, np.float32)
+    multiply(both, normed, matrix, first, last)
+    multiply(both, normed, matrix, intermediate_size + first, intermediate_size + last)
+    for token in range(num_tokens):
+        gate, up = both[token, first:last], both[token, intermediate_size + first : intermediate_size + last]
+        if layer.gate_up_bias != 0:
+            gate += bias[first:last]
+            up += bias[intermediate_size + first : intermediate_size + last]
+        start = token * intermediate_size + first
+        silu_row(numbers_at(rows.activated, start, last - first, NUMBER), gate, up, powers, NUMBER)
+
+
+@numba.njit(**OPTIONS)
+def product(output, rows, matrix, bias, num_rows, num_inputs, num_outputs, chunk, like):
+    """Some columns of output = rows · matrixᵀ + bias. All four are addresses; bias may be 0."""
+    first = chunk * NUM_OUTPUTS
+    last = min(first + NUM_OUTPUTS, num_outputs)
+    outputs = numbers_at(output, 0, (num_rows, num_outputs), NUMBER)
+    multiply(
+        outputs, numbers_at(rows, 0, (num_rows, num_inputs), NUMBER),
+        numbers_at(matrix, 0, (num_outputs, num_inputs), like), first, last,
+    )  # fmt: skip
+    if bias != 0:
+        for row in range(num_rows):
+            outputs[row, first:last] += numbers_at(bias, first, last - first, NUMBER)
+
+
+@numba.njit(inline="always", **OPTIONS)
+def num_chunks(num_outputs):
+    return -(-num_outputs // NUM_OUTPUTS)
+
+
+@numba.njit(**OPTIONS)
+def multiply(outputs, rows, matrix, first, last):
+    """outputs[:, first:last] = rows · matrix[first:last]ᵀ. Four rows of the matrix times two of the input at once: six
+    loads for eight products. last - first is a multiple of NUM_AT_ONCE."""
+    num_rows, size = rows.shape
+    for i in range(first, last, NUM_AT_ONCE):
+        a, b, c, d = matrix[i], matrix[i + 1], matrix[i + 2], matrix[i + 3]
+        for row in range(0, num_rows - 1, 2):
+            x, y = rows[row], rows[row + 1]
+            xa = xb = xc = xd = ya = yb = yc = yd = np.float32(0)
+            for j in range(size):
+                aj, bj, cj, dj = to_float32(a[j]), to_float32(b[j]), to_float32(c[j]), to_float32(d[j])
+                xj, yj = x[j], y[j]
+                xa += xj * aj
+                xb += xj * bj
+                xc += xj * cj
+                xd += xj * dj
+                ya += yj * aj
+                yb += yj * bj
+                yc += yj * cj
+                yd += yj * dj
+            outputs[row, i], outputs[row, i + 1], outputs[row, i + 2], outputs[row, i + 3] = xa, xb, xc, xd
+            row_y = outputs[row + 1]
+            row_y[i], row_y[i + 1], row_y[i + 2], row_y[i + 3] = ya, yb, yc, yd
+        if num_rows % 2:
+            x = rows[num_rows - 1]
+            xa = xb = xc = xd = np.float32(0)
+            for j in range(size):
+                xj = x[j]
+                xa += xj * to_float32(a[j])
+                xb += xj * to_float32(b[j])
+                xc += xj * to_float32(c[j])
+                xd += xj * to_float32(d[j])
+            row_x = outputs[num_rows - 1]
+            row_x[i], row_x[i + 1], row_x[i + 2], row_x[i + 3] = xa, xb, xc, xd

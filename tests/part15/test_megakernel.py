@@ -1,0 +1,209 @@
+"""Small steps in one kernel on a CPU, and the team of threads that computes it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from part15_full_architecture.worker.attention import AttentionMetadata
+from part15_full_architecture.worker.kernels.cpu.memory import numbers_at
+from part15_full_architecture.worker.kernels.cpu.team import Team, chunks, make_counters
+from part15_full_architecture.worker.megakernel import MAX_TOKENS, Megakernel
+from tests.contract.engines import SmallEngine, SmallModels
+
+ROOT = Path(__file__).parents[2]
+PART = "part15_full_architecture"
+LOOK, LOOK_TEAM = "See worker/megakernel.py and worker/kernels/cpu/whole_step.py", "See worker/kernels/cpu/team.py"
+FAMILIES = ("llama", "qwen2", "qwen3")
+DEADLINE_S = 60
+# New tokens of each sequence, and its context with them.
+STEPS = {
+    "one decode": ([1], [37]), "a decode of the first token": ([1], [1]), "three decodes": ([1, 1, 1], [5, 100, 16]),
+    "drafts to verify": ([4, 1, 3], [44, 17, 3]), "a short prompt": ([23], [23]),
+    "the largest step": ([1] * (MAX_TOKENS - 9) + [9], [70] * (MAX_TOKENS - 9) + [9]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SmallModels:
+    return SmallModels(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> SmallModels:
+    return SmallModels(tmp_path_factory.mktemp("llama"))
+
+
+def make_step(query_lens: list[int], context_lens: list[int], block_size: int) -> tuple[Tensor, AttentionMetadata]:
+    """Positions, and metadata with blocks that are scattered over the pool."""
+    width = -(-max(context_lens) // block_size)
+    generator = torch.Generator().manual_seed(len(query_lens))
+    tables = 1 + torch.randperm(len(query_lens) * width, generator=generator).to(torch.int32).view(-1, width)
+    pairs = list(zip(query_lens, context_lens, strict=True))
+    places = [(seq, place) for seq, (new, context) in enumerate(pairs) for place in range(context - new, context)]
+    seqs, positions = (torch.tensor(each) for each in zip(*places, strict=True))
+    return positions, AttentionMetadata(
+        slot_mapping=tables[seqs, positions // block_size].long() * block_size + positions % block_size,
+        block_tables=tables,
+        query_start_loc=torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        max_query_len=max(query_lens),
+    )
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("what", STEPS)
+def test_it_computes_what_the_layers_do(what: str, num_threads: int, models: SmallModels) -> None:
+    query_lens, context_lens = STEPS[what]
+    runner = SmallEngine(
+        PART, models, num_kv_blocks=1 + sum(-(-max(context_lens) // 4) for _ in query_lens)
+    ).worker.runner
+    cache, model, attention = runner.attention.kv_cache, runner.model, runner.attention
+    kernel = Megakernel(model, attention, num_threads)
+    positions, metadata = make_step(query_lens, context_lens, cache.block_size)
+    torch.manual_seed(0)
+    input_ids, before = torch.randint(0, 300, positions.shape), torch.randn_like(cache.data)
+    with torch.inference_mode():
+        cache.data.copy_(before)
+        expected = model(input_ids, positions, partial(attention.attend, metadata))
+        expected_cache, expected_logits = (
+            cache.data.clone(),
+            torch.nn.functional.linear(expected, model.output_embedding.weight),
+        )
+        cache.data.copy_(before)
+        found = kernel.run(input_ids, positions, metadata)
+        logits = model.compute_logits(expected)
+    assert found is not None, f"{what}, {len(input_ids)} tokens: the megakernel did not take the step. {LOOK}"
+    for name, got, wanted in (
+        ("the hidden states", found, expected), ("the KV cache", cache.data, expected_cache),
+        ("the logits", logits, expected_logits),
+    ):  # fmt: skip
+        difference, limit = float((got - wanted).abs().max()), 1e-5 * float(wanted.abs().max())
+        assert difference <= limit, (
+            f"{what}, {models.family}, {num_threads} threads: the largest difference in {name} is {difference:.2g}, "
+            f"expected at most {limit:.2g}. {LOOK}"
+        )
+
+
+def test_a_step_with_more_tokens_is_left_to_the_layers(llama: SmallModels) -> None:
+    runner = SmallEngine(PART, llama).worker.runner
+    positions, metadata = make_step([MAX_TOKENS + 1], [MAX_TOKENS + 1], runner.attention.kv_cache.block_size)
+    kernel = Megakernel(runner.model, runner.attention, 2)
+    assert kernel.run(positions, positions, metadata) is None and kernel.num_runs == 0, LOOK
+
+
+def test_an_engine_answers_as_transformers_does(models: SmallModels) -> None:
+    engine = SmallEngine(PART, models, speculative_method="ngram", prompt_lookup_min=1)
+    prompts = {"a": [5, 6, 7], "b": [11, 12, 13] * 7, "c": [21], "d": list(range(30, 30 + 2 * MAX_TOKENS))}
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, max_tokens=20)
+    for name, answer in engine.finish().items():
+        expected = models.greedy(prompts[name], 20)
+        assert answer.token_ids == expected, (
+            f"{models.family}, request {name}: {answer.token_ids}, not {expected}. {LOOK}"
+        )
+    small_steps = engine.worker.runner.small_steps
+    assert isinstance(small_steps, Megakernel), f"the engine has {small_steps} instead of a megakernel. {LOOK}"
+    assert small_steps.num_runs > 10, f"it computed {small_steps.num_runs} steps, expected all decodes. {LOOK}"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"megakernel": False}, {"kernels": "torch"}, {"kernels": "norm=torch"}, {"dtype": "bfloat16"},
+        {"kv_cache_dtype": "int8"}, {"quantization": "int8"}, {"tensor_parallel_size": 2},
+        {"cudagraph_capture_sizes": "1,2,4"}, {"enable_expert_parallel": True, "tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2}, {"cpu_offload_gb": 0.0001},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_engines_that_compute_something_else_have_none(flags: dict[str, Any], llama: SmallModels) -> None:
+    engine = SmallEngine(PART, llama, **flags)
+    for worker in getattr(engine.core.executor, "workers", None) or [engine.worker]:
+        small_steps = worker.runner.small_steps
+        assert not isinstance(small_steps, Megakernel), f"{flags}: the megakernel does not compute that. {LOOK}"
+
+
+def test_a_draft_model_has_one_of_its_own(llama: SmallModels) -> None:
+    engine = SmallEngine(PART, llama, speculative_method="draft_model", speculative_model=llama.draft)
+    engine.add("a", [5, 6, 7], max_tokens=12)
+    assert engine.finish()["a"].token_ids == llama.greedy([5, 6, 7], 12), LOOK
+    own = engine.worker.runner.drafter.small_steps
+    assert isinstance(own, Megakernel) and own.num_runs > 5, f"draft passes: {own}. {LOOK}"
+
+
+@numba.njit(nogil=True)
+def add_ones(counters, numbers, num_phases, num_chunks):
+    """Adds 1 to each number in each phase, if the phase before has done that for its neighbors."""
+    values = numbers_at(numbers, 0, num_chunks, np.int64(0))
+    for phase in range(num_phases):
+        for chunk in chunks(counters, phase, num_chunks):
+            neighbor = values[(chunk + 1) % num_chunks]
+            if neighbor >= phase:
+                values[chunk] += 1
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_chunks", [1, 2, 7, 100])
+def test_a_team_does_each_chunk_once_and_phases_in_order(num_threads: int, num_chunks: int) -> None:
+    team, numbers = Team(num_threads), torch.zeros(num_chunks, dtype=torch.int64)
+    for _ in range(20):
+        numbers.zero_()
+        team.run(add_ones, make_counters(50), numbers.data_ptr(), 50, num_chunks)
+        assert numbers.tolist() == [50] * num_chunks, (
+            f"{num_threads} threads, 50 phases of {num_chunks} chunks: chunks were done {numbers.tolist()} times, or "
+            f"before the phase ahead of them had ended. {LOOK_TEAM}::chunks"
+        )
+
+
+def test_helpers_that_come_late_find_nothing_to_do() -> None:
+    team, held, began = Team(2), threading.Event(), threading.Event()
+
+    def hold(address: int) -> None:
+        if threading.current_thread().name == "kernel":
+            began.set()
+            assert held.wait(DEADLINE_S)
+
+    team.run(hold, make_counters(1))
+    assert began.wait(DEADLINE_S), f"the helper did not begin. {LOOK_TEAM}"
+    numbers = torch.zeros(10, dtype=torch.int64)
+    for _ in range(3):
+        team.run(add_ones, make_counters(4), numbers.data_ptr(), 4, 10)
+    assert numbers.tolist() == [12] * 10, f"without its helper, a thread does all the work: {numbers}. {LOOK_TEAM}"
+    address = numbers.data_ptr()
+    del numbers
+    held.set()
+    came = threading.Event()
+    team.run(lambda counters: came.set() if threading.current_thread().name == "kernel" else None, make_counters(1))
+    assert came.wait(DEADLINE_S), f"the helper has ended while it skipped three kernels over {address}. {LOOK_TEAM}"
+
+
+def test_a_forked_process_has_a_team_of_its_own() -> None:
+    code = """
+        import os, threading
+        from part15_full_architecture.worker.kernels.cpu.team import get_team, make_counters
+        def helper_came():
+            came = threading.Event()
+            note = lambda counters: came.set() if threading.current_thread().name == "kernel" else None
+            get_team(2).run(note, make_counters(1))
+            return came.wait(60)
+        assert helper_came()
+        if os.fork() == 0:
+            os._exit(0 if helper_came() else 1)
+        raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+    """
+    status = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=False).returncode
+    assert status == 0, (
+        f"threads do not survive a fork: the child waits for a helper that it lacks. {LOOK_TEAM}::get_team"
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attention import AttentionMetadata, PagedAttention
 from .kernels.cpu import whole_step
+from .kernels.cpu.attention import MIN_TOKENS, find_spans, min_rows
 from .kernels.cpu.memory import LIKE
 from .kernels.cpu.team import get_team, make_counters
 from .kernels.cpu.whole_step import NUM_AT_ONCE, PHASES_PER_LAYER, Rows, Sizes, Step
@@ -37,7 +38,8 @@ class Megakernel:
         config, cache, self.table = model.config, attention.kv_cache, model.rotary_embedding.table
         self.sizes = Sizes(
             config.hidden_size, config.intermediate_size, model.num_heads, model.num_kv_heads, model.head_dim,
-            cache.num_blocks * cache.block_size, cache.block_size, config.rms_norm_eps,
+            cache.num_blocks * cache.block_size, cache.block_size, min_rows(model.head_dim, cache.data.dtype),
+            config.rms_norm_eps,
         )  # fmt: skip
         self.like = LIKE[model.dtype], LIKE[self.table.dtype], LIKE[cache.data.dtype]
         self._converted: list[Tensor] = []
@@ -87,14 +89,24 @@ class Megakernel:
             return None
         assert self.model.embed_tokens is not None, "the only stage has the embedding"
         self.rows["residual"][:num_tokens] = self.model.embed_tokens(input_ids)
+        spans = find_spans(metadata.query_start_loc.numpy(), MIN_TOKENS)
+        num_parts = min(self.sizes.num_kv_heads, -(-self.num_threads // len(spans)))
         step = Step(
-            num_tokens, num_seqs, max_blocks, positions.data_ptr(), self.table.data_ptr(),
+            num_tokens, num_seqs, num_parts, max_blocks, positions.data_ptr(), self.table.data_ptr(),
             metadata.slot_mapping.data_ptr(), metadata.block_tables.data_ptr(), metadata.query_start_loc.data_ptr(),
             metadata.context_lens.data_ptr(),
         )  # fmt: skip
         counters = make_counters(len(self.layers) * PHASES_PER_LAYER + 1)
         get_team(self.num_threads).run(
-            whole_step.step_kernel, counters, self.layers, self.final_norm, self.sizes, self.addresses, step, *self.like
+            whole_step.step_kernel,
+            counters,
+            self.layers,
+            self.final_norm,
+            spans,
+            self.sizes,
+            self.addresses,
+            step,
+            *self.like,
         )
         self.num_runs += 1
         return self.rows["normed"][:num_tokens].to(self.model.dtype, copy=True)

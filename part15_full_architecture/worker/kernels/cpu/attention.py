@@ -12,15 +12,12 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from ... import cpu_attention
 from ...cpu_attention import OPTIONS, _jit_cached, exp, to_float32, token_attention
 from .. import reference
-from .memory import DTYPES, LIKE, numbers_at
+from .memory import CACHE_LINE, DTYPES, LIKE, numbers_at, prefetch
 from .team import chunks, get_team, make_counters
 
 TILE_SIZE = 64  # keys
@@ -28,7 +25,6 @@ CHUNK = 32  # dimensions; head_dim must be a multiple of it
 MIN_TOKENS, MAX_TOKENS = 32, 256  # of a span: tokens of a sequence for which its keys are read once
 SPANS_PER_THREAD = 4  # so that all threads end at about the same time
 MIN_TEAM_PRODUCTS = 1 << 20  # for less, waking another thread takes longer than the work
-CACHE_LINE = 64  # bytes
 NO_SCORE = np.float32(-1e30)  # less than any score, but finite: -inf - -inf would be NaN
 
 
@@ -75,52 +71,53 @@ def min_rows(head_dim: int, dtype: torch.dtype) -> int:
     return head_dim // (2 if dtype == torch.uint8 else 4)  # FP8 takes longer to decode
 
 
-@intrinsic
-def prefetch(typing_context, address):
-    """Ask the CPU to bring the cache line at an address closer, and do not wait for it."""
-
-    def generate(context, builder, signature, arguments):
-        pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function_type)
-        to_read, to_all_caches, data = int32(0), int32(3), int32(1)
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), to_read, to_all_caches, data])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), generate
-
-
 @_jit_cached
 def _paged_attention_kernel(
     counters, spans, query, kv_cache, block_tables, query_start_loc, context_lens, output, num_tokens, num_heads,
     num_kv_heads, head_dim, num_blocks, block_size, num_seqs, max_blocks, min_rows, scale, like,
 ):  # fmt: skip
     """counters: see team.py. spans: see find_spans(). The next six are addresses."""
-    scale = np.float32(scale)  # a float64 would make every loop that uses it compute in float64
     number, integer = np.float32(0), np.int32(0)
-    num_slots, num_chunks = num_blocks * block_size, head_dim // CHUNK
     queries = numbers_at(query, 0, (num_tokens, num_heads, head_dim), number)
     outputs = numbers_at(output, 0, (num_tokens, num_heads, head_dim), number)
-    by_head = numbers_at(kv_cache, 0, (num_slots, 2, num_kv_heads, head_dim), like)
-    by_chunk = numbers_at(kv_cache, 0, (num_slots, 2, num_kv_heads, num_chunks, CHUNK), like)
     starts = numbers_at(query_start_loc, 0, num_seqs + 1, integer)
     lens = numbers_at(context_lens, 0, num_seqs, integer)
     for index in chunks(counters, np.int64(0), len(spans)):
         seq, first, last = spans[index]
         block_table = numbers_at(block_tables, seq * max_blocks, max_blocks, integer)
-        num_after = starts[seq + 1] - last
-        if (last - first) * num_heads < min_rows * num_kv_heads:
-            for token in range(first, last):
-                num_visible = lens[seq] - num_after - (last - 1 - token)  # the last token sees all of the context
-                token_attention(
-                    outputs[token], queries[token], by_head, 0, num_kv_heads, block_table, num_visible, block_size,
-                    scale,
-                )  # fmt: skip
-        else:
-            slots = find_slots(block_table, np.int64(lens[seq] - num_after), block_size)
-            chunk_attention(
-                outputs[first:last], queries[first:last], by_chunk, kv_cache, slots, lens[seq] - num_after, scale
-            )
+        num_visible = lens[seq] - (starts[seq + 1] - last)
+        span_attention(
+            outputs[first:last], queries[first:last], kv_cache, num_blocks * block_size, num_kv_heads, block_table,
+            num_visible, block_size, 0, 1, min_rows, scale, like,
+        )  # fmt: skip
+
+
+@numba.njit(**OPTIONS)
+def span_attention(
+    output, query, kv_cache, num_slots, num_kv_heads, block_table, num_visible, block_size, part, num_parts, min_rows,
+    scale, like,
+):  # fmt: skip
+    """A few tokens of a sequence. The last of them sees num_visible keys, and each before it one less.
+
+    output, query: [num_tokens, num_heads, head_dim]. kv_cache: an address. With few rows, it computes the heads of one
+    of num_parts parts of the KV heads; with more, all of them, in the first part.
+    """
+    scale = np.float32(scale)  # a float64 would make every loop that uses it compute in float64
+    num_tokens, num_heads, head_dim = query.shape
+    if num_tokens * num_heads >= min_rows * num_kv_heads and head_dim % CHUNK == 0:
+        if part == 0:
+            slots = find_slots(block_table, np.int64(num_visible), block_size)
+            shape = (num_slots, 2, num_kv_heads, head_dim // CHUNK, CHUNK)
+            chunk_attention(output, query, numbers_at(kv_cache, 0, shape, like), kv_cache, slots, num_visible, scale)
+        return
+    by_head = numbers_at(kv_cache, 0, (num_slots, 2, num_kv_heads, head_dim), like)
+    first, last = part * num_kv_heads // num_parts, (part + 1) * num_kv_heads // num_parts
+    heads = slice(first * (num_heads // num_kv_heads), last * (num_heads // num_kv_heads))
+    for token in range(num_tokens):
+        token_attention(
+            output[token, heads], query[token, heads], by_head, first, last - first, block_table,
+            num_visible - (num_tokens - 1 - token), block_size, scale,
+        )  # fmt: skip
 
 
 @_jit_cached

@@ -11,6 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -22,6 +23,7 @@ LIKE = {
     torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.int8: np.int8(0), torch.uint8: np.uint8(0),
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)  # of rows; for others, the reference is called
+CACHE_LINE = 64  # bytes
 EXACT: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # without fastmath: where each rounding counts
 
 
@@ -40,6 +42,21 @@ def _pointer(typing_context, address, offset, like):
 def numbers_at(address, offset, shape, like):
     """Numbers of like's type that begin `offset` numbers after an address: an array over the same memory."""
     return numba.carray(_pointer(address, offset, like), shape)
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Ask the CPU to bring the cache line at an address closer, and do not wait for it."""
+
+    def generate(context, builder, signature, arguments):
+        pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [pointer, int32, int32, int32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function_type)
+        to_read, to_all_caches, data = int32(0), int32(3), int32(1)
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), to_read, to_all_caches, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
 
 
 def from_float32(number: Any, like: Any) -> Any:

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from ...cpu_attention import OPTIONS, _jit_cached, to_float32, token_attention
+from ...cpu_attention import OPTIONS, _jit_cached, to_float32
 from .activation import silu_row
-from .memory import numbers_at
+from .attention import span_attention
+from .memory import CACHE_LINE, numbers_at, prefetch
 from .norm import _norm_kernel
 from .rotary import _rotate_and_store_kernel
 from .team import chunks
 
 NUM_AT_ONCE = 4  # rows of a matrix in the inner loop of a product
-NUM_OUTPUTS = 4 * NUM_AT_ONCE  # of a product, in a chunk: their part of the matrix fits the first cache
+NUM_OUTPUTS = 8 * NUM_AT_ONCE  # of a product, in a chunk
 PHASES_PER_LAYER = 8
 NUMBER, INTEGER = np.float32(0), np.int32(0)
 BYTES = 4  # of a float32
@@ -43,6 +44,7 @@ class Sizes(NamedTuple):
     head_dim: int
     num_slots: int
     block_size: int
+    min_rows: int  # see attention.py
     eps: float
 
 
@@ -60,10 +62,12 @@ class Rows(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The tokens of a step: numbers, and addresses of tensors, see AttentionMetadata."""
+    """The tokens of a step: numbers, and addresses of tensors, see AttentionMetadata. num_parts: of a span's
+    attention. More than one takes longer, since a key's heads are neighbors in memory, but occupies more threads."""
 
     num_tokens: int
     num_seqs: int
+    num_parts: int
     max_blocks: int
     positions: int
     rotary_table: int
@@ -74,8 +78,9 @@ class Step(NamedTuple):
 
 
 @_jit_cached
-def step_kernel(counters, layers, final_norm, sizes, rows, step, like, table_like, cache_like):
+def step_kernel(counters, layers, final_norm, spans, sizes, rows, step, like, table_like, cache_like):
     """Every thread of a team calls this, with the same arguments. counters: see chunks(). layers: an array of LAYER.
+    spans: see attention.py::find_spans.
 
     rows.residual has the tokens' embeddings at the start, and rows.normed the last norm's output at the end.
     """
@@ -90,8 +95,8 @@ def step_kernel(counters, layers, final_norm, sizes, rows, step, like, table_lik
             product(rows.qkv, rows.normed, layer.qkv, layer.qkv_bias, step.num_tokens, size, num_outputs, chunk, like)
         for token in chunks(counters, phase + 2, step.num_tokens):
             rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like)
-        for chunk in chunks(counters, phase + 3, step.num_tokens * sizes.num_kv_heads):
-            attend(rows, chunk // sizes.num_kv_heads, chunk % sizes.num_kv_heads, layer, sizes, step, cache_like)
+        for chunk in chunks(counters, phase + 3, len(spans) * step.num_parts):
+            attend(rows, spans[chunk // step.num_parts], chunk % step.num_parts, layer, sizes, step, cache_like)
         for chunk in chunks(counters, phase + 4, num_chunks(size)):
             product(
                 rows.hidden, rows.attended, layer.output, layer.output_bias, step.num_tokens, query_size, size, chunk,
@@ -146,22 +151,17 @@ def rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like):
 
 
 @numba.njit(**OPTIONS)
-def attend(rows, token, kv_head, layer, sizes, step, cache_like):
-    """The heads of a token that read one KV head."""
-    starts = numbers_at(step.query_start_loc, 0, step.num_seqs + 1, INTEGER)
-    seq = 0
-    while starts[seq + 1] <= token:
-        seq += 1
-    context_len = numbers_at(step.context_lens, 0, step.num_seqs, INTEGER)[seq]
-    num_visible = context_len - (starts[seq + 1] - 1 - token)  # the last token sees all of the context
-    shape = (sizes.num_heads // sizes.num_kv_heads, sizes.head_dim)
-    first = (token * sizes.num_kv_heads + kv_head) * shape[0] * sizes.head_dim
-    kv_cache = numbers_at(layer.kv_cache, 0, (sizes.num_slots, 2, sizes.num_kv_heads, sizes.head_dim), cache_like)
-    block_table = numbers_at(step.block_tables, seq * step.max_blocks, step.max_blocks, INTEGER)
-    scale = np.float32(1) / np.sqrt(np.float32(sizes.head_dim))
-    token_attention(
-        numbers_at(rows.attended, first, shape, NUMBER), numbers_at(rows.query, first, shape, NUMBER), kv_cache,
-        kv_head, 1, block_table, num_visible, sizes.block_size, scale,
+def attend(rows, span, part, layer, sizes, step, cache_like):
+    """Some tokens of a sequence: see attention.py::find_spans and span_attention."""
+    seq, first, last = span
+    num_after = numbers_at(step.query_start_loc, 0, step.num_seqs + 1, INTEGER)[seq + 1] - last
+    num_visible = numbers_at(step.context_lens, 0, step.num_seqs, INTEGER)[seq] - num_after
+    shape = (step.num_tokens, sizes.num_heads, sizes.head_dim)
+    span_attention(
+        numbers_at(rows.attended, 0, shape, NUMBER)[first:last], numbers_at(rows.query, 0, shape, NUMBER)[first:last],
+        layer.kv_cache, sizes.num_slots, sizes.num_kv_heads,
+        numbers_at(step.block_tables, seq * step.max_blocks, step.max_blocks, INTEGER), num_visible, sizes.block_size,
+        part, step.num_parts, sizes.min_rows, np.float32(1) / np.sqrt(np.float32(sizes.head_dim)), cache_like,
     )  # fmt: skip
 
 
@@ -172,11 +172,10 @@ def gate_and_up(rows, layer, num_tokens, size, intermediate_size, chunk, like):
     last = min(first + NUM_OUTPUTS, intermediate_size)
     shape = (num_tokens, 2 * intermediate_size)
     both, normed = numbers_at(rows.gate_up, 0, shape, NUMBER), numbers_at(rows.normed, 0, (num_tokens, size), NUMBER)
-    matrix = numbers_at(layer.gate_up, 0, (shape[1], size), like)
     bias = numbers_at(layer.gate_up_bias, 0, shape[1], NUMBER)
     powers = np.empty(last - first, np.float32)
-    multiply(both, normed, matrix, first, last)
-    multiply(both, normed, matrix, intermediate_size + first, intermediate_size + last)
+    multiply(both, normed, layer.gate_up, first, last, like)
+    multiply(both, normed, layer.gate_up, intermediate_size + first, intermediate_size + last, like)
     for token in range(num_tokens):
         gate, up = both[token, first:last], both[token, intermediate_size + first : intermediate_size + last]
         if layer.gate_up_bias != 0:
@@ -192,10 +191,7 @@ def product(output, rows, matrix, bias, num_rows, num_inputs, num_outputs, chunk
     first = chunk * NUM_OUTPUTS
     last = min(first + NUM_OUTPUTS, num_outputs)
     outputs = numbers_at(output, 0, (num_rows, num_outputs), NUMBER)
-    multiply(
-        outputs, numbers_at(rows, 0, (num_rows, num_inputs), NUMBER),
-        numbers_at(matrix, 0, (num_outputs, num_inputs), like), first, last,
-    )  # fmt: skip
+    multiply(outputs, numbers_at(rows, 0, (num_rows, num_inputs), NUMBER), matrix, first, last, like)
     if bias != 0:
         for row in range(num_rows):
             outputs[row, first:last] += numbers_at(bias, first, last - first, NUMBER)
@@ -207,37 +203,52 @@ def num_chunks(num_outputs):
 
 
 @numba.njit(**OPTIONS)
-def multiply(outputs, rows, matrix, first, last):
-    """outputs[:, first:last] = rows · matrix[first:last]ᵀ. Four rows of the matrix times two of the input at once: six
-    loads for eight products. last - first is a multiple of NUM_AT_ONCE."""
+def multiply(outputs, rows, matrix, first, last, like):
+    """outputs[:, first:last] = rows · matrix[first:last]ᵀ. matrix: an address; last - first is a multiple of 4.
+
+    Four rows of the matrix times two of the input at once: six loads for eight products. Meanwhile, the next four rows
+    of the matrix are brought closer, a few cache lines at a time: the CPU would wait for more.
+    """
     num_rows, size = rows.shape
+    weights = numbers_at(matrix, 0, (outputs.shape[1], size), like)
+    num_bytes = NUM_AT_ONCE * size * weights.itemsize
+    num_bytes_per_pair = 2 * num_bytes // num_rows
     for i in range(first, last, NUM_AT_ONCE):
-        a, b, c, d = matrix[i], matrix[i + 1], matrix[i + 2], matrix[i + 3]
+        a, b, c, d = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
         for row in range(0, num_rows - 1, 2):
-            x, y = rows[row], rows[row + 1]
-            xa = xb = xc = xd = ya = yb = yc = yd = np.float32(0)
-            for j in range(size):
-                aj, bj, cj, dj = to_float32(a[j]), to_float32(b[j]), to_float32(c[j]), to_float32(d[j])
-                xj, yj = x[j], y[j]
-                xa += xj * aj
-                xb += xj * bj
-                xc += xj * cj
-                xd += xj * dj
-                ya += yj * aj
-                yb += yj * bj
-                yc += yj * cj
-                yd += yj * dj
-            outputs[row, i], outputs[row, i + 1], outputs[row, i + 2], outputs[row, i + 3] = xa, xb, xc, xd
-            row_y = outputs[row + 1]
-            row_y[i], row_y[i + 1], row_y[i + 2], row_y[i + 3] = ya, yb, yc, yd
+            next_rows = matrix + (i // NUM_AT_ONCE + 1) * num_bytes + row // 2 * num_bytes_per_pair
+            for offset in range(0, num_bytes_per_pair, CACHE_LINE):
+                prefetch(next_rows + offset)
+            multiply_pair(outputs, rows, row, a, b, c, d, i)
         if num_rows % 2:
             x = rows[num_rows - 1]
-            xa = xb = xc = xd = np.float32(0)
+            xa = xb = xc = xd = NUMBER
             for j in range(size):
                 xj = x[j]
                 xa += xj * to_float32(a[j])
                 xb += xj * to_float32(b[j])
                 xc += xj * to_float32(c[j])
                 xd += xj * to_float32(d[j])
-            row_x = outputs[num_rows - 1]
-            row_x[i], row_x[i + 1], row_x[i + 2], row_x[i + 3] = xa, xb, xc, xd
+            output = outputs[num_rows - 1]
+            output[i], output[i + 1], output[i + 2], output[i + 3] = xa, xb, xc, xd
+
+
+@numba.njit(inline="always", **OPTIONS)
+def multiply_pair(outputs, rows, row, a, b, c, d, i):
+    """Two rows of the input, from `row` on, times four of the matrix, which are i to i + 3."""
+    x, y = rows[row], rows[row + 1]
+    xa = xb = xc = xd = ya = yb = yc = yd = NUMBER
+    for j in range(len(x)):
+        aj, bj, cj, dj = to_float32(a[j]), to_float32(b[j]), to_float32(c[j]), to_float32(d[j])
+        xj, yj = x[j], y[j]
+        xa += xj * aj
+        xb += xj * bj
+        xc += xj * cj
+        xd += xj * dj
+        ya += yj * aj
+        yb += yj * bj
+        yc += yj * cj
+        yd += yj * dj
+    output_x, output_y = outputs[row], outputs[row + 1]
+    output_x[i], output_x[i + 1], output_x[i + 2], output_x[i + 3] = xa, xb, xc, xd
+    output_y[i], output_y[i + 1], output_y[i + 2], output_y[i + 3] = ya, yb, yc, yd

@@ -96,7 +96,7 @@ class EngineConfig:
     )
     cpu_offload_gb: float = option(0.0, "weights of each rank that don't stay on the device, in GiB (0: none)")
     pack_weights: bool = option(True, "on cpu, rearrange matrices for faster products where a measurement shows a gain")
-    megakernel: bool = option(True, "on cpu, compute steps of few tokens in one kernel, if the model is dense float32")
+    megakernel: bool = option(True, "on cpu, compute steps of few tokens in one kernel, if the model is dense")
     enforce_eager: bool = option(False, "on cuda, launch each kernel of a step by itself instead of a CUDA graph")
     cudagraph_capture_sizes: str = option(
         "",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ def to_device(
     if torch.device(device).type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_device_at_once(lists: Mapping[str, Sequence[int]], device: torch.device | str) -> dict[str, Tensor]:
+    """Each list as an int64 tensor on the device, with one copy for all of them."""
+    joined = to_device(list(chain.from_iterable(lists.values())), device, torch.int64)
+    return dict(zip(lists, joined.split([len(each) for each in lists.values()]), strict=True))
 
 
 def pin(tensor: Tensor) -> Tensor:

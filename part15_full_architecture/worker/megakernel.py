@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
 from .attention import AttentionMetadata, PagedAttention
 from .kernels.cpu import whole_step
 from .kernels.cpu.attention import MIN_TOKENS, find_spans, min_rows
-from .kernels.cpu.memory import LIKE
+from .kernels.cpu.memory import DTYPES, LIKE
 from .kernels.cpu.team import get_team, make_counters
 from .kernels.cpu.whole_step import NUM_AT_ONCE, PHASES_PER_LAYER, Rows, Sizes, Step
 from .kernels.ops import Kernels
@@ -61,6 +63,7 @@ class Megakernel:
         self.addresses = Rows(**{name: rows.data_ptr() for name, rows in self.rows.items()})
         if head.packed is None:
             head.packed = TeamProduct(head.weight, num_threads)
+        self._warm_up()
 
     def _fields(self, layer: Any) -> Iterator[tuple[str, int]]:
         attention, mlp = layer.self_attn, layer.mlp
@@ -81,6 +84,16 @@ class Megakernel:
             return 0
         self._converted.append(numbers.detach().float())
         return self._converted[-1].data_ptr()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Compile the kernels, or load them from disk: with a token that is not stored."""
+        nothing = torch.zeros(1, dtype=torch.int64)
+        starts, table = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+        hidden = self.run(nothing, nothing, AttentionMetadata(nothing - 1, table, starts, starts[1:], 1))
+        assert hidden is not None, "a step of one token"
+        self.model.compute_logits(hidden)
+        self.num_runs = 0
 
     def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor | None:
         """A forward pass: [num_tokens, hidden_size]. None if the step has more than MAX_TOKENS."""
@@ -133,10 +146,13 @@ class TeamProduct:
 
 
 def can_be_one_kernel(model: DecoderModel, kernels: Kernels, kv_scales: Tensor | None) -> bool:
-    """Whether the megakernel computes what this model does: on a CPU, with all layers on this rank, dense, in float32,
-    and computed by the Numba kernels that the megakernel consists of."""
+    """Whether the megakernel computes what this model does: on a CPU, with all layers on this rank, dense and not
+    quantized, by the Numba kernels that the megakernel consists of. And whether that is faster: torch has bfloat16
+    products for CPUs with instructions for them."""
     head, layers = model.output_embedding, model.layers.values()
-    if model.device != "cpu" or model.dtype != torch.float32 or kv_scales is not None:
+    if model.device != "cpu" or model.dtype not in DTYPES or kv_scales is not None:
+        return False
+    if model.dtype == torch.bfloat16 and has_bfloat16_instructions():
         return False
     if model.stage.num_stages > 1 or head is None or head.group.size > 1 or model.fetcher is not None:
         return False
@@ -146,3 +162,9 @@ def can_be_one_kernel(model: DecoderModel, kernels: Kernels, kv_scales: Tensor |
     are_plain = all(type(weight) is Weight and weight.packed is None for weight in weights)
     sizes = [head.vocab_size, *(weight.shape[0] for weight in weights)]
     return are_plain and all(type(layer.mlp) is MLP for layer in layers) and not any(s % NUM_AT_ONCE for s in sizes)
+
+
+@cache
+def has_bfloat16_instructions() -> bool:
+    features = get_host_cpu_features()
+    return any(features.get(name) for name in ("avx512bf16", "amx-bf16", "bf16"))

@@ -15,7 +15,7 @@ from common.sampling_params import MAX_LOGPROBS, SamplingParams
 from ..config import EngineConfig
 from ..messages import ScheduledRequest, StepInput, StepOutput
 from .attention import AttentionMetadata, PagedAttention
-from .device import to_device
+from .device import to_device, to_device_at_once
 from .draft_model import DraftModelProposer, samples_drafts
 from .kernels.ops import Kernels
 from .kv_cache import KVCache, slot_mapping
@@ -116,38 +116,42 @@ class ModelRunner:
             if request.is_sampled:
                 logits_indices += range(len(positions) - 1 - (end - num_known), len(positions))
                 sampling += [self._sampling_state(request.row, num_tokens) for num_tokens in range(num_known, end + 1)]
+        integers = {
+            "new_indices": self._flat_indices(sampled_before),
+            "new_token_ids": [token_id for request in step.requests for token_id in request.new_token_ids],
+            "input_indices": self._flat_indices(zip(rows, positions, strict=True)),
+            "positions": positions,
+            "logits_indices": logits_indices,
+            "output_indices": self._flat_indices((state.row, state.num_tokens) for state in sampling),
+            "draft_indices": self._flat_indices(drafted),
+            "draft_token_ids": [token_id for request in step.requests for token_id in request.draft_token_ids],
+        }
+        tensors = to_device_at_once(integers, self.device)
         return Batch(
             requests=step.requests,
             params=[self.states.params[request.row] for request in step.requests],
             new_rows=[(new.row, new.token_ids) for new in step.new_requests],
             num_drafted_tokens=[(new.row, new.num_drafted_tokens) for new in step.new_requests],
-            new_indices=self._flat_indices(sampled_before),
-            new_token_ids=to_device(
-                [token_id for request in step.requests for token_id in request.new_token_ids], self.device, torch.int64
-            ),
-            input_indices=self._flat_indices(zip(rows, positions, strict=True)),
-            positions=to_device(positions, self.device),
+            new_indices=tensors["new_indices"],
+            new_token_ids=tensors["new_token_ids"],
+            input_indices=tensors["input_indices"],
+            positions=tensors["positions"],
             metadata=self._metadata(step, torch.tensor(rows), torch.tensor(positions)),
-            logits_indices=to_device(logits_indices, self.device, torch.int64),
-            output_indices=self._flat_indices((state.row, state.num_tokens) for state in sampling),
+            logits_indices=tensors["logits_indices"],
+            output_indices=tensors["output_indices"],
             sampling=sampling,
             spec=self._spec_decode_metadata(step.requests),
-            draft_indices=self._flat_indices(drafted),
-            draft_token_ids=to_device(
-                [token_id for request in step.requests for token_id in request.draft_token_ids],
-                self.device,
-                torch.int64,
-            ),
+            draft_indices=tensors["draft_indices"],
+            draft_token_ids=tensors["draft_token_ids"],
             prompt_spans=prompt_spans(step.requests, self.states, self.config.max_num_seqs),
         )
 
     def _sampling_state(self, row: int, num_tokens: int) -> SamplingState:
         return SamplingState(self.states.params[row], row, self.states.num_prompt_tokens[row], num_tokens)
 
-    def _flat_indices(self, places: Iterable[tuple[int, int]]) -> Tensor:
+    def _flat_indices(self, places: Iterable[tuple[int, int]]) -> list[int]:
         """The flat indices of (row, position) pairs in the token buffer."""
-        indices = [self.tokens.flat_index(row, position) for row, position in places]
-        return to_device(indices, self.device, torch.int64)
+        return [self.tokens.flat_index(row, position) for row, position in places]
 
     def _spec_decode_metadata(self, requests: Sequence[ScheduledRequest]) -> SpecDecodeMetadata | None:
         sampled = [request for request in requests if request.is_sampled]

@@ -32,4 +32,5 @@ class TokenBuffer:
 
     def write(self, indices: Tensor, token_ids: Tensor) -> None:
         """indices: [n], flat; token_ids: [n]."""
-        self.data.view(-1)[indices] = token_ids
+        if len(indices):
+            self.data.view(-1)[indices] = token_ids

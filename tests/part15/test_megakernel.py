@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from part15_full_architecture.worker import megakernel
 from part15_full_architecture.worker.attention import AttentionMetadata
 from part15_full_architecture.worker.kernels.cpu.memory import numbers_at
 from part15_full_architecture.worker.kernels.cpu.team import Team, chunks, make_counters
@@ -62,37 +64,36 @@ def make_step(query_lens: list[int], context_lens: list[int], block_size: int) -
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("what", STEPS)
-def test_it_computes_what_the_layers_do(what: str, num_threads: int, models: SmallModels) -> None:
+def test_it_computes_what_the_layers_do(what: str, num_threads: int, dtype: str, models: SmallModels) -> None:
+    """In bfloat16, what the layers compute in float32 with the same weights: the megakernel rounds at its end only."""
     query_lens, context_lens = STEPS[what]
-    runner = SmallEngine(
-        PART, models, num_kv_blocks=1 + sum(-(-max(context_lens) // 4) for _ in query_lens)
-    ).worker.runner
-    cache, model, attention = runner.attention.kv_cache, runner.model, runner.attention
-    kernel = Megakernel(model, attention, num_threads)
+    num_blocks = 1 + len(query_lens) * -(-max(context_lens) // 4)
+    runner = SmallEngine(PART, models, num_kv_blocks=num_blocks, dtype=dtype, megakernel=False).worker.runner
+    cache, layers, attention = runner.attention.kv_cache, copy.deepcopy(runner.model).float(), runner.attention
+    kernel = Megakernel(runner.model, attention, num_threads)
     positions, metadata = make_step(query_lens, context_lens, cache.block_size)
     torch.manual_seed(0)
     input_ids, before = torch.randint(0, 300, positions.shape), torch.randn_like(cache.data)
     with torch.inference_mode():
         cache.data.copy_(before)
-        expected = model(input_ids, positions, partial(attention.attend, metadata))
-        expected_cache, expected_logits = (
-            cache.data.clone(),
-            torch.nn.functional.linear(expected, model.output_embedding.weight),
-        )
+        expected = layers(input_ids, positions, partial(attention.attend, metadata))
+        expected_cache, expected_logits = cache.data.clone(), layers.compute_logits(expected)
         cache.data.copy_(before)
         found = kernel.run(input_ids, positions, metadata)
-        logits = model.compute_logits(expected)
-    assert found is not None, f"{what}, {len(input_ids)} tokens: the megakernel did not take the step. {LOOK}"
+        assert found is not None, f"{what}, {len(input_ids)} tokens: the megakernel did not take the step. {LOOK}"
+        logits = runner.model.compute_logits(found)
     for name, got, wanted in (
         ("the hidden states", found, expected), ("the KV cache", cache.data, expected_cache),
         ("the logits", logits, expected_logits),
     ):  # fmt: skip
-        difference, limit = float((got - wanted).abs().max()), 1e-5 * float(wanted.abs().max())
+        difference = float((got - wanted).abs().max())
+        limit = (1e-5 if dtype == "float32" else 1 / 128) * float(wanted.abs().max())
         assert difference <= limit, (
-            f"{what}, {models.family}, {num_threads} threads: the largest difference in {name} is {difference:.2g}, "
-            f"expected at most {limit:.2g}. {LOOK}"
+            f"{what}, {models.family}, {num_threads} threads, {dtype}: the largest difference in {name} is "
+            f"{difference:.2g}, expected at most {limit:.2g}. {LOOK}"
         )
 
 
@@ -121,7 +122,7 @@ def test_an_engine_answers_as_transformers_does(models: SmallModels) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        {"megakernel": False}, {"kernels": "torch"}, {"kernels": "norm=torch"}, {"dtype": "bfloat16"},
+        {"megakernel": False}, {"kernels": "torch"}, {"kernels": "norm=torch"}, {"dtype": "float16"},
         {"kv_cache_dtype": "int8"}, {"quantization": "int8"}, {"tensor_parallel_size": 2},
         {"cudagraph_capture_sizes": "1,2,4"}, {"enable_expert_parallel": True, "tensor_parallel_size": 2},
         {"pipeline_parallel_size": 2}, {"cpu_offload_gb": 0.0001},
@@ -133,6 +134,16 @@ def test_engines_that_compute_something_else_have_none(flags: dict[str, Any], ll
     for worker in getattr(engine.core.executor, "workers", None) or [engine.worker]:
         small_steps = worker.runner.small_steps
         assert not isinstance(small_steps, Megakernel), f"{flags}: the megakernel does not compute that. {LOOK}"
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_cpu_with_bfloat16_instructions_has_faster_products(
+    has_instructions: bool, llama: SmallModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megakernel, "has_bfloat16_instructions", lambda: has_instructions)
+    for dtype, expected in (("float32", True), ("bfloat16", not has_instructions)):
+        small_steps = SmallEngine(PART, llama, dtype=dtype).worker.runner.small_steps
+        assert isinstance(small_steps, Megakernel) == expected, f"{dtype}, {has_instructions}: {small_steps}. {LOOK}"
 
 
 def test_a_draft_model_has_one_of_its_own(llama: SmallModels) -> None:

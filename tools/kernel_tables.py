@@ -17,12 +17,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "part15_full_architecture" / "KERNELS.md", ROOT / "results" / "part15.json"
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
-OPERATIONS = ("norm", "rotary", "attention", "activation", "sampling")
+OPERATIONS = ("norm", "rotary", "attention", "activation", "sampling", "W8A16", "W4A16", "grouped product")
 MODELS = {"tiny": "`tiny`", "random:llama-110m": "110M"}
 BEFORE = "torch, the references"
 ROWS = {  # name in the results: what the page calls it
     "torch": BEFORE, "part 14's": BEFORE,  # the second: in results of older benchmarks
     "+ activation": "+ norm, rotary, activation", "+ sampling": "+ sampling", "+ packed matrices": "+ packed matrices",
+    "megakernel": "megakernel",
 }  # fmt: skip
 COLUMNS = ("greedy_1", "greedy_32", "sampled_32", "operators_per_step")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from part15_full_architecture.worker import megakernel
 from part15_full_architecture.worker.attention import AttentionMetadata
 from part15_full_architecture.worker.kernels.cpu.memory import numbers_at
-from part15_full_architecture.worker.kernels.cpu.team import Team, chunks, make_counters
+from part15_full_architecture.worker.kernels.cpu.team import Team, make_counters, tasks
 from part15_full_architecture.worker.megakernel import MAX_TOKENS, Megakernel
 from tests.contract.engines import SmallEngine, SmallModels
 
@@ -155,26 +155,26 @@ def test_a_draft_model_has_one_of_its_own(llama: SmallModels) -> None:
 
 
 @numba.njit(nogil=True)
-def add_ones(counters, numbers, num_phases, num_chunks):
+def add_ones(counters, numbers, num_phases, num_tasks):
     """Adds 1 to each number in each phase, if the phase before has done that for its neighbors."""
-    values = numbers_at(numbers, 0, num_chunks, np.int64(0))
+    values = numbers_at(numbers, 0, num_tasks, np.int64(0))
     for phase in range(num_phases):
-        for chunk in chunks(counters, phase, num_chunks):
-            neighbor = values[(chunk + 1) % num_chunks]
+        for task in tasks(counters, phase, num_tasks):
+            neighbor = values[(task + 1) % num_tasks]
             if neighbor >= phase:
-                values[chunk] += 1
+                values[task] += 1
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("num_chunks", [1, 2, 7, 100])
-def test_a_team_does_each_chunk_once_and_phases_in_order(num_threads: int, num_chunks: int) -> None:
-    team, numbers = Team(num_threads), torch.zeros(num_chunks, dtype=torch.int64)
+@pytest.mark.parametrize("num_tasks", [1, 2, 7, 100])
+def test_a_team_does_each_task_once_and_phases_in_order(num_threads: int, num_tasks: int) -> None:
+    team, numbers = Team(num_threads), torch.zeros(num_tasks, dtype=torch.int64)
     for _ in range(20):
         numbers.zero_()
-        team.run(add_ones, make_counters(50), numbers.data_ptr(), 50, num_chunks)
-        assert numbers.tolist() == [50] * num_chunks, (
-            f"{num_threads} threads, 50 phases of {num_chunks} chunks: chunks were done {numbers.tolist()} times, or "
-            f"before the phase ahead of them had ended. {LOOK_TEAM}::chunks"
+        team.run(add_ones, make_counters(50), numbers.data_ptr(), 50, num_tasks)
+        assert numbers.tolist() == [50] * num_tasks, (
+            f"{num_threads} threads, 50 phases of {num_tasks} tasks: tasks were done {numbers.tolist()} times, or "
+            f"before the phase ahead of them had ended. {LOOK_TEAM}::tasks"
         )
 
 

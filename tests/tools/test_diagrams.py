@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.checkpoint import resolve_checkpoint
 from common.openai_app.metrics import Metrics
 from part06_chunked_prefill.core.block_manager import BlockManager as Part06BlockManager
 from part06_chunked_prefill.core.request import Request as Part06Request
@@ -38,6 +39,7 @@ from part15_full_architecture.worker import model as part15_model
 from part15_full_architecture.worker.attention import AttentionMetadata, PagedAttention
 from part15_full_architecture.worker.graphs import StepGraphs
 from part15_full_architecture.worker.kernels import autotune, build, ops, reference
+from part15_full_architecture.worker.kernels.cpu import whole_step
 from part15_full_architecture.worker.kernels.cuda import attention as cuda_attention
 from part15_full_architecture.worker.kv_cache import KVCache
 from part15_full_architecture.worker.parallel import Groups
@@ -57,6 +59,7 @@ from tools.diagrams import (
     quantization,
     quantized_layers,
     step_graphs,
+    team,
     theme,
     transformer,
 )
@@ -509,6 +512,18 @@ def test_fused_operations_of_the_figure_are_those_of_part_15() -> None:
               lambda *arguments: attention.attend(metadata, *arguments))  # fmt: skip
     drawn = [stage.after for stage in fusion.STAGES if not stage.after.name.startswith("GEMM")]
     assert [(operation.name, operation.reads, operation.writes) for operation in drawn] == found
+
+
+def test_tasks_of_the_shared_kernel_are_those_of_part_15() -> None:
+    config = resolve_checkpoint("tiny").config
+    sizes = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, whole_step.NUM_OUTPUTS
+    drawn = team.HIDDEN_SIZE, team.NUM_HEADS, team.NUM_KV_HEADS, team.OUTPUTS_PER_TASK
+    assert drawn == sizes and part15_model.head_dim(config) == team.HEAD_DIM
+    for number, phase in enumerate(team.PHASES):
+        tasks = [task for task in team.schedule() if task.phase == number]
+        assert [task.number for task in sorted(tasks, key=lambda each: each.start)] == list(range(phase.num_tasks))
+        earlier = [task.end for task in team.schedule() if task.phase < number]
+        assert all(task.start >= max(earlier, default=0) - 1e-9 for task in tasks), "phases come one after the other"
 
 
 def test_the_rows_of_the_padded_step_are_those_of_the_graphs() -> None:

@@ -25,6 +25,7 @@ from . import (
     router,
     speculation,
     step_graphs,
+    team,
     transformer,
 )
 from .svg import Drawing
@@ -57,6 +58,7 @@ DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "kv_codes": quantized_layers.kv_codes,
     "fused_operations": fusion.fused_operations,
     "padded_step": step_graphs.padded_step,
+    "shared_tasks": team.shared_tasks,
     "kernel_choice": kernel_choice.kernel_choice,
     "warp_reduction": gpu.warp_reduction,
     "split_kv": gpu.split_kv,

@@ -18,7 +18,7 @@ from ... import cpu_attention
 from ...cpu_attention import OPTIONS, _jit_cached, exp, to_float32, token_attention
 from .. import reference
 from .memory import CACHE_LINE, DTYPES, LIKE, numbers_at, prefetch
-from .team import chunks, get_team, make_counters
+from .team import get_team, make_counters, tasks
 
 TILE_SIZE = 64  # keys
 CHUNK = 32  # dimensions; head_dim must be a multiple of it
@@ -82,7 +82,7 @@ def _paged_attention_kernel(
     outputs = numbers_at(output, 0, (num_tokens, num_heads, head_dim), number)
     starts = numbers_at(query_start_loc, 0, num_seqs + 1, integer)
     lens = numbers_at(context_lens, 0, num_seqs, integer)
-    for index in chunks(counters, np.int64(0), len(spans)):
+    for index in tasks(counters, np.int64(0), len(spans)):
         seq, first, last = spans[index]
         block_table = numbers_at(block_tables, seq * max_blocks, max_blocks, integer)
         num_visible = lens[seq] - (starts[seq + 1] - last)
@@ -122,7 +122,7 @@ def span_attention(
 
 @_jit_cached
 def find_spans(starts, max_tokens):
-    """Spans of up to max_tokens, the chunks of the kernel: [num_spans, 3], a sequence, and where the span begins and
+    """Spans of up to max_tokens, the tasks of the kernel: [num_spans, 3], a sequence, and where the span begins and
     ends in the batch. starts: [num_seqs + 1]."""
     num_spans = 0
     for seq in range(len(starts) - 1):

@@ -1,8 +1,8 @@
 """Threads that compute one kernel together, and the work that they share: atomic counters instead of barriers.
 
-A kernel is a series of phases, and a phase is a number of chunks. Each thread takes the next chunk that no other has
+A kernel is a series of phases, and a phase is a number of tasks. Each thread takes the next task that no other has
 taken; when none is left, it waits until all are done. So a thread that comes late finds phases that are over, and one
-that the system has stopped holds up the others with its own chunk only.
+that the system has stopped holds up the others with its own task only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...cpu_attention import OPTIONS
 
 Job = tuple[Callable[..., None], Tensor, tuple[Any, ...]]
 CACHE_LINE = 8  # int64 numbers. Two counters in one line would travel between the cores as one.
-NUM_COUNTERS = 2  # of a phase: chunks that are taken, chunks that are done
+NUM_COUNTERS = 2  # of a phase: tasks that are taken, tasks that are done
 NUM_SPINS = 2_000  # looks, before a waiting thread gives its core to others between two looks
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
@@ -44,8 +44,8 @@ class Team:
     def run(self, kernel: Callable[..., None], counters: Tensor, *args: Any) -> None:
         """All threads call the kernel, which releases the GIL, with the counters' address and the arguments.
 
-        Returns when all chunks are done. A thread may come later than that: so no other run may have the same
-        counters, and before its first chunk, a kernel may read no memory but them and arrays among its arguments.
+        Returns when all tasks are done. A thread may come later than that: so no other run may have the same
+        counters, and before its first task, a kernel may read no memory but them and arrays among its arguments.
         """
         for queue in self._queues:
             queue.put((kernel, counters, args))
@@ -73,20 +73,20 @@ def make_counters(num_phases: int) -> Tensor:
 
 
 @numba.njit(**OPTIONS)
-def chunks(counters, phase, num_chunks):
-    """The chunks of a phase that this thread takes. Ends when those of all threads are done.
+def tasks(counters, phase, num_tasks):
+    """The tasks of a phase that this thread takes. Ends when those of all threads are done.
 
     counters: the address of make_counters(). All threads go through all phases, in order.
     """
     num_taken = counters + phase * NUM_COUNTERS * CACHE_LINE * 8
     num_done = num_taken + CACHE_LINE * 8
-    chunk = add_to_counter(num_taken, 1)
-    while chunk < num_chunks:
-        yield chunk
+    task = add_to_counter(num_taken, 1)
+    while task < num_tasks:
+        yield task
         add_to_counter(num_done, 1)
-        chunk = add_to_counter(num_taken, 1)
+        task = add_to_counter(num_taken, 1)
     num_looks = 0
-    while read_counter(num_done) < num_chunks:
+    while read_counter(num_done) < num_tasks:
         num_looks += 1
         if num_looks > NUM_SPINS:
             _sched_yield()

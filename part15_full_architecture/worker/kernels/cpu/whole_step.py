@@ -17,10 +17,10 @@ from .attention import span_attention
 from .memory import CACHE_LINE, numbers_at, prefetch
 from .norm import _norm_kernel
 from .rotary import _rotate_and_store_kernel
-from .team import chunks
+from .team import tasks
 
 NUM_AT_ONCE = 4  # rows of a matrix in the inner loop of a product
-NUM_OUTPUTS = 8 * NUM_AT_ONCE  # of a product, in a chunk
+NUM_OUTPUTS = 8 * NUM_AT_ONCE  # of a product, in a task
 PHASES_PER_LAYER = 8
 NUMBER, INTEGER = np.float32(0), np.int32(0)
 BYTES = 4  # of a float32
@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
 @_jit_cached
 def step_kernel(counters, layers, final_norm, spans, sizes, rows, step, like, table_like, cache_like):
-    """Every thread of a team calls this, with the same arguments. counters: see chunks(). layers: an array of LAYER.
+    """Every thread of a team calls this, with the same arguments. counters: see tasks(). layers: an array of LAYER.
     spans: see attention.py::find_spans.
 
     rows.residual has the tokens' embeddings at the start, and rows.normed the last norm's output at the end.
@@ -88,38 +88,38 @@ def step_kernel(counters, layers, final_norm, spans, sizes, rows, step, like, ta
     query_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     for index in range(len(layers)):
         layer, phase = layers[index], index * PHASES_PER_LAYER
-        for token in chunks(counters, phase, step.num_tokens):
+        for token in tasks(counters, phase, step.num_tokens):
             norm(rows, token, layer.input_norm, size, sizes.eps, index == 0)
         num_outputs = query_size + 2 * kv_size
-        for chunk in chunks(counters, phase + 1, num_chunks(num_outputs)):
-            product(rows.qkv, rows.normed, layer.qkv, layer.qkv_bias, step.num_tokens, size, num_outputs, chunk, like)
-        for token in chunks(counters, phase + 2, step.num_tokens):
+        for task in tasks(counters, phase + 1, num_tasks(num_outputs)):
+            product(rows.qkv, rows.normed, layer.qkv, layer.qkv_bias, step.num_tokens, size, num_outputs, task, like)
+        for token in tasks(counters, phase + 2, step.num_tokens):
             rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like)
-        for chunk in chunks(counters, phase + 3, len(spans) * step.num_parts):
-            attend(rows, spans[chunk // step.num_parts], chunk % step.num_parts, layer, sizes, step, cache_like)
-        for chunk in chunks(counters, phase + 4, num_chunks(size)):
+        for task in tasks(counters, phase + 3, len(spans) * step.num_parts):
+            attend(rows, spans[task // step.num_parts], task % step.num_parts, layer, sizes, step, cache_like)
+        for task in tasks(counters, phase + 4, num_tasks(size)):
             product(
-                rows.hidden, rows.attended, layer.output, layer.output_bias, step.num_tokens, query_size, size, chunk,
+                rows.hidden, rows.attended, layer.output, layer.output_bias, step.num_tokens, query_size, size, task,
                 like,
             )  # fmt: skip
-        for token in chunks(counters, phase + 5, step.num_tokens):
+        for token in tasks(counters, phase + 5, step.num_tokens):
             norm(rows, token, layer.post_norm, size, sizes.eps, False)
-        for chunk in chunks(counters, phase + 6, num_chunks(sizes.intermediate_size)):
-            gate_and_up(rows, layer, step.num_tokens, size, sizes.intermediate_size, chunk, like)
-        for chunk in chunks(counters, phase + 7, num_chunks(size)):
+        for task in tasks(counters, phase + 6, num_tasks(sizes.intermediate_size)):
+            gate_and_up(rows, layer, step.num_tokens, size, sizes.intermediate_size, task, like)
+        for task in tasks(counters, phase + 7, num_tasks(size)):
             product(
                 rows.hidden, rows.activated, layer.down, layer.down_bias, step.num_tokens, sizes.intermediate_size,
-                size, chunk, like,
+                size, task, like,
             )  # fmt: skip
-    for token in chunks(counters, len(layers) * PHASES_PER_LAYER, step.num_tokens):
+    for token in tasks(counters, len(layers) * PHASES_PER_LAYER, step.num_tokens):
         norm(rows, token, final_norm, size, sizes.eps, False)
 
 
 @_jit_cached
 def product_kernel(counters, output, rows, matrix, num_rows, num_inputs, num_outputs, like):
     """output = rows · matrixᵀ, by a team: see product()."""
-    for chunk in chunks(counters, np.int64(0), num_chunks(num_outputs)):
-        product(output, rows, matrix, 0, num_rows, num_inputs, num_outputs, chunk, like)
+    for task in tasks(counters, np.int64(0), num_tasks(num_outputs)):
+        product(output, rows, matrix, 0, num_rows, num_inputs, num_outputs, task, like)
 
 
 @numba.njit(**OPTIONS)
@@ -166,9 +166,9 @@ def attend(rows, span, part, layer, sizes, step, cache_like):
 
 
 @numba.njit(**OPTIONS)
-def gate_and_up(rows, layer, num_tokens, size, intermediate_size, chunk, like):
+def gate_and_up(rows, layer, num_tokens, size, intermediate_size, task, like):
     """Some columns of both products, and of SiLU(gate) · up."""
-    first = chunk * NUM_OUTPUTS
+    first = task * NUM_OUTPUTS
     last = min(first + NUM_OUTPUTS, intermediate_size)
     shape = (num_tokens, 2 * intermediate_size)
     both, normed = numbers_at(rows.gate_up, 0, shape, NUMBER), numbers_at(rows.normed, 0, (num_tokens, size), NUMBER)
@@ -186,9 +186,9 @@ def gate_and_up(rows, layer, num_tokens, size, intermediate_size, chunk, like):
 
 
 @numba.njit(**OPTIONS)
-def product(output, rows, matrix, bias, num_rows, num_inputs, num_outputs, chunk, like):
+def product(output, rows, matrix, bias, num_rows, num_inputs, num_outputs, task, like):
     """Some columns of output = rows · matrixᵀ + bias. All four are addresses; bias may be 0."""
-    first = chunk * NUM_OUTPUTS
+    first = task * NUM_OUTPUTS
     last = min(first + NUM_OUTPUTS, num_outputs)
     outputs = numbers_at(output, 0, (num_rows, num_outputs), NUMBER)
     multiply(outputs, numbers_at(rows, 0, (num_rows, num_inputs), NUMBER), matrix, first, last, like)
@@ -198,7 +198,7 @@ def product(output, rows, matrix, bias, num_rows, num_inputs, num_outputs, chunk
 
 
 @numba.njit(inline="always", **OPTIONS)
-def num_chunks(num_outputs):
+def num_tasks(num_outputs):
     return -(-num_outputs // NUM_OUTPUTS)
 
 

@@ -164,24 +164,24 @@ def check(config: BenchConfig) -> None:
 
 
 def plot(m: dict[str, Any], path: Path) -> None:
-    titles = [(TITLES[name], "", "times torch's") for name in m["engines"]]
+    titles = [(TITLES[name], "", "times torch's") for name in TITLES]
     fig, axes = plotting.panels([("Operations", "", "times torch's speed"), *titles])
     found = {name.split(",")[0]: each for name, each in m["operations"]["tiny"].items() if name.endswith(", 32 rows")}
-    names = list(found)
+    names = sorted(found, key=lambda name: -found[name]["speedup"]["numba"])
     bars = axes[0].bar(range(len(names)), [found[name]["speedup"]["numba"] for name in names])
     axes[0].set_yscale("log")
     axes[0].set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
     axes[0].minorticks_off()
     axes[0].set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=9)
-    plotting.label_bars(axes[0], bars, "{:.1f}", fontsize=9)
+    plotting.label_bars(axes[0], bars, "{:.1f}", fontsize=8)
     order = [name for name, _ in variants()]
-    for ax, rows in zip(axes[1:], m["engines"].values(), strict=True):
+    for ax, rows in zip(axes[1:], (m["engines"][name] for name in TITLES), strict=True):
         for key, label in SHOWN.items():
             ax.plot(range(len(order)), [rows[name][key] / rows[order[0]][key] for name in order], "o-", label=label)
         ax.set_xticks(range(len(order)), order, rotation=60, ha="right", fontsize=9)
-        ax.set_ylim(0, 4)
+        ax.set_ylim(0, 7)
         ax.axhline(1, color="gray", linewidth=1)
-    axes[1].legend(fontsize=9, loc="upper left")
+    axes[2].legend(fontsize=9, loc="upper left")
     plotting.save(fig, path)
 
 

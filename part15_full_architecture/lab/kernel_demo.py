@@ -29,7 +29,8 @@ NUM_ROWS = 32
 REPEATS = 5
 ENGINES: dict[str, dict[str, Any]] = {  # what is said of an engine, and its flags
     "torch, the references": {"kernels": "torch"},
-    "numba, the default on a CPU": {},
+    "numba, layer by layer": {"megakernel": False},
+    "numba, in a megakernel, the default on a CPU": {},
     "cuda, emulated": {"kernels": "cuda"},
     "numba, steps padded to 1, 2, 4 … tokens": {"cudagraph_capture_sizes": "1,2,4,8,16,32"},
 }

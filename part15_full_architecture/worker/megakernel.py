@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .attention import AttentionMetadata, PagedAttention
 from .kernels.cpu import whole_step
-from .kernels.cpu.attention import MIN_TOKENS, find_spans, min_rows
+from .kernels.cpu.attention import MIN_SPAN, find_spans, min_rows
 from .kernels.cpu.memory import DTYPES, LIKE
 from .kernels.cpu.team import get_team, make_counters
-from .kernels.cpu.whole_step import NUM_AT_ONCE, PHASES_PER_LAYER, Rows, Sizes, Step
+from .kernels.cpu.whole_step import NUM_AT_ONCE, PHASES_PER_LAYER, Buffers, Sizes, Step
 from .kernels.ops import Kernels
 from .linear import Linear
 from .mlp import MLP
@@ -41,7 +41,7 @@ class Megakernel:
         self.sizes = Sizes(
             config.hidden_size, config.intermediate_size, model.num_heads, model.num_kv_heads, model.head_dim,
             cache.num_blocks * cache.block_size, cache.block_size, min_rows(model.head_dim, cache.data.dtype),
-            config.rms_norm_eps,
+            config.rms_norm_eps, attention.scale,
         )  # fmt: skip
         self.like = LIKE[model.dtype], LIKE[self.table.dtype], LIKE[cache.data.dtype]
         self._converted: list[Tensor] = []
@@ -60,7 +60,7 @@ class Megakernel:
             "activated": config.intermediate_size,
         }  # fmt: skip
         self.rows = {name: torch.empty(MAX_TOKENS, width) for name, width in widths.items()}
-        self.addresses = Rows(**{name: rows.data_ptr() for name, rows in self.rows.items()})
+        self.addresses = Buffers(**{name: rows.data_ptr() for name, rows in self.rows.items()})
         if head.packed is None:
             head.packed = TeamProduct(head.weight, num_threads)
         self._warm_up()
@@ -96,13 +96,13 @@ class Megakernel:
         self.num_runs = 0
 
     def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor | None:
-        """A forward pass: [num_tokens, hidden_size]. None if the step has more than MAX_TOKENS."""
+        """A forward pass: [num_tokens, hidden_size]. None if the step is empty, or has more than MAX_TOKENS."""
         num_tokens, (num_seqs, max_blocks) = len(input_ids), metadata.block_tables.shape
-        if num_tokens > MAX_TOKENS:
+        if not 0 < num_tokens <= MAX_TOKENS:
             return None
         assert self.model.embed_tokens is not None, "the only stage has the embedding"
         self.rows["residual"][:num_tokens] = self.model.embed_tokens(input_ids)
-        spans = find_spans(metadata.query_start_loc.numpy(), MIN_TOKENS)
+        spans = find_spans(metadata.query_start_loc.numpy(), MIN_SPAN)
         num_parts = min(self.sizes.num_kv_heads, -(-self.num_threads // len(spans)))
         step = Step(
             num_tokens, num_seqs, num_parts, max_blocks, positions.data_ptr(), self.table.data_ptr(),
@@ -126,9 +126,9 @@ class Megakernel:
 
 
 class TeamProduct:
-    """A matrix in its own layout. A product with few rows is computed by a team. matrix: [outputs, inputs]."""
+    """A matrix as it is, not packed: products with few rows are computed by a team. matrix: [outputs, inputs]."""
 
-    nbytes = 0  # besides the matrix
+    nbytes = 0  # no memory besides the matrix
 
     def __init__(self, matrix: Tensor, num_threads: int) -> None:
         self.matrix, self.num_threads, self.like = matrix.detach(), num_threads, LIKE[matrix.dtype]
@@ -160,7 +160,7 @@ def can_be_one_kernel(model: DecoderModel, kernels: Kernels, kv_scales: Tensor |
         return False
     weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
     are_plain = all(type(weight) is Weight and weight.packed is None for weight in weights)
-    sizes = [head.vocab_size, *(weight.shape[0] for weight in weights)]
+    sizes = [head.vocab_size, model.config.intermediate_size, *(weight.shape[0] for weight in weights)]
     return are_plain and all(type(layer.mlp) is MLP for layer in layers) and not any(s % NUM_AT_ONCE for s in sizes)
 
 

@@ -17,7 +17,8 @@ from .model import DecoderModel
 
 class SmallSteps(Protocol):
     def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor | None:
-        """A forward pass: [num_tokens, hidden_size], which the next call may overwrite. None if the step is too large.
+        """A forward pass: [num_tokens, hidden_size], which the next call may overwrite. None for an empty step
+        and one that is too large.
 
         input_ids, positions: [num_tokens], int64.
         """

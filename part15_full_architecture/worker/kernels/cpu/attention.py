@@ -22,7 +22,7 @@ from .team import get_team, make_counters, tasks
 
 TILE_SIZE = 64  # keys
 CHUNK = 32  # dimensions; head_dim must be a multiple of it
-MIN_TOKENS, MAX_TOKENS = 32, 256  # of a span: tokens of a sequence for which its keys are read once
+MIN_SPAN, MAX_SPAN = 32, 256  # of a span: tokens of a sequence for which its keys are read once
 SPANS_PER_THREAD = 4  # so that all threads end at about the same time
 MIN_TEAM_PRODUCTS = 1 << 20  # for less, waking another thread takes longer than the work
 NO_SCORE = np.float32(-1e30)  # less than any score, but finite: -inf - -inf would be NaN
@@ -55,7 +55,7 @@ def paged_attention(
     max_context = block_tables.shape[1] * block_size
     is_short = num_tokens * num_heads * head_dim * max_context < MIN_TEAM_PRODUCTS
     num_threads = 1 if is_short else torch.get_num_threads()
-    max_tokens = min(MAX_TOKENS, max(MIN_TOKENS, num_tokens // (SPANS_PER_THREAD * num_threads)))
+    max_tokens = min(MAX_SPAN, max(MIN_SPAN, num_tokens // (SPANS_PER_THREAD * num_threads)))
     spans = find_spans(query_start_loc.numpy(), max_tokens)
     get_team(num_threads).run(
         _paged_attention_kernel, make_counters(1), spans, rows.data_ptr(), kv_cache.data_ptr(),

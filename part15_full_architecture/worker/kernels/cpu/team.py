@@ -1,4 +1,4 @@
-"""Threads that compute one kernel together, and the work that they share: atomic counters instead of barriers.
+"""Threads that compute a kernel together, and share its work through atomic counters: they wait for tasks, not threads.
 
 A kernel is a series of phases, and a phase is a number of tasks. Each thread takes the next task that no other has
 taken; when none is left, it waits until all are done. So a thread that comes late finds phases that are over, and one
@@ -23,17 +23,21 @@ from torch import Tensor
 
 from ...cpu_attention import OPTIONS
 
-Job = tuple[Callable[..., None], Tensor, tuple[Any, ...]]
-CACHE_LINE = 8  # int64 numbers. Two counters in one line would travel between the cores as one.
+Job = tuple[Callable[..., None], Tensor, tuple[Any, ...], list[BaseException]]
+COUNTER_STRIDE = 16  # int64 numbers: two counters in one cache line would travel between the cores as one
 NUM_COUNTERS = 2  # of a phase: tasks that are taken, tasks that are done
-NUM_SPINS = 2_000  # looks, before a waiting thread gives its core to others between two looks
+NUM_SPINS = 2_000  # looks, before a waiting thread offers its core to others between two looks
+ALL_DONE = 1 << 62  # more than any number of tasks
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_making_a_team = threading.Lock()
 
 
 class Team:
-    """num_threads: with the one that calls run(). The others sleep between two kernels, as long as the process lives.
+    """num_threads includes the one that calls run(). The others, its helpers, sleep between kernels, and live as long
+    as the process.
 
-    Several threads may call run() at once: then the helpers come late, or not at all, and each computes by itself.
+    Several threads may call run() at once. Helpers finish one kernel before they begin the next, so a caller may have
+    to do all the work itself.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -44,49 +48,67 @@ class Team:
     def run(self, kernel: Callable[..., None], counters: Tensor, *args: Any) -> None:
         """All threads call the kernel, which releases the GIL, with the counters' address and the arguments.
 
-        Returns when all tasks are done. A thread may come later than that: so no other run may have the same
-        counters, and before its first task, a kernel may read no memory but them and arrays among its arguments.
+        Returns when all tasks are done. A helper may be late, or be stopped between two phases, and go on after that:
+        so outside its tasks, a kernel may read no memory but the counters, which no other run may use, and arrays among
+        its arguments. Raises what was raised in any thread: the tasks that nobody had begun are then left out.
         """
-        for queue in self._queues:
-            queue.put((kernel, counters, args))
-        kernel(counters.data_ptr(), *args)
+        errors: list[BaseException] = []
+        try:
+            for queue in self._queues:
+                queue.put((kernel, counters, args, errors))
+            kernel(counters.data_ptr(), *args)
+        except BaseException:
+            counters.fill_(ALL_DONE)
+            raise
+        if errors:
+            raise errors[0]
+
+
+def get_team(num_threads: int) -> Team:
+    """This process's team of so many threads."""
+    with _making_a_team:
+        return _team(num_threads)
 
 
 @cache
-def get_team(num_threads: int) -> Team:
-    """The team of this process."""
+def _team(num_threads: int) -> Team:
     return Team(num_threads)
 
 
-os.register_at_fork(after_in_child=get_team.cache_clear)  # a child has no threads but the one that forked
+os.register_at_fork(after_in_child=_team.cache_clear)  # a child has no threads but the one that forked
 
 
 def _help(queue: SimpleQueue[Job]) -> None:
     while True:
-        kernel, counters, args = queue.get()
-        kernel(counters.data_ptr(), *args)
-        del kernel, counters, args  # not while it sleeps: they may belong to a model that nobody else needs
+        kernel, counters, args, errors = queue.get()
+        try:
+            kernel(counters.data_ptr(), *args)
+        except BaseException as error:
+            errors.append(error)
+            counters.fill_(ALL_DONE)  # nobody waits for this thread's task
+        del kernel, counters, args, errors  # not while it sleeps: they may belong to a model that nobody else needs
 
 
 def make_counters(num_phases: int) -> Tensor:
-    return torch.zeros(num_phases, NUM_COUNTERS, CACHE_LINE, dtype=torch.int64)
+    return torch.zeros(num_phases, NUM_COUNTERS, COUNTER_STRIDE, dtype=torch.int64)
 
 
 @numba.njit(**OPTIONS)
 def tasks(counters, phase, num_tasks):
     """The tasks of a phase that this thread takes. Ends when those of all threads are done.
 
-    counters: the address of make_counters(). All threads go through all phases, in order.
+    counters: the address of make_counters(). All threads go through all phases, in order. The loop over the tasks must
+    not be left early: a task that is taken and not done would keep all threads waiting.
     """
-    num_taken = counters + phase * NUM_COUNTERS * CACHE_LINE * 8
-    num_done = num_taken + CACHE_LINE * 8
-    task = add_to_counter(num_taken, 1)
+    taken = counters + phase * NUM_COUNTERS * COUNTER_STRIDE * 8  # the addresses of the phase's counters
+    done = taken + COUNTER_STRIDE * 8
+    task = add_to_counter(taken, 1)
     while task < num_tasks:
         yield task
-        add_to_counter(num_done, 1)
-        task = add_to_counter(num_taken, 1)
+        add_to_counter(done, 1)
+        task = add_to_counter(taken, 1)
     num_looks = 0
-    while read_counter(num_done) < num_tasks:
+    while read_counter(done) < num_tasks:
         num_looks += 1
         if num_looks > NUM_SPINS:
             _sched_yield()

@@ -46,10 +46,11 @@ class Sizes(NamedTuple):
     block_size: int
     min_rows: int  # see attention.py
     eps: float
+    scale: float  # of the scores
 
 
-class Rows(NamedTuple):
-    """Addresses of float32 numbers, a row for each token. Each is written in one phase, and read in the next ones."""
+class Buffers(NamedTuple):
+    """Addresses of float32 numbers, a row for each token. In a phase, no task reads what another one writes."""
 
     residual: int  # hidden_size, like normed and hidden
     normed: int
@@ -78,66 +79,69 @@ class Step(NamedTuple):
 
 
 @_jit_cached
-def step_kernel(counters, layers, final_norm, spans, sizes, rows, step, like, table_like, cache_like):
+def step_kernel(counters, layers, final_norm, spans, sizes, buffers, step, like, table_like, cache_like):
     """Every thread of a team calls this, with the same arguments. counters: see tasks(). layers: an array of LAYER.
-    spans: see attention.py::find_spans.
+    spans: see attention.py::find_spans. final_norm: an address. like, table_like, cache_like: zeros of the dtypes of
+    the matrices, the rotary table and the KV cache, see memory.py::LIKE.
 
-    rows.residual has the tokens' embeddings at the start, and rows.normed the last norm's output at the end.
+    buffers.residual has the tokens' embeddings at the start, and buffers.normed the last norm's output at the end.
     """
     size = sizes.hidden_size
     query_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     for index in range(len(layers)):
         layer, phase = layers[index], index * PHASES_PER_LAYER
         for token in tasks(counters, phase, step.num_tokens):
-            norm(rows, token, layer.input_norm, size, sizes.eps, index == 0)
+            norm(buffers, token, layer.input_norm, size, sizes.eps, index == 0)
         num_outputs = query_size + 2 * kv_size
-        for task in tasks(counters, phase + 1, num_tasks(num_outputs)):
-            product(rows.qkv, rows.normed, layer.qkv, layer.qkv_bias, step.num_tokens, size, num_outputs, task, like)
-        for token in tasks(counters, phase + 2, step.num_tokens):
-            rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like)
-        for task in tasks(counters, phase + 3, len(spans) * step.num_parts):
-            attend(rows, spans[task // step.num_parts], task % step.num_parts, layer, sizes, step, cache_like)
-        for task in tasks(counters, phase + 4, num_tasks(size)):
+        for task in tasks(counters, phase + 1, tasks_of(num_outputs)):
             product(
-                rows.hidden, rows.attended, layer.output, layer.output_bias, step.num_tokens, query_size, size, task,
-                like,
+                buffers.qkv, buffers.normed, layer.qkv, layer.qkv_bias, step.num_tokens, size, num_outputs, task, like
+            )
+        for token in tasks(counters, phase + 2, step.num_tokens):
+            rotate_and_store(buffers, token, layer, sizes, step, table_like, cache_like)
+        for task in tasks(counters, phase + 3, len(spans) * step.num_parts):
+            attend(buffers, spans[task // step.num_parts], task % step.num_parts, layer, sizes, step, cache_like)
+        for task in tasks(counters, phase + 4, tasks_of(size)):
+            product(
+                buffers.hidden, buffers.attended, layer.output, layer.output_bias, step.num_tokens, query_size, size,
+                task, like,
             )  # fmt: skip
         for token in tasks(counters, phase + 5, step.num_tokens):
-            norm(rows, token, layer.post_norm, size, sizes.eps, False)
-        for task in tasks(counters, phase + 6, num_tasks(sizes.intermediate_size)):
-            gate_and_up(rows, layer, step.num_tokens, size, sizes.intermediate_size, task, like)
-        for task in tasks(counters, phase + 7, num_tasks(size)):
+            norm(buffers, token, layer.post_norm, size, sizes.eps, False)
+        for task in tasks(counters, phase + 6, tasks_of(sizes.intermediate_size)):
+            gate_and_up(buffers, layer, step.num_tokens, size, sizes.intermediate_size, task, like)
+        for task in tasks(counters, phase + 7, tasks_of(size)):
             product(
-                rows.hidden, rows.activated, layer.down, layer.down_bias, step.num_tokens, sizes.intermediate_size,
-                size, task, like,
+                buffers.hidden, buffers.activated, layer.down, layer.down_bias, step.num_tokens,
+                sizes.intermediate_size, size, task, like,
             )  # fmt: skip
     for token in tasks(counters, len(layers) * PHASES_PER_LAYER, step.num_tokens):
-        norm(rows, token, final_norm, size, sizes.eps, False)
+        norm(buffers, token, final_norm, size, sizes.eps, False)
 
 
 @_jit_cached
 def product_kernel(counters, output, rows, matrix, num_rows, num_inputs, num_outputs, like):
     """output = rows · matrixᵀ, by a team: see product()."""
-    for task in tasks(counters, np.int64(0), num_tasks(num_outputs)):
+    for task in tasks(counters, np.int64(0), tasks_of(num_outputs)):
         product(output, rows, matrix, 0, num_rows, num_inputs, num_outputs, task, like)
 
 
 @numba.njit(**OPTIONS)
-def norm(rows, token, weight, size, eps, is_first):
+def norm(buffers, token, weight, size, eps, is_first):
     """Of the residual stream, after the last product was added to it, if there was one."""
     start = token * size * BYTES
     if is_first:
-        _norm_kernel(rows.residual + start, size, 0, weight, rows.normed + start, 1, 1, size, eps, NUMBER)
+        _norm_kernel(buffers.residual + start, size, 0, weight, buffers.normed + start, 1, 1, size, eps, NUMBER)
     else:
-        residual = rows.residual + start
-        _norm_kernel(rows.hidden + start, size, residual, weight, rows.normed + start, 1, 1, size, eps, NUMBER)
+        residual = buffers.residual + start
+        _norm_kernel(buffers.hidden + start, size, residual, weight, buffers.normed + start, 1, 1, size, eps, NUMBER)
 
 
 @numba.njit(**OPTIONS)
-def rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like):
+def rotate_and_store(buffers, token, layer, sizes, step, table_like, cache_like):
     num_heads, num_kv_heads, head_dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     stride = (num_heads + 2 * num_kv_heads) * head_dim
-    query = rows.qkv + token * stride * BYTES
+    query = buffers.qkv + token * stride * BYTES
     key = query + num_heads * head_dim * BYTES
     value = key + num_kv_heads * head_dim * BYTES
     if layer.query_norm != 0:  # Qwen3
@@ -145,33 +149,36 @@ def rotate_and_store(rows, token, layer, sizes, step, table_like, cache_like):
         _norm_kernel(key, stride, 0, layer.key_norm, key, 1, num_kv_heads, head_dim, sizes.eps, NUMBER)
     _rotate_and_store_kernel(
         query, stride, key, stride, value, stride, step.positions + token * 8, step.rotary_table, layer.kv_cache,
-        step.slot_mapping + token * 8, 0, rows.query + token * num_heads * head_dim * BYTES, 1, num_heads, num_kv_heads,
-        head_dim, NUMBER, table_like, cache_like,
+        step.slot_mapping + token * 8, 0, buffers.query + token * num_heads * head_dim * BYTES, 1, num_heads,
+        num_kv_heads, head_dim, NUMBER, table_like, cache_like,
     )  # fmt: skip
 
 
 @numba.njit(**OPTIONS)
-def attend(rows, span, part, layer, sizes, step, cache_like):
+def attend(buffers, span, part, layer, sizes, step, cache_like):
     """Some tokens of a sequence: see attention.py::find_spans and span_attention."""
     seq, first, last = span
     num_after = numbers_at(step.query_start_loc, 0, step.num_seqs + 1, INTEGER)[seq + 1] - last
     num_visible = numbers_at(step.context_lens, 0, step.num_seqs, INTEGER)[seq] - num_after
     shape = (step.num_tokens, sizes.num_heads, sizes.head_dim)
+    output, query = numbers_at(buffers.attended, 0, shape, NUMBER), numbers_at(buffers.query, 0, shape, NUMBER)
     span_attention(
-        numbers_at(rows.attended, 0, shape, NUMBER)[first:last], numbers_at(rows.query, 0, shape, NUMBER)[first:last],
-        layer.kv_cache, sizes.num_slots, sizes.num_kv_heads,
+        output[first:last], query[first:last], layer.kv_cache, sizes.num_slots, sizes.num_kv_heads,
         numbers_at(step.block_tables, seq * step.max_blocks, step.max_blocks, INTEGER), num_visible, sizes.block_size,
-        part, step.num_parts, sizes.min_rows, np.float32(1) / np.sqrt(np.float32(sizes.head_dim)), cache_like,
+        part, step.num_parts, sizes.min_rows, sizes.scale, cache_like,
     )  # fmt: skip
 
 
 @numba.njit(**OPTIONS)
-def gate_and_up(rows, layer, num_tokens, size, intermediate_size, task, like):
+def gate_and_up(buffers, layer, num_tokens, size, intermediate_size, task, like):
     """Some columns of both products, and of SiLU(gate) · up."""
     first = task * NUM_OUTPUTS
     last = min(first + NUM_OUTPUTS, intermediate_size)
     shape = (num_tokens, 2 * intermediate_size)
-    both, normed = numbers_at(rows.gate_up, 0, shape, NUMBER), numbers_at(rows.normed, 0, (num_tokens, size), NUMBER)
+    both, normed = (
+        numbers_at(buffers.gate_up, 0, shape, NUMBER),
+        numbers_at(buffers.normed, 0, (num_tokens, size), NUMBER),
+    )
     bias = numbers_at(layer.gate_up_bias, 0, shape[1], NUMBER)
     powers = np.empty(last - first, np.float32)
     multiply(both, normed, layer.gate_up, first, last, like)
@@ -182,7 +189,7 @@ def gate_and_up(rows, layer, num_tokens, size, intermediate_size, task, like):
             gate += bias[first:last]
             up += bias[intermediate_size + first : intermediate_size + last]
         start = token * intermediate_size + first
-        silu_row(numbers_at(rows.activated, start, last - first, NUMBER), gate, up, powers, NUMBER)
+        silu_row(numbers_at(buffers.activated, start, last - first, NUMBER), gate, up, powers, NUMBER)
 
 
 @numba.njit(**OPTIONS)
@@ -198,7 +205,7 @@ def product(output, rows, matrix, bias, num_rows, num_inputs, num_outputs, task,
 
 
 @numba.njit(inline="always", **OPTIONS)
-def num_tasks(num_outputs):
+def tasks_of(num_outputs):
     return -(-num_outputs // NUM_OUTPUTS)
 
 

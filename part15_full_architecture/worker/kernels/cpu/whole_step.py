@@ -86,36 +86,34 @@ def step_kernel(counters, layers, final_norm, spans, sizes, buffers, step, like,
 
     buffers.residual has the tokens' embeddings at the start, and buffers.normed the last norm's output at the end.
     """
-    size = sizes.hidden_size
+    size, num_tokens = sizes.hidden_size, step.num_tokens
     query_size, kv_size = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     for index in range(len(layers)):
         layer, phase = layers[index], index * PHASES_PER_LAYER
-        for token in tasks(counters, phase, step.num_tokens):
+        for token in tasks(counters, phase, num_tokens):
             norm(buffers, token, layer.input_norm, size, sizes.eps, index == 0)
         num_outputs = query_size + 2 * kv_size
         for task in tasks(counters, phase + 1, tasks_of(num_outputs)):
-            product(
-                buffers.qkv, buffers.normed, layer.qkv, layer.qkv_bias, step.num_tokens, size, num_outputs, task, like
-            )
-        for token in tasks(counters, phase + 2, step.num_tokens):
+            product(buffers.qkv, buffers.normed, layer.qkv, layer.qkv_bias, num_tokens, size, num_outputs, task, like)
+        for token in tasks(counters, phase + 2, num_tokens):
             rotate_and_store(buffers, token, layer, sizes, step, table_like, cache_like)
         for task in tasks(counters, phase + 3, len(spans) * step.num_parts):
             attend(buffers, spans[task // step.num_parts], task % step.num_parts, layer, sizes, step, cache_like)
         for task in tasks(counters, phase + 4, tasks_of(size)):
             product(
-                buffers.hidden, buffers.attended, layer.output, layer.output_bias, step.num_tokens, query_size, size,
+                buffers.hidden, buffers.attended, layer.output, layer.output_bias, num_tokens, query_size, size,
                 task, like,
             )  # fmt: skip
-        for token in tasks(counters, phase + 5, step.num_tokens):
+        for token in tasks(counters, phase + 5, num_tokens):
             norm(buffers, token, layer.post_norm, size, sizes.eps, False)
         for task in tasks(counters, phase + 6, tasks_of(sizes.intermediate_size)):
-            gate_and_up(buffers, layer, step.num_tokens, size, sizes.intermediate_size, task, like)
+            gate_and_up(buffers, layer, num_tokens, size, sizes.intermediate_size, task, like)
         for task in tasks(counters, phase + 7, tasks_of(size)):
             product(
-                buffers.hidden, buffers.activated, layer.down, layer.down_bias, step.num_tokens,
+                buffers.hidden, buffers.activated, layer.down, layer.down_bias, num_tokens,
                 sizes.intermediate_size, size, task, like,
             )  # fmt: skip
-    for token in tasks(counters, len(layers) * PHASES_PER_LAYER, step.num_tokens):
+    for token in tasks(counters, len(layers) * PHASES_PER_LAYER, num_tokens):
         norm(buffers, token, final_norm, size, sizes.eps, False)
 
 

@@ -329,8 +329,16 @@ def test_a_client_may_leave_at_any_moment() -> None:
                     async with session.post(f"{url}/v1/completions", json=BODY, headers=KEY) as response:
                         await response.read()
 
+        async def leave_in_the_stream() -> None:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(f"{url}/v1/completions", json=BODY, headers=KEY) as response,
+            ):
+                assert await response.content.readany(), LOOK_FAIL
+
         async def leave_all() -> None:
-            await asyncio.gather(*(leave(0.02 * number) for number in range(1, 41)))
+            early = (leave(0.02 * number) for number in range(1, 41))
+            await asyncio.gather(*early, *(leave_in_the_stream() for _ in range(4)))
 
         asyncio.run(leave_all())
         check_idle(router)

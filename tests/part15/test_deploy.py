@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +140,29 @@ def check_queries(directory: Path, *targets: str) -> None:
         ["prometheus", f"--config.file={path}", f"--storage.tsdb.path={directory / 'data'}",
          f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"],
     )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
     try:
+        until(lambda: is_ready(url), "Prometheus to be ready")
         for panel, expressions in dashboard_expressions().items():
             for expression in expressions:
-                until(lambda expression=expression: query(port, expression), f"{panel}: a result of {expression}")
+                until(lambda expression=expression: query(url, expression), f"{panel}: a result of {expression}")
     finally:
         process.terminate()
         process.wait(TIMEOUT_S)
 
 
-def query(port: int, expression: str) -> list[Any]:
+def is_ready(prometheus_url: str) -> bool:
+    """It answers 503 in plain text while it reads its data."""
     try:
-        url = f"http://127.0.0.1:{port}/api/v1/query"
-        answer = httpx.get(url, params={"query": expression}, timeout=TIMEOUT_S, trust_env=False).json()
-    except httpx.TransportError:  # it starts
-        time.sleep(0.1)
-        return []
-    assert answer["status"] in ("success",) or "not ready" in str(answer), f"{expression}: {answer}"
-    found: list[Any] = answer.get("data", {}).get("result", [])
+        return httpx.get(f"{prometheus_url}/-/ready", timeout=TIMEOUT_S, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def query(prometheus_url: str, expression: str) -> list[Any]:
+    response = httpx.get(
+        f"{prometheus_url}/api/v1/query", params={"query": expression}, timeout=TIMEOUT_S, trust_env=False
+    )
+    assert response.status_code == 200, f"{expression}: {response.text}"
+    found: list[Any] = response.json()["data"]["result"]
     return found

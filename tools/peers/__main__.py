@@ -11,7 +11,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ DTYPES = ("float32", "bfloat16")
 MACHINES = ("idle", "busy")
 WORKLOADS = {"32 requests": 32, "one request": 1}  # of nano_vllm_cpu
 NUM_SLOW = 4
+BUSY_SHORTER = 4  # on a busy machine, answers are a quarter as long: some engines take minutes there
 CHECK_REQUESTS, CHECK_TOKENS = 8, 16
 WHOLE = ("models", "dtypes", "machines", "engines", "num_requests")  # flags that choose a part of the table
 MIN_IDENTICAL = {"float32": 0.9, "bfloat16": 0.3}  # a wrong model agrees by chance only: once in 4,000 tokens
@@ -116,8 +117,14 @@ def reference_answers(folder: Path) -> list[list[int]]:
         return worker.run(check_requests())[1]
 
 
+def workload_on(machine: str, num_requests: int) -> list[WorkloadRequest]:
+    """machine: idle or busy."""
+    shorter = BUSY_SHORTER if machine == "busy" else 1
+    return [replace(each, max_tokens=-(-each.max_tokens // shorter)) for each in nano_vllm_cpu(num_requests)]
+
+
 def measure_cell(
-    peers: Mapping[str, Peer], workers: Mapping[str, Worker], num_requests: int, config: PeersConfig
+    peers: Mapping[str, Peer], workers: Mapping[str, Worker], workload: list[WorkloadRequest], config: PeersConfig
 ) -> dict[str, dict[str, Any]]:
     """One workload, on all engines in turns: output tokens/s, the median and each run."""
     rates: dict[str, list[float]] = {name: [] for name in workers}
@@ -126,7 +133,7 @@ def measure_cell(
         for name, worker in workers.items():
             if spent_s[name] > config.budget_s:
                 continue
-            requests = nano_vllm_cpu(num_requests)[: NUM_SLOW if peers[name].slow_alone else None]
+            requests = workload[: NUM_SLOW if peers[name].slow_alone else None]
             seconds, _ = worker.run(requests)
             spent_s[name] += seconds
             rates[name].append(round(sum(request.max_tokens for request in requests) / seconds, 1))
@@ -157,8 +164,8 @@ def measure_dtype(
             with one_core_taken() if machine == "busy" else contextlib.nullcontext():
                 cells[machine] = {}
                 for workload, num_requests in WORKLOADS.items():
-                    limit = min(num_requests, config.num_requests)
-                    cells[machine][workload] = cell = measure_cell(peers, workers, limit, config)
+                    requests = workload_on(machine, min(num_requests, config.num_requests))
+                    cells[machine][workload] = cell = measure_cell(peers, workers, requests, config)
                     rates = {name: values["tokens_per_s"] for name, values in cell.items()}
                     print(model, dtype, machine, workload, rates, flush=True)
         found.measurements.setdefault(model, {})[dtype] = cells
@@ -185,6 +192,7 @@ def write(config: PeersConfig, found: Found) -> None:
             "repeats": config.repeats,
             "budget_s": config.budget_s,
             "workloads": WORKLOADS,
+            "busy_answers_are_shorter_by": BUSY_SHORTER,
             "settings": found.settings,
             "versions": found.versions,
             "not_run": reasons,

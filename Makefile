@@ -16,6 +16,7 @@
 #   make gpu               everything that needs a CUDA device, in eight minutes; before it, where there is a network:
 #   make gpu-wheels        what the engine needs on a GPU machine without one, into build/wheels
 #   make lint              ruff, mypy, and the check of step diffs, tables and diagrams
+#   make docs              the course as a website in build/site, with a .venv-docs of its own; it also checks links and spelling
 #   make transcripts       run the commands that the lessons show, and compare their output
 #   make setup             only the set-up              PIP_ARGS="…" goes to pip
 
@@ -25,6 +26,8 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.ready
+DOCS := .venv-docs
+DOCS_READY := $(DOCS)/.ready
 PEERS := .venv-peers
 PEERS_READY := $(PEERS)/.ready
 PARTS  := $(sort $(wildcard part[0-9][0-9]_*))
@@ -44,7 +47,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # else each of many processes compiles all that it imports
 
 .PHONY: help setup demo test setup-clients test-clients serve bench bench-check peers nvcc setup-cuda workshop doctor gpu gpu-wheels \
-	lint transcripts clean
+	lint docs transcripts clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -122,8 +125,20 @@ lint: $(READY)
 	$(PY) -m tools.snapshots --check
 	$(PY) -m tools.diagrams --check
 
+docs: $(DOCS_READY)
+	$(DOCS)/bin/codespell
+	$(DOCS)/bin/python -m tools.book
+
+$(DOCS_READY): pyproject.toml constraints.txt
+	@echo "Setting up $(DOCS), once. This downloads Python packages."
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt mkdocs-material mkdocstrings-python pygments \
+		pyyaml codespell
+	@touch $@
+
 transcripts: $(READY)
 	$(PY) -m tools.transcripts $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(PEERS) build
+	rm -rf $(VENV) $(CLIENTS) $(PEERS) $(DOCS) build

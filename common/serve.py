@@ -96,10 +96,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Calls two functions of app.state, if it has them.
+    """Calls three functions of app.state, if it has them.
 
-    end_requests ends all open requests with an error; it blocks. log_stats is called ten times a second with
-    time.monotonic(), if logs_stats is true.
+    begin_drain is called when no new requests are accepted any more. end_requests ends all open requests with an error;
+    it blocks. log_stats is called ten times a second with time.monotonic(), if logs_stats is true.
     """
 
     def __init__(
@@ -142,6 +142,8 @@ class _Server(uvicorn.Server):
             await shut_down_app()
 
         self.lifespan.shutdown = note_death_first  # type: ignore[method-assign]
+        if (begin_drain := self._hook("begin_drain")) is not None:
+            begin_drain()
         ending = asyncio.ensure_future(self._end_requests())
         try:
             await super().shutdown(sockets)

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the imports below load torch
     limit_spinning()
 
 from common.cli import exit_on_error, parse_configs
+from common.openai_app.viewer import ViewerConfig
 from common.serve import ServerConfig, listen, serve_app, show_url
 
 from . import __doc__ as PART
@@ -25,23 +26,25 @@ DESCRIPTION = f"""{PART}
 """
 
 
-def serve(server: ServerConfig, config: EngineConfig) -> None:
+def serve(server: ServerConfig, config: EngineConfig, viewer: ViewerConfig) -> None:
     listener = listen(server.host, server.port)
-    engine = AsyncLLM(config)
+    engine = AsyncLLM(viewer.traced(config))
     message = (
         f"serving {engine.model_name} on {show_url(server.host, listener.getsockname()[1])} "
         f"({engine.device}, context of {engine.max_model_len} tokens, {engine.num_kv_blocks - 1:,} KV blocks "
         f"of {engine.block_size} tokens, engine core in process {engine.core.process.pid})"
     )
     try:
-        serve_app(create_app(engine, server), listener, message, cause_of_death=lambda: engine.cause_of_death)
+        app = create_app(engine, server)
+        viewer.add_to(app, server.api_key)
+        serve_app(app, listener, message, cause_of_death=lambda: engine.cause_of_death)
     finally:
         engine.shutdown()
 
 
 def main() -> None:
-    server, config = parse_configs((ServerConfig, EngineConfig), DESCRIPTION, prog=PROG)
-    exit_on_error(PROG, lambda: serve(server, config))
+    server, config, viewer = parse_configs((ServerConfig, EngineConfig, ViewerConfig), DESCRIPTION, prog=PROG)
+    exit_on_error(PROG, lambda: serve(server, config, viewer))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the imports below load torch
     limit_spinning()
 
 from common.cli import exit_on_error, parse_configs
+from common.openai_app.viewer import ViewerConfig
 from common.serve import ServerConfig, listen, serve_app, show_url
 
 from . import __doc__ as PART
@@ -37,9 +38,11 @@ Deployments that start with one flag, --preset NAME; further flags are added to 
 """
 
 
-def serve(server: ServerConfig, config: EngineConfig, observability: ObservabilityConfig) -> None:
+def serve(
+    server: ServerConfig, config: EngineConfig, viewer: ViewerConfig, observability: ObservabilityConfig
+) -> None:  # fmt: skip
     listener = listen(server.host, server.port)
-    engine = AsyncLLM(config)
+    engine = AsyncLLM(viewer.traced(config))
     cores = ", ".join(str(process.pid) for process in engine.core.processes)
     message = (
         f"serving {engine.model_name} on {show_url(server.host, listener.getsockname()[1])} "
@@ -48,21 +51,23 @@ def serve(server: ServerConfig, config: EngineConfig, observability: Observabili
     )
     try:
         with observed(engine, observability):
-            serve_app(create_app(engine, server), listener, message, cause_of_death=lambda: engine.cause_of_death)
+            app = create_app(engine, server)
+            viewer.add_to(app, server.api_key)
+            serve_app(app, listener, message, cause_of_death=lambda: engine.cause_of_death)
     finally:
         engine.shutdown()
 
 
 def start_engine(argv: list[str]) -> None:
-    configs = (ServerConfig, EngineConfig, ObservabilityConfig)
-    server, config, observability = parse_configs(configs, DESCRIPTION, PROG, argv)
+    configs = (ServerConfig, EngineConfig, ViewerConfig, ObservabilityConfig)
+    server, config, viewer, observability = parse_configs(configs, DESCRIPTION, PROG, argv)
     torchrun = Torchrun.from_environment()
     if torchrun is not None:
         torchrun.check(config)
     if torchrun is not None and torchrun.rank > 0:
-        run_torchrun_rank(torchrun, config)
+        run_torchrun_rank(torchrun, viewer.traced(config))
     else:
-        serve(server, config, observability)
+        serve(server, config, viewer, observability)
 
 
 def start(argv: list[str]) -> None:

@@ -25,7 +25,10 @@ FLAGS = (
     # Any name leads to this machine. A page could do that with a name of its own: it is called DNS rebinding.
     "--host-resolver-rules=MAP *.example 127.0.0.1",
 )  # fmt: skip
-KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
+KEYS = {
+    "Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), " ": (32, " "), "ArrowLeft": (37, ""),
+    "ArrowRight": (39, ""), "Home": (36, ""), "End": (35, ""),
+}  # fmt: skip
 
 
 def find_chromium() -> str | None:
@@ -132,6 +135,12 @@ class Page:
         key_fields = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **key_fields)
         self.send("Input.dispatchKeyEvent", type="keyUp", **key_fields)
+
+    def choose(self, selector: str, path: Path) -> None:
+        """Choose a file in an <input type="file">."""
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
     def show_as(self, scheme: str = "light", width: int = 1280, height: int = 800) -> None:
         """scheme: light or dark, as the reader prefers; width and height in CSS pixels."""

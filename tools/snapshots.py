@@ -24,6 +24,7 @@ SOURCE_SUFFIXES = frozenset([".py", ".cpp", ".cu", ".cuh", ".h", ".html", ".jinj
 MAP_PAGE = "CONTRIBUTING.md"
 MAP_BEGIN, MAP_END = "<!-- evolution-map:begin -->", "<!-- evolution-map:end -->"
 TABLE_SECTION = re.compile(r"^## What changed[ \t]*$(.*?)(?=^#{1,2} |\Z)", re.MULTILINE | re.DOTALL)
+TABLE_RULE = re.compile(r"\|[-:| ]+\|")  # the line below a table's header
 TABLE_ROW = re.compile(r"\|\s*`([^`]+)`\s*\|\s*(new|changed|removed)\s*\|.*\|")
 INDEX_LINE = re.compile(rb"^index [0-9a-f]+\.\.[0-9a-f]+( \d+)?\n", re.MULTILINE)
 DIFF_OPTIONS = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--diff-algorithm=histogram"]
@@ -141,13 +142,16 @@ def unchanged_share(changes: dict[str, str]) -> float:
 
 
 def table_rows(readme: str) -> tuple[dict[str, str], list[str]]:
-    """The rows of the table "What changed": (file -> word, problems about rows that cannot be read)."""
+    """The rows of the tables in "What changed": (file -> word, problems about rows that cannot be read)."""
     section = TABLE_SECTION.search(readme)
     if section is None:
         return {}, ["has no section `## What changed`"]
     rows: dict[str, str] = {}
     problems = []
-    for line in [line.strip() for line in section[1].splitlines() if line.startswith("|")][2:]:
+    lines = [line.strip() for line in section[1].splitlines() if line.startswith("|")]
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if TABLE_RULE.fullmatch(line) or TABLE_RULE.fullmatch(below):
+            continue
         row = TABLE_ROW.fullmatch(line)
         if row is None:
             problems.append(f"cannot read the row {line!r}: expected | `file.py` | new, changed or removed | why |")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -69,6 +69,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         for collector in (self, *collectors):
             self._registry.register(collector)
+        ProcessCollector(registry=self._registry)  # the server's process: when it started, memory, CPU time, files
         self.success = self._counter("request_success", "Finished requests, by finish reason.", "finished_reason")
         for reason in ("stop", "length"):
             self.success.labels(reason)  # so that they show 0 before the first request

@@ -127,12 +127,15 @@ def check_model(body: dict[str, Any], engine: ServingEngine) -> None:
         raise ApiError(404, message, "model", code="model_not_found")
 
 
+def usable_id(given: object) -> str | None:
+    """An id that a client has sent, cut to MAX_REQUEST_ID_CHARS. None if it is not printable ASCII."""
+    is_usable = isinstance(given, str) and given != "" and given.isprintable() and given.isascii()
+    return given[:MAX_REQUEST_ID_CHARS] if is_usable else None  # type: ignore[index]
+
+
 def _base_id(body: dict[str, Any], request_id: str | None) -> str:
     """The client's id, from the header or the body, if it can be one."""
-    for given in (request_id, body.get("request_id")):
-        if isinstance(given, str) and given.isprintable() and given.isascii() and given:
-            return given[:MAX_REQUEST_ID_CHARS]
-    return uuid.uuid4().hex
+    return usable_id(request_id) or usable_id(body.get("request_id")) or uuid.uuid4().hex
 
 
 def _parse_flag(given: dict[str, Any], name: str, field: str | None = None) -> bool:

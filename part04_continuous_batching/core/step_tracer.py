@@ -18,7 +18,9 @@ class StepTracer:
 
     def __init__(self, path: str | None, scheduler: Scheduler, model: str) -> None:
         self.scheduler, self.aborted = scheduler, list[str]()
-        self._writer = None if path is None else TraceWriter(path, part=PART, model=model)
+        self._writer = None
+        if path is not None:
+            self._writer = TraceWriter(path, part=PART, model=model, block_size=scheduler.blocks.block_size)
         self._times: list[float] = []  # when the step began, was scheduled, was executed
         self._num_steps = 0
         self._requests: list[RequestTrace] = []
@@ -32,17 +34,18 @@ class StepTracer:
         if self._writer is None:
             return
         self._times.append(self._writer.elapsed_s())
-        tables = self.scheduler.blocks.block_tables
+        tables, deltas = self.scheduler.blocks.block_tables, self._writer.deltas
+        self._preempted = [request.request_id for request in output.preempted]
+        deltas.forget(self._preempted)
         self._requests = [
             RequestTrace(
                 id=request.request_id,
                 num_computed=share.num_computed_tokens,
                 num_scheduled=share.num_scheduled_tokens,
-                num_blocks=len(tables[request.request_id]),
+                **deltas.of_request(request.request_id, tables[request.request_id], request.prompt_token_ids),
             )
             for request, share in zip(output.requests, output.step.requests, strict=True)
         ]
-        self._preempted = [request.request_id for request in output.preempted]
 
     def executed(self) -> None:
         if self._writer is not None:
@@ -54,6 +57,11 @@ class StepTracer:
             return
         begun, scheduled, executed = self._times
         blocks, self._num_steps = self.scheduler.blocks, self._num_steps + 1
+        token_ids = {output.request_id: output.token_ids for output in outputs}
+        for request in self._requests:
+            request.token_ids = token_ids[request.id]
+        finished = [output.request_id for output in outputs if output.finish_reason]
+        self._writer.deltas.forget([*aborted, *finished])
         self._writer.write(
             StepTrace(
                 step=self._num_steps,
@@ -68,7 +76,8 @@ class StepTracer:
                 num_blocks_free=blocks.num_free_blocks,
                 preempted=self._preempted,
                 aborted=aborted,
-                finished=[output.request_id for output in outputs if output.finish_reason],
+                finished=finished,
+                queued=self._writer.deltas.queued([request.request_id for request in self.scheduler.waiting]),
             )
         )
 

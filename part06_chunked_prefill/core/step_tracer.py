@@ -20,7 +20,9 @@ class StepTracer:
 
     def __init__(self, path: str | None, scheduler: Scheduler, model: str) -> None:
         self.scheduler, self.aborted = scheduler, list[str]()
-        self._writer = None if path is None else TraceWriter(path, part=PART, model=model)
+        self._writer = None
+        if path is not None:
+            self._writer = TraceWriter(path, part=PART, model=model, block_size=scheduler.blocks.block_size)
         self._zero_s = 0.0 if self._writer is None else time.perf_counter() - self._writer.elapsed_s()
         self._start_s = 0.0
         self._num_steps = 0
@@ -33,13 +35,15 @@ class StepTracer:
         if self._writer is None:
             return None
         self._num_steps += 1
-        tables = self.scheduler.blocks.block_tables
+        tables, deltas = self.scheduler.blocks.block_tables, self._writer.deltas
+        preempted = [request.request_id for request in output.preempted]
+        deltas.forget(preempted)
         requests = [
             RequestTrace(
                 id=request.request_id,
                 num_computed=share.num_computed_tokens,
                 num_scheduled=share.num_scheduled_tokens,
-                num_blocks=len(tables[request.request_id]),
+                **deltas.of_request(request.request_id, tables[request.request_id], request.prompt_token_ids),
                 num_sampled=int(share.is_sampled),
             )
             for request, share in zip(output.requests, output.step.requests, strict=True)
@@ -48,7 +52,7 @@ class StepTracer:
             step=self._num_steps, start_s=self._start_s, schedule_s=self._now_s() - self._start_s, execute_s=0.0,
             update_s=0.0, num_running=len(requests), num_waiting=len(self.scheduler.waiting), requests=requests,
             num_blocks_total=self.scheduler.blocks.num_blocks - 1, num_blocks_free=0,
-            preempted=[request.request_id for request in output.preempted],
+            preempted=preempted, queued=deltas.queued([request.request_id for request in self.scheduler.waiting]),
         )  # fmt: skip
 
     def executed(self, trace: StepTrace | None, output: StepOutput) -> None:
@@ -64,8 +68,11 @@ class StepTracer:
             return
         trace.update_s = self._now_s() - trace.end_s
         trace.num_blocks_free = self.scheduler.blocks.num_free_blocks
-        delivered = {output.request_id for output in outputs}
+        delivered = {output.request_id: output.token_ids for output in outputs}
+        for request in trace.requests:
+            request.token_ids = delivered.get(request.id, [])
         trace.aborted, trace.finished = aborted, [output.request_id for output in outputs if output.finish_reason]
+        self._writer.deltas.forget([*trace.aborted, *trace.finished])
         trace.discarded = [r.id for r in trace.requests if r.num_sampled and r.id not in delivered]
         self._writer.write(trace)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-from msgspec.structs import replace
-
 from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter
 
 from ..messages import EngineCoreOutput, RankTimes, StepOutput
@@ -22,7 +20,9 @@ class StepTracer:
 
     def __init__(self, path: str | None, scheduler: Scheduler, model: str) -> None:
         self.scheduler, self.aborted = scheduler, list[str]()
-        self._writer = None if path is None else TraceWriter(path, part=PART, model=model)
+        self._writer = None
+        if path is not None:
+            self._writer = TraceWriter(path, part=PART, model=model, block_size=scheduler.blocks.block_size)
         self._zero_s = 0.0 if self._writer is None else time.perf_counter() - self._writer.elapsed_s()
         self._start_s = 0.0
         self._num_steps = 0
@@ -35,13 +35,16 @@ class StepTracer:
         if self._writer is None:
             return None
         self._num_steps += 1
-        tables, started = self.scheduler.blocks.block_tables, {new.row for new in output.step.new_requests}
+        tables, deltas = self.scheduler.blocks.block_tables, self._writer.deltas
+        started = {new.row for new in output.step.new_requests}
+        preempted = [request.request_id for request in output.preempted]
+        deltas.forget(preempted)
         requests = [
             RequestTrace(
                 id=request.request_id,
                 num_computed=share.num_computed_tokens,
                 num_scheduled=share.num_scheduled_tokens,
-                num_blocks=len(tables[request.request_id]),
+                **deltas.of_request(request.request_id, tables[request.request_id], request.prompt_token_ids),
                 num_cached=share.num_computed_tokens if share.row in started else 0,
                 num_sampled=share.is_sampled + len(share.draft_token_ids),
                 num_drafts=len(share.draft_token_ids),
@@ -52,7 +55,7 @@ class StepTracer:
             step=self._num_steps, start_s=self._start_s, schedule_s=self._now_s() - self._start_s, execute_s=0.0,
             update_s=0.0, num_running=len(requests), num_waiting=len(self.scheduler.waiting), requests=requests,
             num_blocks_total=self.scheduler.blocks.num_blocks - 1, num_blocks_free=0,
-            preempted=[request.request_id for request in output.preempted],
+            preempted=preempted, queued=deltas.queued([request.request_id for request in self.scheduler.waiting]),
         )  # fmt: skip
 
     def executed(self, trace: StepTrace | None, output: StepOutput) -> None:
@@ -82,10 +85,16 @@ class StepTracer:
             return
         trace.update_s = self._now_s() - trace.end_s
         trace.num_blocks_free = self.scheduler.blocks.num_free_blocks
-        delivered = {output.request_id: len(output.token_ids) for output in outputs}
-        trace.requests = [replace(r, num_sampled=delivered.get(r.id, 1)) if r.num_drafts else r for r in trace.requests]
+        delivered = {output.request_id: output.token_ids for output in outputs}
+        for request in trace.requests:
+            request.token_ids = delivered.get(request.id, [])
+            if request.num_drafts:
+                request.num_sampled = len(request.token_ids) or 1
         trace.aborted, trace.finished = aborted, [output.request_id for output in outputs if output.finish_reason]
+        self._writer.deltas.forget([*trace.aborted, *trace.finished])
         trace.discarded = [r.id for r in trace.requests if r.num_sampled and r.id not in delivered]
+        cached = self._writer.deltas.cached(block.block_id for block in self.scheduler.blocks.cached_blocks.values())
+        trace.cached_block_ids, trace.uncached_block_ids = cached
         self._writer.write(trace)
 
     def close(self) -> None:

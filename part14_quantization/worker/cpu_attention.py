@@ -21,7 +21,7 @@ FP8_SHIFT = np.float32(2.0**120)  # e4m3's exponents are stored plus 7, float32'
 TILE_SIZE = 64  # keys between two updates of the softmax; a multiple of four
 MAX_KERNEL_TOKENS = 8  # per sequence; from 16 on, SDPA's matrix products over gathered keys take half the time
 # fastmath=True would add "nnan" and "ninf", and then a NaN in a key might come out as a plausible number. (Codes have
-# none: but a NaN key comes from a NaN hidden state, whose own logits are NaN, and that step fails.)
+# no NaN: there, it does. But then the key's own token already had a NaN hidden state.)
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from common.cli import option
 from common.errors import FieldError
@@ -23,7 +24,7 @@ class ObservabilityConfig:
     """The flags of the log and of traces; vLLM's names but for log_format. Raises FieldError."""
 
     enable_log_requests: bool = option(False, "log a line for each request that has ended")
-    log_format: Literal["text", "json"] = option("text", "json: one object per line")
+    log_format: Literal["text", "json"] = option("text", "of log lines; json: one object per line")
     otlp_traces_endpoint: str | None = option(
         None, "an OpenTelemetry collector that gets a trace of each request, http://host:4318/v1/traces"
     )
@@ -31,11 +32,20 @@ class ObservabilityConfig:
     def __post_init__(self) -> None:
         if self.otlp_traces_endpoint is None:
             return
-        if not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+        if not is_http_url(self.otlp_traces_endpoint):
             wanted = "expected http://host:port/v1/traces"
             raise FieldError("otlp_traces_endpoint", f"{wanted}, got {self.otlp_traces_endpoint[:100]!r}")
         if importlib.util.find_spec("opentelemetry") is None or importlib.util.find_spec(EXPORTER) is None:
             raise FieldError("otlp_traces_endpoint", "needs OpenTelemetry: pip install -e '.[otel]'")
+
+
+def is_http_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        has_address = bool(parts.hostname) and parts.port != 0  # reading a port that is none raises ValueError
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and has_address and not any(character.isspace() for character in url)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,9 @@ def log_request(timeline: RequestTimeline) -> None:
         "decode_ms": _ms(timeline.seconds_in("decode")),
         "ttft_ms": _ms(timeline.ttft_s),
     }
-    message = ", ".join(f"{name} {value}" for name, value in fields.items() if value not in (None, 0))
+    shown = {name: value for name, value in fields.items() if value not in (None, 0)}
+    shown["request_id"] = json.dumps(shown["request_id"])  # in quotes, so that it can't look like further fields
+    message = ", ".join(f"{name} {value}" for name, value in shown.items())
     level = logging.INFO if timeline.error in (None, "aborted") else logging.ERROR
     logger.log(level, message, extra={"fields": fields})
 

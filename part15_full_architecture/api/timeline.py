@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from common.openai_app.protocol import usable_id
 from common.outputs import CompletionOutput, FinishReason
 
 from ..messages import EngineCoreEvent, EventKind
@@ -20,7 +21,8 @@ from ..messages import EngineCoreEvent, EventKind
 @dataclass(slots=True)
 class HttpExchange:
     """An HTTP request and its response. All times are of time.perf_counter, which on Linux is the same clock in all
-    processes of a machine. traceparent: the client's trace id and span id (W3C Trace Context)."""
+    processes of a machine. request_id: the client's X-Request-Id, as the answer's id has it. traceparent: the client's
+    trace id and span id (W3C Trace Context)."""
 
     received_s: float
     request_id: str | None = None
@@ -113,7 +115,7 @@ class NoteTimes:
             await self.app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        http = HttpExchange(time.perf_counter(), headers.get(b"x-request-id"), headers.get(b"traceparent"))
+        http = HttpExchange(time.perf_counter(), usable_id(headers.get(b"x-request-id")), headers.get(b"traceparent"))
         HTTP.set(http)
 
         async def send_and_note(message: Message) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import shutil
@@ -37,6 +38,7 @@ from ..messages import (
 from .engine import LLMEngine
 from .ranks import RankDied
 
+logger = logging.getLogger(__name__)
 LINGER_MS = 1_000  # how long the process waits at its end for messages to be delivered
 
 
@@ -105,6 +107,7 @@ class EngineCore:
         except RankDied:
             raise
         except Exception as error:
+            logger.exception("a step failed: its requests end with an error")
             if self.engine.lockstep is not None:
                 self.outputs.send(encode(EngineCoreDead(f"a step failed with {type(error).__name__}: {error}")))
                 raise

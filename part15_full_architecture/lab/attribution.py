@@ -29,6 +29,7 @@ from common.threads import set_num_threads
 
 from ..config import EngineConfig
 from ..llm import LLM
+from ..worker.model import DecoderModel
 from .operators import CallCounter, replaced_run
 
 PROG = "part15_full_architecture.lab.attribution"
@@ -130,7 +131,7 @@ def run_work(llm: LLM, work: Work, counts_operators: bool = False) -> tuple[floa
     runner = engine.executor.worker.runner  # type: ignore[attr-defined]
     steps_before, tokens_before = engine.num_steps, runner.num_tokens_computed
     start_s = time.perf_counter()
-    with counting(runner, engine.executor.weight_bytes, engine.executor.bytes_per_block, counters, counts_operators):
+    with counting(runner, bytes_per_step(runner.model), engine.executor.bytes_per_block, counters, counts_operators):
         for number, burst in enumerate(work.bursts):
             answer(llm, burst, number, counters)
     seconds = time.perf_counter() - start_s
@@ -155,6 +156,15 @@ def answer(llm: LLM, burst: list[tuple[list[int], int]], number: int, counters: 
             assert output.error is None, output.error
             times[output.request_id] += [now_s] * len(output.token_ids)
     counters.token_times_s += times.values()
+
+
+def bytes_per_step(model: DecoderModel) -> int:
+    """Of the weights that a step reads: of the embedding only a few rows, unless the LM head is the same matrix."""
+    embedding, head = model.embed_tokens, model.output_embedding
+    assert embedding is not None and head is not None, "the only stage has both"
+    has_own_matrix = head is not embedding or (head.packed is not None and head.packed.nbytes > 0)
+    total = model.packed_bytes + sum(parameter.nbytes for parameter in model.parameters())
+    return total - has_own_matrix * embedding.weight.nbytes
 
 
 @contextmanager

@@ -300,6 +300,7 @@ class RoutedResponse(Response):
             if not isinstance(error, ApiError | FieldError | QueueFullError | GenerationError):
                 logger.exception("a request failed")
             api_error = as_api_error(error)
+            self.router.metrics.refused.labels(api_error.status).inc()
             await JSONResponse(api_error.body, api_error.status, headers=api_error.headers)(scope, receive, send)
 
     async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -308,7 +309,8 @@ class RoutedResponse(Response):
             return await self.pass_through(scope, receive, send)
         if not queue.max_running:
             raise ApiError(503, NO_REPLICA, error_type="service_unavailable", headers={"Retry-After": "1"})
-        await queue.acquire(self.router.client_of(scope))
+        with self.router.metrics.queue_time.time():
+            await queue.acquire(self.router.client_of(scope))
         try:
             await self.pass_through(scope, receive, send)
         finally:

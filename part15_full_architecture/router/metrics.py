@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from .pool import Pool
+
+QUEUE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # seconds
 
 
 class Metrics:
@@ -18,6 +20,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.retries = Counter("router:retries", "Requests that were sent to another replica.", registry=self.registry)
+        self.refused = Counter(
+            "router:requests_refused", "Requests that the router itself answered with an error, by status.", ["status"],
+            registry=self.registry,
+        )  # fmt: skip
+        for status in (429, 503):
+            self.refused.labels(status)  # so that they show 0 before the first one
+        self.queue_time = Histogram(
+            "router:request_queue_time_seconds", "Time that a request waits in the router for its turn, in seconds.",
+            buckets=QUEUE_BUCKETS, registry=self.registry,
+        )  # fmt: skip
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         queue, replicas = self.pool.queue, self.pool.replicas

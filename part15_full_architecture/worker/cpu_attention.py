@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -21,7 +24,7 @@ FP8_SHIFT = np.float32(2.0**120)  # e4m3's exponents are stored plus 7, float32'
 TILE_SIZE = 64  # keys between two updates of the softmax; a multiple of four
 MAX_KERNEL_TOKENS = 8  # per sequence; from 16 on, SDPA's matrix products over gathered keys take half the time
 # fastmath=True would add "nnan" and "ninf", and then a NaN in a key might come out as a plausible number. (Codes have
-# none: but a NaN key comes from a NaN hidden state, whose own logits are NaN, and that step fails.)
+# no NaN: there, it does. But then the key's own token already had a NaN hidden state.)
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 
@@ -97,8 +100,21 @@ def warm_up(dtype: torch.dtype) -> None:
     paged_attention(torch.empty(0, 1, 1), kv_cache, no_tables, starts, no_lens, 0, 1.0)
 
 
+@cache
+def _sources_digest() -> str:
+    """Of all files whose functions the kernels here and in kernels/cpu call."""
+    folder = Path(__file__).parent
+    files = [Path(__file__), *sorted((folder / "kernels" / "cpu").glob("*.py"))]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def _jit_cached(kernel: Callable[..., None]) -> Any:
-    """Compile at the first call, and keep the result on disk: in __pycache__ or in the user's cache directory."""
+    """Compile at the first call, and keep the result on disk: in __pycache__ or in the user's cache directory.
+
+    Numba notices a change in a kernel's own file, but not in files whose functions it calls. It names the file of a
+    compiled kernel after __qualname__, so the digest in it tells the versions apart.
+    """
+    kernel.__qualname__ += f"_{_sources_digest()}"
     try:
         return numba.njit(cache=True, **OPTIONS)(kernel)
     except RuntimeError:  # neither directory can be written: compile again in each process

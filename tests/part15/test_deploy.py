@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from common.cli import parse_configs
 from common.serve import DRAIN_TIMEOUT_S, END_TIMEOUT_S, ListenConfig, ServerConfig, running_app
 from part15_full_architecture.api.observability import ObservabilityConfig
 from part15_full_architecture.config import EngineConfig
+from part15_full_architecture.core.engine_core import EngineCore
 from part15_full_architecture.router.app import create_app
 from part15_full_architecture.router.config import RouterConfig
 from tests.forked_servers import Host, until
@@ -31,6 +33,7 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 CONFIGS: dict[str, tuple[type[Any], ...]] = {
     PART: (ServerConfig, EngineConfig, ObservabilityConfig), f"{PART}.router": (ListenConfig, RouterConfig),
 }  # fmt: skip
+VARIABLE = re.compile(r"\$\{\w+(:-(?P<default>[^}]*)|:\?[^}]*)\}")
 METRIC = re.compile(r"\b(?:engine|router):[a-z0-9_]+")
 needs_prometheus = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs Prometheus (apt: prometheus)")
 
@@ -45,7 +48,7 @@ def dashboard_expressions() -> dict[str, list[str]]:
 def test_the_commands_of_the_compose_file(name: str) -> None:
     """Every flag exists, the key is asked for, and open requests have time to finish."""
     python, minus_m, module, *flags = (
-        part.replace("${API_KEY:?set API_KEY}", "key") for part in SERVICES[name]["command"]
+        VARIABLE.sub(lambda found: found["default"] or "key", part) for part in SERVICES[name]["command"]
     )
     assert (python, minus_m) == ("python", "-m")
     server, *_ = parse_configs(CONFIGS[module], "", name, flags)
@@ -72,6 +75,8 @@ def test_services_find_each_other() -> None:
 def test_what_the_compose_file_mounts_exists() -> None:
     for name, service in SERVICES.items():
         for volume in service.get("volumes", []):
+            if volume.split(":")[0] in COMPOSE["volumes"]:
+                continue
             path = DEPLOY / volume.split(":")[0]
             assert path.is_file(), f"{name} mounts {path}, which does not exist"
         for port in service.get("ports", []):
@@ -166,3 +171,24 @@ def query(prometheus_url: str, expression: str) -> list[Any]:
     assert response.status_code == 200, f"{expression}: {response.text}"
     found: list[Any] = response.json()["data"]["result"]
     return found
+
+
+def test_the_router_counts_requests_that_it_refuses() -> None:
+    app = create_app(RouterConfig(worker_urls=f"http://127.0.0.1:{free_port()}"), ListenConfig(), [])
+    with running_app(app) as url:
+        refused = httpx.post(url + COMPLETIONS, json={"prompt": "A"}, timeout=TIMEOUT_S, trust_env=False)
+        text = httpx.get(f"{url}/metrics", timeout=TIMEOUT_S, trust_env=False).text
+    assert refused.status_code == 503, refused.text
+    for line in ('router:requests_refused_total{status="503"} 1.0', 'router:requests_refused_total{status="429"} 0.0'):
+        assert line in text, f"expected {line} in /metrics. See router/app.py::RoutedResponse"
+
+
+def test_a_failed_step_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such kernel")
+
+    engine = SimpleNamespace(step=fail, fail=lambda error: [], lockstep=None, num_failures=1)
+    core = EngineCore(engine, requests=None, outputs=None)  # type: ignore[arg-type]
+    assert core.step() == []
+    (record,) = caplog.records
+    assert record.exc_info is not None and "no such kernel" in caplog.text, "OPERATIONS.md promises the cause"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -131,6 +133,25 @@ def test_a_model_whose_sizes_are_not_multiples_of_four_has_none(llama: SmallMode
     assert not can_be_one_kernel(model, attention.kernels, None), f"tasks of gate and up would overlap. {LOOK}"
 
 
+def test_kernels_are_compiled_again_when_a_function_they_call_changes(tmp_path: Path) -> None:
+    """Numba looks at a kernel's own file only, so the names of compiled kernels contain a digest of all files."""
+    shutil.copytree(ROOT / PART, tmp_path / PART, ignore=shutil.ignore_patterns("__pycache__", "build"))
+    (tmp_path / "common").symlink_to(ROOT / "common")
+    code = f"from {PART}.worker.kernels.cpu.whole_step import step_kernel; print(step_kernel.py_func.__qualname__)"
+
+    def name() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True,
+            capture_output=True, text=True,
+        ).stdout  # fmt: skip
+
+    before = name()
+    assert before == name(), f"the same files, two names: {before}"
+    with (tmp_path / PART / "worker" / "kernels" / "cpu" / "activation.py").open("a") as file:
+        file.write("# changed\n")
+    assert before != name(), f"activation.py has changed, {before} has not. See worker/cpu_attention.py::_jit_cached"
+
+
 def test_an_engine_answers_as_transformers_does(models: SmallModels) -> None:
     if models.flags:  # type: ignore[attr-defined]
         pytest.skip("the shipped model's answers are compared by the contract tests")
@@ -227,6 +248,34 @@ def test_an_error_in_any_thread_ends_the_kernel(num_threads: int) -> None:
     assert numbers.tolist() == [4] * 10, f"after an error, the team goes on: {numbers}. {LOOK_TEAM}"
 
 
+def test_after_an_error_no_thread_is_inside_a_task() -> None:
+    """Its memory may be freed then."""
+    team, began, released, returned = Team(2), threading.Event(), threading.Event(), threading.Event()
+    has_ended = []
+
+    def kernel(address: int) -> None:
+        if threading.current_thread().name == "kernel":
+            began.set()
+            assert released.wait(DEADLINE_S)
+            has_ended.append(True)
+        else:
+            assert began.wait(DEADLINE_S)
+            raise ValueError("no memory, for example")
+
+    def run() -> None:
+        with pytest.raises(ValueError, match="no memory"):
+            team.run(kernel, make_counters(1))
+        returned.set()
+
+    caller = threading.Thread(target=run)
+    caller.start()
+    assert began.wait(DEADLINE_S)
+    too_early = returned.wait(0.3)  # a wrong team returns at once; on a slow machine this may miss it
+    released.set()
+    caller.join(DEADLINE_S)
+    assert not too_early and has_ended, f"run() returned while its helper was in a task. {LOOK_TEAM}::Job.give_up"
+
+
 def test_several_threads_use_a_team_at_once() -> None:
     team, wrong = Team(3), list[list[int]]()
 
@@ -270,17 +319,24 @@ def test_helpers_that_come_late_find_nothing_to_do() -> None:
 
 def test_a_forked_process_has_a_team_of_its_own() -> None:
     code = """
-        import os, threading
+        import os, signal, threading
         from part15_full_architecture.worker.kernels.cpu.team import get_team, make_counters
         def helper_came():
             came = threading.Event()
             note = lambda counters: came.set() if threading.current_thread().name == "kernel" else None
             get_team(2).run(note, make_counters(1))
             return came.wait(60)
+        def look_for_teams():
+            while True:
+                get_team(2)
         assert helper_came()
-        if os.fork() == 0:
-            os._exit(0 if helper_came() else 1)
-        raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+        threading.Thread(target=look_for_teams, daemon=True).start()  # so that the lock is often held
+        for _ in range(20):
+            if os.fork() == 0:
+                signal.alarm(60)
+                os._exit(0 if helper_came() else 1)
+            if status := os.wait()[1]:
+                raise SystemExit(1)
     """
     status = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=False).returncode
     assert status == 0, (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import http.server
@@ -16,13 +17,14 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from starlette.types import Receive, Scope, Send
 
 from common.errors import FieldError
 from common.outputs import CompletionOutput
 from part15_full_architecture.api.observability import ObservabilityConfig
 from part15_full_architecture.api.request_log import JsonFormatter, log_request
 from part15_full_architecture.api.request_metrics import RequestMetrics
-from part15_full_architecture.api.timeline import HttpExchange, RequestTimeline
+from part15_full_architecture.api.timeline import HttpExchange, NoteTimes, RequestTimeline, current_exchange
 from part15_full_architecture.messages import EngineCoreEvent
 from tests.contract.engines import SmallEngine, SmallModels
 from tests.forked_servers import ForkedServer, Host, until
@@ -105,6 +107,25 @@ def test_a_line_for_each_request(error: str | None, level: str, caplog: pytest.L
     }  # fmt: skip
     assert entry == {**entry, **wanted}, f"expected {wanted}, got {entry}. See api/request_log.py::log_request"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", entry["time"]), entry["time"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(b"abc", "abc"), (b"\x1b[31mred", None), (b"caf\xe9", None), (b"a" * 5_000, "a" * 128)]
+)
+def test_the_request_id_is_the_one_in_the_answers_id(given: bytes, expected: str | None) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert current_exchange().request_id == expected, f"got {current_exchange()}. See api/timeline.py::NoteTimes"
+
+    scope = {"type": "http", "headers": [(b"x-request-id", given)]}
+    asyncio.run(NoteTimes(app)(scope, None, None))  # type: ignore[arg-type]
+
+
+def test_a_request_id_adds_no_fields_to_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    timeline = a_timeline()
+    timeline.http.request_id = "a, end stop"
+    log_request(timeline)
+    assert caplog.messages[0].startswith('request_id "a, end stop", end length'), caplog.messages[0]
 
 
 def test_events_of_a_request_that_is_preempted(models: SmallModels) -> None:
@@ -206,7 +227,10 @@ def check_spans(spans: list[Any]) -> None:
     assert other.status.message == "aborted", f"got {other.status}. {LOOK_SPANS}"
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "grpc://127.0.0.1:4317"])
+@pytest.mark.parametrize(
+    "endpoint",
+    ["127.0.0.1:4318", "grpc://127.0.0.1:4317", "http://", "https://[::1", "http://a b:4318", "http://a:99999"],
+)
 def test_an_endpoint_that_is_no_url(endpoint: str) -> None:
     with pytest.raises(FieldError, match="otlp_traces_endpoint: expected http://host:port/v1/traces, got"):
         ObservabilityConfig(otlp_traces_endpoint=endpoint)

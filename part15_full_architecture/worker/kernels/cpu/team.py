@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from queue import SimpleQueue
 from typing import Any
@@ -23,13 +24,43 @@ from torch import Tensor
 
 from ...cpu_attention import OPTIONS
 
-Job = tuple[Callable[..., None], Tensor, tuple[Any, ...], list[BaseException]]
 COUNTER_STRIDE = 16  # int64 numbers: two counters in one cache line would travel between the cores as one
 NUM_COUNTERS = 2  # of a phase: tasks that are taken, tasks that are done
 NUM_SPINS = 2_000  # looks, before a waiting thread offers its core to others between two looks
 ALL_DONE = 1 << 62  # more than any number of tasks
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _making_a_team = threading.Lock()
+
+
+@dataclass(slots=True)
+class Job:
+    """A call of a kernel. num_inside: threads that are in it now."""
+
+    kernel: Callable[..., None]
+    counters: Tensor
+    args: tuple[Any, ...]
+    errors: list[BaseException] = field(default_factory=list)
+    num_inside: int = 0
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def compute(self) -> None:
+        """Of all threads that do this, each takes tasks until there are none."""
+        with self.changed:
+            self.num_inside += 1
+        try:
+            self.kernel(self.counters.data_ptr(), *self.args)
+        except BaseException as error:
+            self.errors.append(error)
+            self.counters.fill_(ALL_DONE)  # nobody waits for this thread's task
+        with self.changed:
+            self.num_inside -= 1
+            self.changed.notify_all()
+
+    def give_up(self) -> None:
+        """Begin no further task, and wait for those that have begun: their memory may be freed after that."""
+        self.counters.fill_(ALL_DONE)
+        with self.changed:
+            self.changed.wait_for(lambda: self.num_inside == 0)
 
 
 class Team:
@@ -52,16 +83,16 @@ class Team:
         so outside its tasks, a kernel may read no memory but the counters, which no other run may use, and arrays among
         its arguments. Raises what was raised in any thread: the tasks that nobody had begun are then left out.
         """
-        errors: list[BaseException] = []
+        job = Job(kernel, counters, args)
         try:
             for queue in self._queues:
-                queue.put((kernel, counters, args, errors))
-            kernel(counters.data_ptr(), *args)
+                queue.put(job)
+            job.compute()
+            if job.errors:
+                raise job.errors[0]
         except BaseException:
-            counters.fill_(ALL_DONE)
+            job.give_up()
             raise
-        if errors:
-            raise errors[0]
 
 
 def get_team(num_threads: int) -> Team:
@@ -75,18 +106,22 @@ def _team(num_threads: int) -> Team:
     return Team(num_threads)
 
 
-os.register_at_fork(after_in_child=_team.cache_clear)  # a child has no threads but the one that forked
+def _after_fork_in_child() -> None:
+    _team.cache_clear()  # a child has no threads but the one that forked
+    _making_a_team.release()
+
+
+# Nobody holds the lock while a process forks: in the child, nobody would release it.
+os.register_at_fork(
+    before=_making_a_team.acquire, after_in_parent=_making_a_team.release, after_in_child=_after_fork_in_child
+)
 
 
 def _help(queue: SimpleQueue[Job]) -> None:
     while True:
-        kernel, counters, args, errors = queue.get()
-        try:
-            kernel(counters.data_ptr(), *args)
-        except BaseException as error:
-            errors.append(error)
-            counters.fill_(ALL_DONE)  # nobody waits for this thread's task
-        del kernel, counters, args, errors  # not while it sleeps: they may belong to a model that nobody else needs
+        job = queue.get()
+        job.compute()
+        del job  # not while it sleeps: its arguments may belong to a model that nobody else needs
 
 
 def make_counters(num_phases: int) -> Tensor:

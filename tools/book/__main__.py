@@ -24,7 +24,14 @@ from .sources import diff_page, folder_page, source_page
 BOOK, SITE = ROOT / "build" / "book", ROOT / "build" / "site"
 PICTURES = (".svg", ".png", ".gif")
 FIRST = ("README.md", "docs/transformer_primer.md", "GLOSSARY.md")
-MORE = ("results/README.md", "models/README.md", "docs/http_api.md", "docs/kubernetes/README.md", "CONTRIBUTING.md")
+MORE = (
+    "workshop/TEACHING.md",
+    "results/README.md",
+    "models/README.md",
+    "docs/http_api.md",
+    "docs/kubernetes/README.md",
+    "CONTRIBUTING.md",
+)
 API = (
     "api.async_engine",
     "core.engine",

@@ -1,6 +1,6 @@
 """The step trace that `--trace FILE` writes, one JSON object per line: a header, then one line per engine step.
 
-    python -m common.trace view FILE                 a summary and a chart, one row per request
+    python -m common.trace view FILE [--chart]       a summary, and a chart with one row per request
     python -m common.trace export FILE OUT.json      for https://ui.perfetto.dev
 
 The schema is the same for all parts and only grows: a new field has a default, and readers skip unknown

@@ -22,12 +22,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m common.trace", description="Show a trace that an engine wrote with --trace FILE.")
     commands = parser.add_subparsers(dest="command", required=True)
-    view = commands.add_parser("view", help="print a summary and a chart")
+    view = commands.add_parser("view", help="print a summary; common/pages/engine.html shows each step in a browser")
     view.add_argument("file", help="a trace")
     view.add_argument("--from", dest="first", type=int, metavar="STEP", help="the first step to show")
     view.add_argument("--to", dest="last", type=int, metavar="STEP", help="the last step to show")
     view.add_argument("--width", type=int, metavar="N", help="characters in a line (default: the terminal's)")
-    view.add_argument("--rows", type=int, metavar="N", default=40, help="the most requests to show (default: 40)")
+    view.add_argument("--chart", action="store_true", help="also draw a chart, one row for each request")
+    view.add_argument("--rows", type=int, metavar="N", default=40, help="the most rows of the chart (default: 40)")
     export = commands.add_parser("export", help="convert to JSON for https://ui.perfetto.dev")
     export.add_argument("file", help="a trace")
     export.add_argument("out", metavar="OUT.json", help="the file to write")
@@ -45,7 +46,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise FieldError("--rows", f"expected at least 1, got {arguments.rows}")
     console = Console(width=arguments.width, highlight=False)
     trace = read_trace(arguments.file)
-    print_view(trace, console, first=arguments.first, last=arguments.last, max_rows=arguments.rows)
+    max_rows = arguments.rows if arguments.chart else 0
+    print_view(trace, console, first=arguments.first, last=arguments.last, max_rows=max_rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

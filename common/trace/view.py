@@ -208,7 +208,8 @@ def _cells(row: Row, start: int, size: int) -> Text:
 
 
 def print_view(trace: Trace, console: Console, *, first: int | None, last: int | None, max_rows: int) -> None:
-    """Print summary, chart and legend for the steps numbered first to last (None: from the first, to the last).
+    """Print a summary of the steps numbered first to last (None: from the first, to the last), and unless max_rows is
+    0, a chart with a legend.
 
     Raises FieldError if the trace has no such step.
     """
@@ -217,11 +218,12 @@ def print_view(trace: Trace, console: Console, *, first: int | None, last: int |
     console.print(Text(header, style="bold"))
     for name, value in summary(trace.steps[start:stop]):
         console.print(Text(f"{name:18} {value}"))
-    console.print()
-    for line in chart(trace.steps, start, stop, console.width, max_rows):
-        console.print(line, no_wrap=True, crop=True)
-    console.print()
-    _print_legend(console)
+    if max_rows:
+        console.print()
+        for line in chart(trace.steps, start, stop, console.width, max_rows):
+            console.print(line, no_wrap=True, crop=True)
+        console.print()
+        _print_legend(console)
     if trace.note:
         console.print(Text(f"note: {trace.note}"))
 

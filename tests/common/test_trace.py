@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from common import trace
 from common.errors import FieldError
 from common.trace import (
     CollectiveTrace,
@@ -25,6 +24,7 @@ from common.trace import (
     Trace,
     TraceWriter,
     export_perfetto,
+    files,
     read_trace,
     step_phases,
 )
@@ -98,7 +98,8 @@ def test_unknown_fields_and_missing_optional_ones_are_accepted(path: Path) -> No
     lines[1]["num_draft_tokens"] = lines[1]["requests"][0]["priority"] = 7
     for name in ("requests", "preempted", "aborted", "finished"):
         lines[2].pop(name, None)  # a default is not written
-    del lines[3]["requests"][0]["num_cached"], lines[3]["requests"][0]["num_sampled"]
+    for name in ("num_cached", "num_sampled"):
+        lines[3]["requests"][0].pop(name, None)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     read = read_trace(path)
@@ -168,7 +169,7 @@ def test_closed_twice_and_written_to_afterwards(tmp_path: Path) -> None:
 
 
 def test_steps_reach_the_file_while_the_engine_is_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "FLUSH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(files, "FLUSH_INTERVAL_S", 0.01)
     path = tmp_path / "trace.jsonl"
     with TraceWriter(path, part="part04", model="tiny") as writer:
         assert read_trace(path).steps == [], "the header must be there at once"
@@ -181,7 +182,7 @@ def test_steps_reach_the_file_while_the_engine_is_idle(tmp_path: Path, monkeypat
 
 
 def test_threads_write_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "FLUSH_INTERVAL_S", 0.0001)
+    monkeypatch.setattr(files, "FLUSH_INTERVAL_S", 0.0001)
     path = tmp_path / "trace.jsonl"
 
     def run(first: int) -> None:
@@ -213,17 +214,22 @@ class FullDisk(io.BytesIO):
 def test_a_full_disk_ends_the_trace_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Path, "open", lambda *_: FullDisk())
-    monkeypatch.setattr(trace, "FLUSH_INTERVAL_S", 0.001)
+    open_path = Path.open
+
+    def open_full(path: Path, *args: Any, **kwargs: Any) -> Any:
+        return FullDisk() if path.name == "trace.jsonl" else open_path(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    monkeypatch.setattr(files, "FLUSH_INTERVAL_S", 0.001)
     with TraceWriter("trace.jsonl", part="part04", model="tiny") as writer:
         for _ in range(3000):
             writer.write(STEPS[0])
             time.sleep(0.001)
             if not writer._is_open:
                 break
-        num_lines = len(writer._lines)
+        num_steps = len(writer._steps)
         writer.write(STEPS[1])
-        assert not writer._is_open and len(writer._lines) == num_lines, "a disabled writer must not collect steps"
+        assert not writer._is_open and len(writer._steps) == num_steps, "a disabled writer must not collect steps"
     warning = "warning: trace trace.jsonl: No space left on device; tracing stops, the engine continues\n"
     assert capsys.readouterr().err == warning
 
@@ -332,7 +338,7 @@ def test_steps_of_an_older_trace_have_no_model_times(path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines[1:]:
         for name in ("forward_start_s", "forward_s", "discarded"):
-            del line[name]
+            line.pop(name, None)  # a default is not written
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_trace(path).steps == STEPS
 

@@ -211,9 +211,11 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_line_views_and_exports(tmp_path: Path) -> None:
     path = write(tmp_path / "trace.jsonl", STEPS)
-    viewed = run("view", str(path), "--from", "1", "--to", "4", "--width", "60", "--rows", "1")
+    viewed = run("view", str(path), "--from", "1", "--to", "4", "--width", "60", "--chart", "--rows", "1")
     assert viewed.returncode == 0 and viewed.stderr == ""
     assert "\na       --E\n… and 2 more, from step 1 on\n" in viewed.stdout
+    summary = run("view", str(path)).stdout
+    assert "\nrequests " in summary and "request step" not in summary, f"no chart without --chart: {summary}"
     done = run("export", str(path), str(tmp_path / "out.json"))
     assert done.stdout == f"{tmp_path / 'out.json'}: open it in https://ui.perfetto.dev\n"
     assert json.loads((tmp_path / "out.json").read_text())["traceEvents"]

@@ -7,11 +7,19 @@ The schema is the same for all parts and only grows: a new field has a default, 
 fields.
 """
 
-from .deltas import StepDeltas
-from .files import FLUSH_INTERVAL_S, LIVE_NAME, TraceWriter, read_trace
-from .perfetto import export_perfetto
-from .phases import Phase, step_phases
-from .schema import SCHEMA_VERSION, CollectiveTrace, RankTrace, RequestTrace, StepTrace, Trace, TransferTrace
+from common.trace.deltas import StepDeltas
+from common.trace.files import FLUSH_INTERVAL_S, LIVE_NAME, TraceWriter, read_trace
+from common.trace.perfetto import export_perfetto
+from common.trace.phases import Phase, step_phases
+from common.trace.schema import (
+    SCHEMA_VERSION,
+    CollectiveTrace,
+    RankTrace,
+    RequestTrace,
+    StepTrace,
+    Trace,
+    TransferTrace,
+)
 
 __all__ = [
     "FLUSH_INTERVAL_S", "LIVE_NAME", "SCHEMA_VERSION", "CollectiveTrace", "Phase", "RankTrace", "RequestTrace",

@@ -13,9 +13,8 @@ from typing import Any
 import msgspec
 
 from common.errors import FieldError
-
-from .deltas import StepDeltas
-from .schema import SCHEMA_VERSION, StepTrace, Trace
+from common.trace.deltas import StepDeltas
+from common.trace.schema import SCHEMA_VERSION, StepTrace, Trace
 
 FLUSH_INTERVAL_S = 0.1
 LIVE_NAME, MAX_LIVE_BYTES = "live.trace", 16_000_000

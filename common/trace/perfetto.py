@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from .phases import Phase, step_phases
-from .schema import StepTrace, Trace
+from common.trace.phases import Phase, step_phases
+from common.trace.schema import StepTrace, Trace
 
 _ENGINE, _REQUESTS, _RANKS = 1, 2, 3  # the groups of tracks in an export, "processes" in the format's terms
 _DETAILS = ("num_computed", "num_cached", "num_blocks", "num_sampled")  # of a request's slice

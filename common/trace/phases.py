@@ -6,7 +6,7 @@ import enum
 import sys
 from collections.abc import Iterator, Sequence
 
-from .schema import StepTrace
+from common.trace.schema import StepTrace
 
 
 class Phase(enum.IntEnum):

@@ -190,7 +190,7 @@ def test_two_failed_steps_in_a_row_end_the_process_with_status_1(part: str, host
         f"{part}: expected the cause, got {answer.text}. {LOOK_DEATH}"
     )
     cause = "two steps in a row failed, the second with ZeroDivisionError: the cat sat on it"
-    of_core = "(Process engine-core.*)?error: the engine core has ended: "
+    of_core = "((a step failed|Process engine-core).*)?error: the engine core has ended: "
     server.check_end(1, rf"(?s){of_core if number_of(part) >= 5 else '.*error: '}{cause}\n", LOOK_DEATH)
 
 

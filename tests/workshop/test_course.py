@@ -130,7 +130,7 @@ def test_the_exercises_of_the_course_name_existing_files(real: Part) -> None:
 
 @pytest.mark.parametrize("real", PARTS, ids=lambda part: part.name)
 def test_the_lessons_of_the_course_show_their_images_in_a_copy(real: Part, tmp_path: Path) -> None:
-    for name in ("docs", "results", "GLOSSARY.md", *(part.name for part in PARTS)):
+    for name in ("common", "docs", "results", "GLOSSARY.md", *(part.name for part in PARTS)):
         (tmp_path / name).symlink_to(ROOT / name)
     learner = Part(tmp_path, real.name, real.exercises)
     start(learner)

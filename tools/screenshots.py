@@ -1,0 +1,75 @@
+"""Take the pictures in results/screenshots: python -m tools.screenshots, after make docs. Needs Chromium.
+
+The chat page of a running server, the engine viewer with two traces, and the book, each in light and dark.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from common.serve import server_process
+from tests.chromium import Browser, Page, running_chromium
+
+ROOT = Path(__file__).parent.parent
+PICTURES, TRACES = ROOT / "results" / "screenshots", ROOT / "results" / "traces"
+SITE = ROOT / "build" / "site"
+SCHEMES = ("light", "dark")
+NUM_STEP = 25
+
+
+def show_chat(browser: Browser, url: str, scheme: str) -> Page:
+    page = browser.open(url)
+    page.show_as(scheme, 1000, 620)
+    page.until("document.querySelector('#model').textContent !== ''", "the model's name")
+    page.click("#question")
+    page.type("What is a KV cache?")
+    page.press("Enter")
+    page.until("document.querySelector('.answer .stats') && !document.querySelector('[aria-busy]')", "an answer")
+    return page
+
+
+def show_viewer(browser: Browser, scheme: str) -> Page:
+    page = browser.open((ROOT / "common" / "pages" / "engine.html").as_uri())
+    page.show_as(scheme, 1280, 900)
+    for place, (selector, name) in enumerate(
+        (("#first-file", "part07_without_prefix_caching"), ("#second-file", "part07_prefix_caching"))
+    ):
+        page.choose(selector, TRACES / f"{name}.jsonl")
+        page.until(f"viewer.views[{place}] !== undefined", f"{name} to be shown")
+    page.js(f"show({NUM_STEP})")
+    page.js("viewer.views.forEach(view => view.select(view.step.requests[0].id))")
+    return page
+
+
+def show_book(browser: Browser, scheme: str, name: str) -> Page:
+    page = browser.open((SITE / name).as_uri())
+    page.show_as(scheme, 1280, 900)
+    page.js("new Promise(done => setTimeout(done, 500))")  # the theme's own script follows the scheme
+    return page
+
+
+def main() -> None:
+    if not (SITE / "index.html").is_file():
+        sys.exit("python -m tools.screenshots: error: no book in build/site: run make docs")
+    PICTURES.mkdir(exist_ok=True)
+    newest = sorted(path.name for path in ROOT.glob("part[0-9][0-9]_*"))[-1]
+    with (
+        tempfile.TemporaryDirectory() as profile,
+        running_chromium(Path(profile)) as browser,
+        server_process(newest, "--no-log-stats") as url,
+    ):
+        for scheme in SCHEMES:
+            pages = {
+                "chat": show_chat(browser, url, scheme), "viewer": show_viewer(browser, scheme),
+                "book": show_book(browser, scheme, "part04_continuous_batching/index.html"),
+                "step_diff": show_book(browser, scheme, "part07_prefix_caching/step.html"),
+            }  # fmt: skip
+            for name, page in pages.items():
+                page.screenshot(PICTURES / f"{name}_{scheme}.png")
+                print(f"{PICTURES / f'{name}_{scheme}.png'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

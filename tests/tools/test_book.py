@@ -73,7 +73,7 @@ def test_a_link_that_leads_nowhere(repository: Repository) -> None:
 
 def test_titles() -> None:
     assert title_of("text\n# Part 1: `a`\n", "x/README.md") == "Part 1: a"
-    assert part_title("part04_continuous_batching") == "4. Continuous batching"
+    assert part_title("# Part 12: KV offloading\n\nText") == "12. KV offloading"
 
 
 def test_a_diff_side_by_side() -> None:

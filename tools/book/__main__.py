@@ -102,7 +102,10 @@ def part_entries(repository: Repository, part: str) -> Iterator[dict[str, str]]:
 
 def settings(repository: Repository, reference: list[dict[str, str]]) -> dict[str, Any]:
     """mkdocs.yml."""
-    parts = [{part_title(part): list(part_entries(repository, part))} for part in repository.parts]
+    parts = [
+        {part_title(repository.text(f"{part}/README.md")): list(part_entries(repository, part))}
+        for part in repository.parts
+    ]
     first = [{title_of(repository.text(page), page): page} for page in FIRST]
     more = [{title_of(repository.text(page), page): page} for page in MORE]
     config: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "mkdocs.yml").read_text("utf-8"))
@@ -118,6 +121,7 @@ def build() -> None:
     if problems := copy_pages(repository):
         sys.exit("\n".join([*problems, f"{len(problems)} links lead nowhere"]))
     write_sources(repository)
+    write("javascripts/iframe-worker.js", (Path(__file__).parent / "iframe-worker.js").read_text("utf-8"))
     config = BOOK.parent / "mkdocs.yml"
     config.write_text(yaml.safe_dump(settings(repository, write_reference(repository)), sort_keys=False), "utf-8")
     command = [sys.executable, "-m", "mkdocs", "build", "--clean", "--quiet", "-f", str(config)]

@@ -53,8 +53,8 @@ class Repository:
         return (self.root / name).read_text(encoding="utf-8")
 
 
-def part_title(part: str) -> str:
-    """part04_continuous_batching → 4. Continuous batching."""
-    match = PART.fullmatch(part)
-    assert match is not None, f"{part} is not the name of a part"
-    return f"{int(match[1])}. {match[2].replace('_', ' ').capitalize()}"
+def part_title(lesson: str) -> str:
+    """# Part 4: continuous batching → 4. Continuous batching."""
+    match = re.search(r"^# Part (\d+): (.+)$", lesson, re.MULTILINE)
+    assert match is not None, f"a lesson begins with # Part N: its title, not with {lesson[:80]!r}"
+    return f"{match[1]}. {match[2][0].upper()}{match[2][1:]}"

@@ -32,6 +32,8 @@ Pair = tuple[tuple[str, str], tuple[str, str]]
 PLENTY = 160  # blocks
 BLOCK_SIZE, MAX_MODEL_LEN, MAX_NUM_SEQS, SMALL_BUDGET = 8, 160, 16, 16
 SECRET = "a secret of the tests"
+# Engines that start beside others may be silent for longer than the defaults allow: a transfer would fail.
+PATIENT = {"kv_transfer_secret": SECRET, "kv_transfer_timeout": 120.0, "kv_lease": 240.0}
 OF_THE_TEST = "(of the test)"  # a directory or a server, which a test has to make
 SHARED: Flags = {"model": "tiny-moe", "enable_expert_parallel": True}
 HOST: Flags = {"kv_offload_gib": 0.01}
@@ -57,7 +59,7 @@ FEATURES: dict[str, dict[str, Flags]] = {
         "host and Redis": {**SMALL_HOST, "kv_offload_url": OF_THE_TEST},
     },
     "KV transfers": {
-        "none": {}, **{name: {"kv_connector": name, "kv_transfer_secret": SECRET} for name in ("tcp", "shm")},
+        "none": {}, **{name: {"kv_connector": name, **PATIENT} for name in ("tcp", "shm")},
     },
     "kernels": {"auto": {}, **{name: {"kernels": name} for name in ("torch", "cuda", "triton")}},
     "drafts": {

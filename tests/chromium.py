@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 DEADLINE_S = 60  # for what takes milliseconds; a busy machine is slow
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -33,6 +35,12 @@ KEYS = {
 
 def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+needs_chromium = pytest.mark.skipif(
+    find_chromium() is None,
+    reason=f"this needs a browser, one of {', '.join(NAMES)} (Debian: apt-get install chromium)",
+)
 
 
 class Browser:

@@ -11,22 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from common.openai_app import AppOptions
 from common.serve import ServerConfig
 from common.serving import GenerationError, QueueFullError
-from tests.chromium import NAMES, Browser, Page, find_chromium, running_chromium
+from tests.chromium import Browser, Page, needs_chromium
 from tests.common.openai_fakes import FakeEngine, FakeStream, Server, delta, serving
 from tests.http_checks import until
 
 LOOK = "Look at common/pages/chat.html."
 LOOK_DOCS = "Look at common/pages/docs.html."
-pytestmark = pytest.mark.skipif(
-    find_chromium() is None,
-    reason=f"this needs a browser, one of {', '.join(NAMES)} (Debian: apt-get install chromium)",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with running_chromium(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
+pytestmark = needs_chromium
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from common.openai_app.errors import add_error_handlers
 from common.openai_app.viewer import Viewer
 from common.serve import running_app
 from common.trace import LIVE_NAME, RequestTrace, StepDeltas, StepTrace, TraceWriter, read_trace
-from tests.chromium import NAMES, Browser, Page, find_chromium, running_chromium
+from tests.chromium import Browser, Page, needs_chromium
 
 LOOK = "Look at common/pages/engine.html."
 ROOT = Path(__file__).parents[2]
@@ -24,16 +24,7 @@ PAGE = (ROOT / "common" / "pages" / "engine.html").as_uri()
 SAMPLES = sorted((ROOT / "results" / "traces").glob("*.jsonl"))
 COPYING = ("part12", "part13", "part15")  # a block is in use while it is copied, after its request has ended
 SYNCHRONOUS = ("part03", "part04")  # no step is launched before the one before it has ended
-pytestmark = pytest.mark.skipif(
-    find_chromium() is None,
-    reason=f"this needs a browser, one of {', '.join(NAMES)} (Debian: apt-get install chromium)",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with running_chromium(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
+pytestmark = needs_chromium
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from ..messages import LEASE_ENDED, Confirm, Fetch, Offer, Publish, Release, Tra
 from .block_manager import BlockManager
 from .kv_connector import Orders
 from .request import Request
+
+NUM_ENDED = 1_000
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -67,6 +71,7 @@ class KVTransfer:
         self.watched: dict[bytes, Watched] = {}
         self.failed: list[tuple[Request, str]] = []  # requests that must fail, and why
         self._names: dict[str, bytes] = {}  # by request id: what it offers or may fetch
+        self._ended: deque[bytes] = deque(maxlen=NUM_ENDED)  # prompts that have been fetched or given up
         self._completed: list[bytes] = []  # offered prompts whose last tokens the next step computes
         self._completed_in_flight: deque[list[bytes]] = deque()  # the same for each step in flight
 
@@ -88,6 +93,8 @@ class KVTransfer:
         if (params := request.kv_transfer) is None:
             return
         name = name_of(params.transfer_id, request.prompt_token_ids)
+        if name in self._ended:
+            return  # another choice of the same HTTP request was much faster: the other engine has freed the blocks
         if params.sources:
             if name not in self.watched:
                 watch = Watch(self.orders.next_id(), name, list(params.sources))
@@ -178,7 +185,11 @@ class KVTransfer:
             del watched.users[request.request_id]
             if not watched.users:
                 del self.watched[name]
-                self.orders.new.append(Release(name))
+                self._release(name)
+
+    def _release(self, name: bytes) -> None:
+        self._ended.append(name)
+        self.orders.new.append(Release(name))
 
     # Both
 
@@ -186,6 +197,7 @@ class KVTransfer:
         match transfer:
             case Offer():
                 self.blocks.end_lease(self.offered.pop(transfer.name).block_ids)
+                self._ended.append(transfer.name)
                 self.stats.num_expired += done.error == LEASE_ENDED
             case Watch():
                 self._note_watched(transfer, done)
@@ -215,6 +227,7 @@ class KVTransfer:
 
     def _note_failed(self, watched: Watched, error: str) -> None:
         self.stats.num_failed += 1
+        logger.warning("cannot fetch a prompt's KV: %s", error)
         if self.fails:
             self.failed += [(request, error) for request in watched.users.values()]
 
@@ -235,7 +248,7 @@ class KVTransfer:
         for name in self.offered:
             self._withdraw(name)
         for name in self.watched:
-            self.orders.new.append(Release(name))
+            self._release(name)
         self.watched.clear()
         self._names.clear()
         self.failed.clear()

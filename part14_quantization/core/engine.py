@@ -241,6 +241,8 @@ class LLMEngine:
 
     def _fail_unloaded(self) -> list[EngineCoreOutput]:
         """End the requests whose KV has not arrived, if they are not to be computed here."""
+        if not self.transfers.failed:
+            return []
         failed, self.transfers.failed = self.transfers.failed, []
         failed = [(request, error) for request, error in failed if request.request_id in self.unfinished]
         self.abort_requests(request.request_id for request, _ in failed)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,15 +17,19 @@ def to_device(
 ) -> Tensor:
     """values as a tensor on the device. For a GPU, they are copied from pinned memory, so the caller does not wait."""
     tensor = torch.as_tensor(values, dtype=dtype)
-    if torch.device(device).type != "cuda":
+    if not str(device).startswith("cuda"):
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def to_device_at_once(lists: Mapping[str, Sequence[int]], device: torch.device | str) -> dict[str, Tensor]:
-    """Each list as an int64 tensor on the device, with one copy for all of them."""
-    joined = to_device(list(chain.from_iterable(lists.values())), device, torch.int64)
-    return dict(zip(lists, joined.split([len(each) for each in lists.values()]), strict=True))
+def to_device_at_once(
+    lists: Mapping[str, Sequence[int]], device: torch.device | str, dtype: Any = np.int64
+) -> dict[str, Tensor]:
+    """Each list as a tensor on the device, with one copy for all of them. By way of NumPy, which is faster with few
+    numbers."""
+    sizes = [len(each) for each in lists.values()]
+    joined = np.fromiter(chain.from_iterable(lists.values()), dtype, sum(sizes))
+    return dict(zip(lists, to_device(torch.from_numpy(joined), device).split_with_sizes(sizes), strict=True))
 
 
 def pin(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .model import DecoderModel
 from .weight import Weight
 
 MAX_TOKENS = 64  # of a step; for more, torch's matrix products are faster
+MAX_TOKENS_BFLOAT16 = 8  # the same, on a CPU that has instructions for bfloat16: torch uses them
 OPERATIONS = ("norm", "rotary", "attention", "activation")  # whose Numba kernels are part of it
 
 
@@ -59,7 +60,8 @@ class Megakernel:
             "qkv": heads + 2 * model.num_kv_heads * model.head_dim, "gate_up": 2 * config.intermediate_size,
             "activated": config.intermediate_size,
         }  # fmt: skip
-        self.rows = {name: torch.empty(MAX_TOKENS, width) for name, width in widths.items()}
+        self.max_tokens = most_tokens(model.dtype)
+        self.rows = {name: torch.empty(self.max_tokens, width) for name, width in widths.items()}
         self.addresses = Buffers(**{name: rows.data_ptr() for name, rows in self.rows.items()})
         if head.packed is None:
             head.packed = TeamProduct(head.weight, num_threads)
@@ -96,9 +98,9 @@ class Megakernel:
         self.num_runs = 0
 
     def run(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor | None:
-        """A forward pass: [num_tokens, hidden_size]. None if the step is empty, or has more than MAX_TOKENS."""
+        """A forward pass: [num_tokens, hidden_size]. None if the step is empty, or has more than max_tokens."""
         num_tokens, (num_seqs, max_blocks) = len(input_ids), metadata.block_tables.shape
-        if not 0 < num_tokens <= MAX_TOKENS:
+        if not 0 < num_tokens <= self.max_tokens:
             return None
         assert self.model.embed_tokens is not None, "the only stage has the embedding"
         self.rows["residual"][:num_tokens] = self.model.embed_tokens(input_ids)
@@ -132,10 +134,11 @@ class TeamProduct:
 
     def __init__(self, matrix: Tensor, num_threads: int) -> None:
         self.matrix, self.num_threads, self.like = matrix.detach(), num_threads, LIKE[matrix.dtype]
+        self.max_rows = most_tokens(matrix.dtype)
 
     def product(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """rows: [n, inputs], bias: [outputs]. Returns [n, outputs]."""
-        if not 0 < len(rows) <= MAX_TOKENS or bias is not None:
+        if not 0 < len(rows) <= self.max_rows or bias is not None:
             return F.linear(rows, self.matrix, bias)
         inputs, (num_outputs, num_inputs) = rows.float().contiguous(), self.matrix.shape
         output = torch.empty(len(rows), num_outputs)
@@ -147,12 +150,9 @@ class TeamProduct:
 
 def can_be_one_kernel(model: DecoderModel, kernels: Kernels, kv_scales: Tensor | None) -> bool:
     """Whether the megakernel computes what this model does: on a CPU, with all layers on this rank, dense and not
-    quantized, by the Numba kernels that the megakernel consists of. And whether that is faster: torch has bfloat16
-    products for CPUs with instructions for them."""
+    quantized, by the Numba kernels that the megakernel consists of."""
     head, layers = model.output_embedding, model.layers.values()
     if model.device != "cpu" or model.dtype not in DTYPES or kv_scales is not None:
-        return False
-    if model.dtype == torch.bfloat16 and has_bfloat16_instructions():
         return False
     if model.stage.num_stages > 1 or head is None or head.group.size > 1 or model.fetcher is not None:
         return False
@@ -162,6 +162,11 @@ def can_be_one_kernel(model: DecoderModel, kernels: Kernels, kv_scales: Tensor |
     are_plain = all(type(weight) is Weight and weight.packed is None for weight in weights)
     sizes = [head.vocab_size, model.config.intermediate_size, *(weight.shape[0] for weight in weights)]
     return are_plain and all(type(layer.mlp) is MLP for layer in layers) and not any(s % NUM_AT_ONCE for s in sizes)
+
+
+def most_tokens(dtype: torch.dtype) -> int:
+    """Of a step whose products are faster here than in torch."""
+    return MAX_TOKENS_BFLOAT16 if dtype == torch.bfloat16 and has_bfloat16_instructions() else MAX_TOKENS
 
 
 @cache

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from .attention import AttentionMetadata, PagedAttention
 from .device import to_device, to_device_at_once
 from .draft_model import DraftModelProposer, samples_drafts
 from .kernels.ops import Kernels
-from .kv_cache import KVCache, slot_mapping
+from .kv_cache import KVCache
 from .model import Attend, DecoderModel, Rotation
 from .prompt_logprobs import PromptSpan, prompt_spans, to_prompt_logprobs
 from .rejection_sampler import SpecDecodeMetadata
@@ -121,6 +122,7 @@ class ModelRunner:
             "new_token_ids": [token_id for request in step.requests for token_id in request.new_token_ids],
             "input_indices": self._flat_indices(zip(rows, positions, strict=True)),
             "positions": positions,
+            "slot_mapping": self.states.slots(rows, positions),
             "logits_indices": logits_indices,
             "output_indices": self._flat_indices((state.row, state.num_tokens) for state in sampling),
             "draft_indices": self._flat_indices(drafted),
@@ -136,7 +138,7 @@ class ModelRunner:
             new_token_ids=tensors["new_token_ids"],
             input_indices=tensors["input_indices"],
             positions=tensors["positions"],
-            metadata=self._metadata(step, torch.tensor(rows), torch.tensor(positions)),
+            metadata=self._metadata(step, tensors["slot_mapping"]),
             logits_indices=tensors["logits_indices"],
             output_indices=tensors["output_indices"],
             sampling=sampling,
@@ -173,15 +175,14 @@ class ModelRunner:
             buffer_rows=[sampled[index].row for index in random],
         )
 
-    def _metadata(self, step: StepInput, rows: Tensor, positions: Tensor) -> AttentionMetadata:
+    def _metadata(self, step: StepInput, slot_mapping: Tensor) -> AttentionMetadata:
         query_lens = [request.num_scheduled_tokens for request in step.requests]
         context_lens = [request.num_computed_tokens + request.num_scheduled_tokens for request in step.requests]
-        slots = slot_mapping(self.states.block_tables, rows, positions, self.states.block_size)
+        ends = {"query_start_loc": list(accumulate(query_lens, initial=0)), "context_lens": context_lens}
         return AttentionMetadata(
-            slot_mapping=to_device(slots, self.device),
+            slot_mapping=slot_mapping,
             block_tables=to_device(self.states.tables([request.row for request in step.requests]), self.device),
-            query_start_loc=to_device(list(accumulate(query_lens, initial=0)), self.device, torch.int32),
-            context_lens=to_device(context_lens, self.device, torch.int32),
+            **to_device_at_once(ends, self.device, np.int32),
             max_query_len=max(query_lens),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from part13_disaggregation.messages import (
 from tests.part13.scripted import SOURCE, NextTransfer, TransferExecutor, scripted_engine
 from tests.scripted import answer_alone, contents, params_for
 
+LOOK_ENDED = 'Look at core/kv_transfer.py::KVTransfer.add_request; README "From engine to engine".'
 LOOK_OFFER = 'Look at core/kv_transfer.py::KVTransfer.save and note_leave; README "Delayed free".'
 LOOK_FREE = 'Look at core/kv_transfer.py::KVTransfer.note_done and has_leaving_blocks; README "Delayed free".'
 LOOK_CONFIRM = 'Look at core/kv_transfer.py::KVTransfer.note_result; README "From engine to engine".'
@@ -324,9 +326,10 @@ def test_an_engine_that_offers_a_prompt_and_watches_it() -> None:
 
 
 def test_a_late_answer_is_not_taken_for_another_watch() -> None:
-    """The first request of a transfer has ended; the second one watches anew."""
+    """A prompt that was given up, and so long ago that the engine has forgotten it, is watched anew."""
     each = Engine()
     each.freeze()
+    each.engine.transfers._ended = deque(maxlen=0)
     each.ask("a", PROMPT, is_fetched=True, transfer_id="one")
     each.step()
     each.engine.abort_requests(["a"])
@@ -496,6 +499,22 @@ def test_the_second_request_of_an_offer_withdraws_nothing() -> None:
     each.engine.abort_requests(["b"])
     each.run()
     assert not each.orders(Withdraw) and len(each.orders(Confirm)) == 1, f"{each.seen}. {LOOK_OFFER}"
+
+
+@pytest.mark.parametrize("is_fetched", [True, False])
+def test_a_second_request_that_comes_after_the_end(is_fetched: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The process that sends a request's choices was held up between two of them, and the first one's KV has been
+    fetched meanwhile. The other engine knows nothing of it any longer; that is no failure."""
+    each = Engine()
+    for name in "ab":
+        each.ask(name, PROMPT, is_fetched=is_fetched, transfer_id="one")
+        each.run()
+        each.check_answer(name, PROMPT)
+    kinds = [Watch, Fetch, Release] if is_fetched else [Offer, Confirm]
+    counts = [len(each.orders(kind)) for kind in kinds]
+    assert counts == [1] * len(kinds), f"the second request orders nothing: {each.seen}. {LOOK_ENDED}"
+    assert not each.engine.transfers.stats.num_failed and not caplog.messages, f"{caplog.messages}. {LOOK_ENDED}"
+    assert each.shares("b")[0] == (96, 4), f"b finds what a has left: {each.shares('b')}. {LOOK_FIND}"
 
 
 # What does not arrive
@@ -874,6 +893,7 @@ def test_load_leases_blocks_once_more() -> None:
 def test_a_new_watch_of_the_same_name_is_not_touched_by_an_old_fetch() -> None:
     """The first request was aborted while fetching, and the same transfer is asked for again."""
     world = World()
+    world.transfers._ended = deque(maxlen=0)  # it was long ago
     first = world.request("a", True)
     world.done(*world.take(), num_tokens=100)
     world.blocks.admit("a", 100)

@@ -24,7 +24,7 @@ from part15_full_architecture.worker.attention import AttentionMetadata
 from part15_full_architecture.worker.kernels.cpu.memory import numbers_at
 from part15_full_architecture.worker.kernels.cpu.team import Team, make_counters, tasks
 from part15_full_architecture.worker.linear import Linear
-from part15_full_architecture.worker.megakernel import MAX_TOKENS, Megakernel, can_be_one_kernel
+from part15_full_architecture.worker.megakernel import MAX_TOKENS, MAX_TOKENS_BFLOAT16, Megakernel, can_be_one_kernel
 from part15_full_architecture.worker.model import DecoderModel
 from tests.contract.engines import SmallEngine, SmallModels
 
@@ -85,8 +85,11 @@ def fill_vectors(model: DecoderModel, has_all_biases: bool) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("what", STEPS)
-def test_it_computes_what_the_layers_do(what: str, num_threads: int, dtype: str, models: SmallModels) -> None:
+def test_it_computes_what_the_layers_do(
+    what: str, num_threads: int, dtype: str, models: SmallModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bfloat16, what the layers compute in float32 with the same weights: the megakernel rounds at its end only."""
+    monkeypatch.setattr(megakernel, "has_bfloat16_instructions", lambda: False)  # else it leaves large steps to torch
     query_lens, context_lens = STEPS[what]
     num_blocks = 1 + len(query_lens) * -(-max(context_lens) // 4)
     flags = {"num_kv_blocks": num_blocks, "dtype": dtype, "megakernel": False, "pack_weights": False, **models.flags}  # type: ignore[attr-defined]
@@ -190,11 +193,19 @@ def test_engines_that_compute_something_else_have_none(flags: dict[str, Any], ll
 def test_a_cpu_with_bfloat16_instructions_has_faster_products(
     has_instructions: bool, llama: SmallModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """For several tokens: torch's. One token's products wait for memory, whatever computes them."""
     monkeypatch.setattr(megakernel, "has_bfloat16_instructions", lambda: has_instructions)
-    for dtype, expected in (("float32", True), ("bfloat16", not has_instructions)):
-        engine = SmallEngine(PART, llama, dtype=dtype, pack_weights=False)  # the tests share a model: it stays as it is
-        small_steps = engine.worker.runner.small_steps
-        assert isinstance(small_steps, Megakernel) == expected, f"{dtype}, {has_instructions}: {small_steps}. {LOOK}"
+    for dtype, expected in (
+        ("float32", MAX_TOKENS),
+        ("bfloat16", MAX_TOKENS_BFLOAT16 if has_instructions else MAX_TOKENS),
+    ):
+        runner = SmallEngine(PART, llama, dtype=dtype).worker.runner
+        kernel, size = Megakernel(runner.model, runner.attention, 2), runner.attention.kv_cache.block_size
+        for num_tokens, is_taken in ((expected, True), (expected + 1, False)):
+            positions, metadata = make_step([num_tokens], [num_tokens], size)
+            found = kernel.run(positions, positions, metadata)
+            what = f"{dtype}, instructions: {has_instructions}, {num_tokens} tokens"
+            assert (found is not None) == is_taken, f"{what}: expected the megakernel to take it: {is_taken}. {LOOK}"
 
 
 def test_a_draft_model_has_one_of_its_own(llama: SmallModels) -> None:

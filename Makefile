@@ -17,6 +17,7 @@
 #   make gpu-wheels        what the engine needs on a GPU machine without one, into build/wheels
 #   make lint              ruff, mypy, and the check of step diffs, tables and diagrams
 #   make docs              the course as a website in build/site, with a .venv-docs of its own; it also checks links and spelling
+#   make slides            slides for a workshop, from TEACHING.md and the lessons' diagrams: build/slides.html
 #   make transcripts       run the commands that the lessons show, and compare their output
 #   make setup             only the set-up              PIP_ARGS="…" goes to pip
 
@@ -47,7 +48,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE  # else each of many processes compiles all that it imports
 
 .PHONY: help setup demo test setup-clients test-clients serve bench bench-check peers nvcc setup-cuda workshop doctor gpu gpu-wheels \
-	lint docs transcripts clean
+	lint docs slides transcripts clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -136,6 +137,9 @@ $(DOCS_READY): pyproject.toml constraints.txt
 	$(DOCS)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt mkdocs-material mkdocstrings-python pygments \
 		pyyaml codespell
 	@touch $@
+
+slides: $(READY)
+	$(PY) -m tools.slides $(ARGS)
 
 transcripts: $(READY)
 	$(PY) -m tools.transcripts $(ARGS)

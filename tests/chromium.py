@@ -29,7 +29,7 @@ FLAGS = (
 )  # fmt: skip
 KEYS = {
     "Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), " ": (32, " "), "ArrowLeft": (37, ""),
-    "ArrowRight": (39, ""), "Home": (36, ""), "End": (35, ""),
+    "ArrowRight": (39, ""), "Home": (36, ""), "End": (35, ""), "a": (65, "a"),
 }  # fmt: skip
 
 

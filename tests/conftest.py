@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis.internal.conjecture import providers
 
+from tests.chromium import Browser, running_chromium
 from tests.quick_uvicorn import quick_uvicorn
 
 if TYPE_CHECKING:
     from tests.forked_servers import Host
 
 ROOT = Path(__file__).parent
-__all__ = ["host", "one_host", "quick_uvicorn"]
+__all__ = ["browser", "host", "one_host", "quick_uvicorn"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -55,3 +56,9 @@ def host(one_host: Host) -> Iterator[Host]:
     """Forks servers of parts 3 and later; those that a test has started end with it."""
     yield one_host
     one_host.ask(end=True)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with running_chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser

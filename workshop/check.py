@@ -117,8 +117,9 @@ class Checker:
         return result
 
 
-def watch(checker: Checker, saves: Saves) -> None:
-    """Check now and after every save, until Ctrl-C. A save during a check cancels it and starts a new one."""
+def watch(checker: Checker, saves: Saves, checked: Callable[[], None] = lambda: None) -> None:
+    """Check now and after every save, until Ctrl-C. A save during a check cancels it and starts a new one. checked:
+    called after each check."""
     while True:
         saves.forget()
         checker.report.clear()
@@ -126,5 +127,6 @@ def watch(checker: Checker, saves: Saves) -> None:
             checker.check(cancelled=saves.any)
         except WorkshopError as error:
             checker.report.error(error)
+        checked()
         checker.report.watching()
         saves.wait()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from workshop import COMMAND, workspace
+from workshop import COMMAND, progress, workspace
 from workshop.bodies import language_of
 from workshop.check import Checker, watch
 from workshop.course import Exercise, Part, WorkshopError, find_part, read_parts
@@ -21,16 +22,68 @@ def run(args: argparse.Namespace, root: Path) -> int:
     """Run one command; returns the exit status. An error that the user can fix prints one line and returns 2."""
     report = Report(verbose=getattr(args, "verbose", False))
     try:
-        if args.command == "list":
-            report.parts(read_parts(root))
-            return 0
+        if args.command in OF_THE_COURSE:
+            return OF_THE_COURSE[args.command](root, args, report)
         part = find_part(root, args.part)
         if not part.exercises:
             raise WorkshopError(f"part {part.number} has no exercises")
-        return COMMANDS[args.command](part, args, report)
+        status = COMMANDS[args.command](part, args, report)
+        report_to_board(root)
+        return status
     except (WorkshopError, OSError) as error:
         Report(Console(stderr=True, highlight=False)).error(error)
         return 2
+
+
+def list_parts(root: Path, args: argparse.Namespace, report: Report) -> int:
+    report.parts(read_parts(root))
+    return 0
+
+
+def show_progress(root: Path, args: argparse.Namespace, report: Report) -> int:
+    report.progress(progress.progress_of(root))
+    report_to_board(root)
+    return 0
+
+
+def join(root: Path, args: argparse.Namespace, report: Report) -> int:
+    member = progress.join(root, args.url, args.code, args.name)
+    report.say(
+        f"The board at {member.url} shows your progress as {member.name!r} from now on: which exercises you have"
+    )
+    report.say(f"started and solved, and how many hints you have read. `{COMMAND} leave` ends this.")
+    return 0
+
+
+def leave(root: Path, args: argparse.Namespace, report: Report) -> int:
+    report.say("No board is told anything any longer." if progress.leave(root) else "You had not joined a board.")
+    return 0
+
+
+def board(root: Path, args: argparse.Namespace, report: Report) -> int:
+    from workshop.board import main  # the web framework takes a moment to import
+
+    main(args.port, is_for_room=args.lan)
+    return 0
+
+
+def bundle(root: Path, args: argparse.Namespace, report: Report) -> int:
+    from workshop.bundle import make_bundle
+
+    make_bundle(root, Path(args.folder), args.pip_args.split(), report.say)
+    return 0
+
+
+def failure(root: Path, args: argparse.Namespace, report: Report) -> int:
+    from workshop.failures import main  # it imports the parts
+
+    return main(args.name, is_auto=args.auto, prediction=args.predict, report=report)
+
+
+def report_to_board(root: Path) -> None:
+    """Whether it works changes nothing for the learner, but a line."""
+    if (problem := progress.tell_board(root)) is not None:
+        Report(Console(stderr=True, highlight=False)).say(f"{problem} (`{COMMAND} leave` ends this)", "dim")
 
 
 def start(part: Part, args: argparse.Namespace, report: Report) -> int:
@@ -56,7 +109,7 @@ def check(part: Part, args: argparse.Namespace, report: Report) -> int:
         checker = Checker(part, args.exercises, runner, report)
         if args.watch:
             with Saves(part) as saves:
-                watch(checker, saves)
+                watch(checker, saves, lambda: report_to_board(part.root))
         return 0 if checker.check() else 1
 
 
@@ -104,4 +157,8 @@ def say_backup(part: Part, backup: Path | None, report: Report) -> None:
         report.say(f"Your previous version is in {workspace.relative(part, backup)}.")
 
 
-COMMANDS = {"start": start, "check": check, "hint": hint, "diff": diff, "catch-up": catch_up}
+OF_THE_COURSE: dict[str, Callable[[Path, argparse.Namespace, Report], int]] = {
+    "list": list_parts, "progress": show_progress, "join": join, "leave": leave, "board": board, "bundle": bundle,
+    "failure": failure,
+}  # fmt: skip
+COMMANDS = {"start": start, "check": check, "hint": hint, "diff": diff, "catch-up": catch_up}  # of a part

@@ -13,12 +13,18 @@ from rich.text import Text
 from workshop import COMMAND
 from workshop.course import Exercise, Part
 from workshop.facts import clip, split_facts, without_pointers
+from workshop.progress import PartProgress, Status, status_of
 from workshop.results import Failure, Result, Saved, State
-from workshop.workspace import body_of, fingerprints, is_caught_up, is_started, relative
+from workshop.workspace import body_of, fingerprints, relative
 from workshop.wrong import WrongSolution
 
 MAX_SHOWN = 3
 NOT_STARTED = Text("not started", style="dim")
+STATES: dict[Status, tuple[str, str]] = {  # a text and its style
+    "open": ("not started", "dim"), "started": ("started", "yellow"), "fails": ("fails", "red"),
+    "solved": ("solved", "green"), "filled in": ("filled in by catch-up", "magenta"),
+}  # fmt: skip
+MARKS: dict[Status, str] = {"open": "–", "started": "…", "fails": "✗", "solved": "✓", "filled in": "↷"}
 OUTSIDE = "your function had returned by then: what it returned or changed does not fit"
 
 
@@ -68,6 +74,23 @@ class Report:
                 self.say("no exercises", "dim", 4)
             elif not part.copy.is_dir():
                 self.say(f"to start: {COMMAND} start {part.number}", "cyan", 4)
+
+    def progress(self, parts: list[PartProgress]) -> None:
+        """Print the output of `progress`: a line per part that is started, and the sum."""
+        for part in parts:
+            marks = [Text(f"{each.name} {MARKS[each.status]}", STATES[each.status][1]) for each in part.exercises]
+            count = f"  {part.num_solved} of {len(part.exercises)} solved"
+            self.say(Text.assemble((f"part {part.number:<3}", "bold"), Text("  ").join(marks), (count, "dim")))
+        exercises = [each for part in parts for each in part.exercises]
+        if not exercises:
+            self.say(f"No part is started yet: {COMMAND} start 1")
+            return
+        counts = {status: sum(each.status == status for each in exercises) for status in STATES}
+        told = [f"{counts['solved']} of {len(exercises)} exercises solved"]
+        told += [f"{counts['filled in']} filled in by catch-up"] if counts["filled in"] else []
+        num_hints = sum(each.num_hints for each in exercises)
+        told += [f"{num_hints} hint{'' if num_hints == 1 else 's'}"] if num_hints else []
+        self.say(f"\n{', '.join(told)}; {COMMAND} list shows all parts.")
 
     def results(
         self,
@@ -185,14 +208,10 @@ def choose(failures: Iterable[Failure]) -> list[Failure]:
 
 def progress(part: Part, exercise: Exercise, saved: Saved, fingerprint: str) -> Text:
     """How far the learner is with an exercise. fingerprint: of the current code."""
-    if not is_started(part, exercise):
-        return NOT_STARTED
-    if is_caught_up(part, exercise):
-        return Text("filled in by catch-up", style="magenta")
-    if not saved.fingerprint:
-        return Text("started", style="yellow")
-    state = Text("solved", style="green") if saved.passes else Text("fails", style="red")
-    return state if saved.fingerprint == fingerprint else state + Text(", before your last change", style="dim")
+    status = status_of(part, exercise, saved)
+    state = Text(*STATES[status])
+    is_old = status in ("fails", "solved") and saved.fingerprint != fingerprint
+    return state + Text(", before your last change", style="dim") if is_old else state
 
 
 def minutes(seconds: float) -> str:

@@ -8,16 +8,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.checkpoint import MODELS_DIR
-from tests.chromium import Browser, running_chromium
 from tests.common.openai_fakes import FakeEngine, Server, serving
 
-__all__ = ["browser", "engine", "server", "tiny_tokenizer"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with running_chromium(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
+__all__ = ["engine", "server", "tiny_tokenizer"]
 
 
 @pytest.fixture(scope="session")

@@ -210,11 +210,10 @@ def markdown(result: dict[str, Any]) -> str:
     blocks = []
     for model in result["measurements"]:
         blocks.append(model_table(model, result["measurements"][model]))
-    versions = ", ".join(
-        f"{name} {next(iter(packages.values()))}"
-        for name, packages in sorted(result["config"]["versions"].items())
-        if name not in (BASELINE, "transformers, padded", "part 15")
-    )
+    found = {
+        f"{package} {version}" for each in result["config"]["versions"].values() for package, version in each.items()
+    }
+    versions = ", ".join(sorted(found))
     note = f"{machine['cpu_cores']} cores of an {machine['cpu']}; {versions}; medians of up to {result['repeats']} runs"
     return "\n\n".join([*blocks, f"({note}; [peers.json](peers.json).)"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -114,7 +114,7 @@ def join(root: Path, url: str, code: str, name: str) -> Membership:
     tell(member, progress_of(root))
     path = membership_path(root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({field: getattr(member, field) for field in Membership.__slots__}), encoding="utf-8")
+    path.write_text(json.dumps(asdict(member)), encoding="utf-8")
     return member
 
 

@@ -14,7 +14,7 @@ from .block_manager import BlockManager
 from .kv_connector import Orders
 from .request import Request
 
-NUM_ENDED = 1_000
+NUM_ENDED = 1_000  # prompts that are remembered: choices of one HTTP request come within milliseconds of each other
 logger = logging.getLogger(__name__)
 
 

@@ -19,6 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 
 from common.serve import is_loopback, listen, serve_app, show_url
 from workshop import COMMAND
+from workshop.course import WorkshopError
 from workshop.progress import CODE_HEADER, LearnerProgress
 
 PAGE = Path(__file__).with_name("board.html")
@@ -109,8 +110,10 @@ def lan_address() -> str:
 
 
 def main(port: int, *, is_for_room: bool) -> None:
-    """Serve until Ctrl-C. is_for_room: other machines may report, not only this one. Raises OSError for a port that is
-    taken."""
+    """Serve until Ctrl-C. is_for_room: other machines may report, not only this one. Raises WorkshopError for a port
+    that can't be, and OSError for one that is taken."""
+    if not 0 <= port <= 65_535:
+        raise WorkshopError(f"--port: expected 0 to 65535, got {port}")
     code = "".join(secrets.choice(LETTERS) for _ in range(CODE_LETTERS))
     listener = listen("0.0.0.0" if is_for_room else "127.0.0.1", port)
     port = listener.getsockname()[1]

@@ -137,7 +137,9 @@ def tell(member: Membership, parts: list[PartProgress]) -> None:
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as error:
         raise WorkshopError(f"the board at {member.url} does not answer: {error}") from error
     if got.status_code != 204:
-        raise WorkshopError(f"the board at {member.url} says: {got.text.strip()[:200] or got.status_code}")
+        is_text = got.headers.get("content-type", "").startswith("text/plain")
+        says = " ".join(got.text.split())[:200] if is_text else f"status {got.status_code}; is it a board?"
+        raise WorkshopError(f"the board at {member.url} says: {says}")
 
 
 def tell_board(root: Path) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from common.serve import running_app
 from workshop import board as boards
@@ -115,6 +116,20 @@ def test_no_board_at_this_address(address: str, part: Part, capsys: pytest.Captu
     assert main(["join", address, CODE, "Ada"], part.root) == 2
     err = capsys.readouterr().err
     assert address in err and err.count("\n") == 1, f"expected one line with the address, got {err!r}"
+
+
+def test_a_server_that_is_no_board(part: Part, capsys: pytest.CaptureFixture[str]) -> None:
+    with running_app(FastAPI()) as url:
+        assert main(["join", url, CODE, "Ada"], part.root) == 2
+    err = capsys.readouterr().err
+    assert "status 404; is it a board?" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_that_cannot_be(port: str, call: Call) -> None:
+    """The system would take it modulo 65536."""
+    status, _, err = call(f"board --port {port}")
+    assert status == 2 and err == f"workshop: --port: expected 0 to 65535, got {port}\n", err
 
 
 def test_a_board_that_has_ended_holds_nobody_up(call: Call, solve: Solve, board: Board, url: str, part: Part) -> None:

@@ -17,7 +17,12 @@ from part10_data_parallelism.router.app import Router, create_app
 from part10_data_parallelism.router.config import RouterConfig
 
 Handler = Callable[["FakeReplica", web.Request], Awaitable[web.StreamResponse]]
-FAST: dict[str, Any] = {"health_interval": 0.05, "health_timeout": 1.0, "connect_timeout": 1.0, "request_timeout": 30.0}
+FAST: dict[str, Any] = {
+    "health_interval": 0.05,
+    "health_timeout": 60.0,
+    "connect_timeout": 60.0,
+    "request_timeout": 30.0,
+}
 
 
 async def answer_whole(replica: FakeReplica, request: web.Request) -> web.StreamResponse:

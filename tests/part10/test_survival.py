@@ -257,7 +257,7 @@ def test_a_replica_that_is_killed_during_a_health_check() -> None:
             return await super().handle(request)
 
     a, b = Slow("a"), FakeReplica("b")
-    with routed(a, b, health_timeout=60.0) as (url, router, servers):
+    with routed(a, b) as (url, router, servers):
         until(lambda: a.num_checks == 1, "a health check")
         servers.stop(a)
         assert [ask(url).json()["replica"] for _ in range(4)] == ["b"] * 4, LOOK_FAIL

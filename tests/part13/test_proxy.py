@@ -363,7 +363,7 @@ def test_an_engine_that_is_gone_or_fails_often_is_left_alone() -> None:
 
 def test_an_engine_that_admits_nothing_does_not_hold_a_request_up() -> None:
     p, d = FakeEngine("p", may_admit=False), FakeEngine("d")
-    with proxied([p], [d]) as (url, proxy, _):
+    with proxied([p], [d], health_timeout=1.0) as (url, proxy, _):
         assert ask(url).json()["replica"] == "d" and d.params == [None], f"{d.params}. {LOOK_ASK}"
         until(lambda: p.num_prefills_left == 1, f"its connection to be closed. {LOOK_ASK}")
         assert proxy.pool.find(p.url).breaker.num_failures == 1, LOOK_ASK
@@ -397,7 +397,7 @@ def test_a_client_that_leaves_ends_both() -> None:
 
 def test_a_client_that_leaves_before_the_prompt_is_admitted() -> None:
     p, d = FakeEngine("p", may_admit=False), FakeEngine("d")
-    with proxied([p], [d], health_timeout=30.0) as (url, proxy, _):
+    with proxied([p], [d]) as (url, proxy, _):
         with contextlib.suppress(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=BODY, headers=KEY, timeout=httpx.Timeout(60, read=0.3))
         until(lambda: p.num_prefills_left == 1, f"the prefill engine to notice. {LOOK_ASK}")
@@ -431,7 +431,7 @@ def test_open_requests_end_when_the_proxy_is_in_a_hurry() -> None:
 
 def test_a_proxy_in_a_hurry_asks_no_engine_after_a_prompt_was_given_up() -> None:
     p, d = FakeEngine("p", may_admit=False), FakeEngine("d")
-    with proxied([p], [d], health_timeout=30.0) as (url, proxy, _), ThreadPoolExecutor(1) as threads:
+    with proxied([p], [d]) as (url, proxy, _), ThreadPoolExecutor(1) as threads:
         answer = threads.submit(ask, url)
         until(lambda: p.num_requests == 1, "a prefill engine to be asked")
         proxy.end_requests()
@@ -652,7 +652,7 @@ def test_without_a_key_none_is_sent() -> None:
 def test_sources_that_vanish_while_a_prompt_is_admitted() -> None:
     """A header without sources would tell the decode engine to compute the prompt for somebody else."""
     p, d = FakeEngine("p", may_admit=False), FakeEngine("d")
-    with proxied([p], [d], health_timeout=30.0) as (url, proxy, _), ThreadPoolExecutor(1) as threads:
+    with proxied([p], [d]) as (url, proxy, _), ThreadPoolExecutor(1) as threads:
         answer = threads.submit(ask, url)
         until(lambda: p.num_requests == 1, "it to be asked")
         p.info = None

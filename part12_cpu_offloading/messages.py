@@ -135,12 +135,18 @@ class LookUp(msgspec.Struct, array_like=True, tag=True):
 
 class TransferDone(msgspec.Struct, array_like=True, tag=True):
     """The worker's answer to Save, Load and LookUp; with several ranks, each sends one. num_blocks: how many of the
-    first blocks were saved, loaded or found. host_s: seconds for those that have a slot. tier_s: for the others."""
+    first blocks were saved, loaded or found. host_s: seconds for those that have a slot. tier_s: for the others.
+
+    num_bytes: copied. start_s, end_s: when the copying began and ended (time.perf_counter), if there was any.
+    """
 
     transfer_id: int
     num_blocks: int
     host_s: float = 0.0
     tier_s: float = 0.0
+    num_bytes: int = 0
+    start_s: float = 0.0
+    end_s: float = 0.0
 
 
 class CoreGroup(msgspec.Struct, array_like=True):

@@ -200,8 +200,8 @@ class TransferDone(msgspec.Struct, array_like=True, tag=True):
     """The worker's answer to a transfer; with several ranks, each sends one. num_blocks: how many of the first blocks
     were saved, loaded or found. host_s: seconds for those that have a slot. tier_s: for the others.
 
-    num_tokens: how many tokens another engine has, or were fetched from it without a gap. num_bytes: received.
-    start_s, end_s: when a fetch began and ended (time.perf_counter). error: why there are fewer than expected.
+    num_tokens: how many tokens another engine has, or were fetched from it without a gap. num_bytes: copied or
+    received. start_s, end_s: when that began and ended (time.perf_counter). error: why there are fewer than expected.
     """
 
     transfer_id: int

@@ -28,7 +28,7 @@ TRACES = ROOT / "results" / "traces"
 SECRET = "a secret of the sample traces"
 RULES = "You answer questions about LLM inference in one sentence. You never guess. " * 4
 COPYING = "Repeat these words: apple river stone lantern bridge garden apple river stone lantern bridge garden"
-SMALL = {"max_num_seqs": 6, "num_kv_blocks": 56}  # requests wait, and some are preempted
+SMALL = {"max_num_seqs": 6, "num_kv_blocks": 24}  # requests wait, and one is preempted
 
 
 def bursts() -> list[list[tuple[list[dict[str, str]], int]]]:
@@ -42,12 +42,12 @@ def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def trace_engine(part: str, path: Path, **flags: Any) -> None:
-    """A part's engine without a server."""
+def trace_engine(part: str, path: Path, times: int = 1, **flags: Any) -> None:
+    """A part's engine without a server. times: how often the bursts come."""
     llm_class, config_class = import_module(f"{part}.llm").LLM, import_module(f"{part}.config").EngineConfig
     llm = llm_class(config_class(**{"model": "tiny", "trace": str(path), **SMALL, **flags}))
     try:
-        for burst in bursts():
+        for burst in times * bursts():
             prompts = [
                 llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
                 for chat, _ in burst
@@ -156,14 +156,20 @@ def samples() -> Iterator[tuple[str, Callable[[Path], None]]]:
     """Name of the trace → what writes it."""
     yield "part03_static_batches", trace_static_batches
     draft = {"speculative_method": "draft_model", "speculative_model": "tiny-draft"}
-    full = {"speculative_method": "ngram", "kv_offload_gib": 0.05, "max_num_batched_tokens": 64}
+    offloading: dict[str, Any] = {"kv_offload_gib": 0.05, "times": 2}  # evicted prompts come again
+    full: dict[str, Any] = {
+        "times": 2,
+        "speculative_method": "ngram",
+        "kv_offload_gib": 0.05,
+        "max_num_batched_tokens": 64,
+    }
     flags: dict[str, dict[str, Any]] = {
         "part04_continuous_batching": {}, "part05_async_scheduling": {},
         "part06_chunked_prefill": {"max_num_batched_tokens": 48},
         "part07_prefix_caching": {}, "part07_without_prefix_caching": {"enable_prefix_caching": False},
         "part08_speculative_decoding": draft, "part09_tensor_parallelism": {"tensor_parallel_size": 2},
         "part11_expert_parallelism": {"model": "tiny-moe", "tensor_parallel_size": 2, "enable_expert_parallel": True},
-        "part12_cpu_offloading": {"kv_offload_gib": 0.05}, "part14_quantization": {"quantization": "int8"},
+        "part12_cpu_offloading": offloading, "part14_quantization": {"quantization": "int8"},
         "part15_full_architecture": full,
     }  # fmt: skip
     for name, each in flags.items():

@@ -11,7 +11,9 @@ import msgspec
 from common.trace.phases import Phase, step_phases
 from common.trace.schema import StepTrace, Trace
 
-_ENGINE, _REQUESTS, _RANKS = 1, 2, 3  # the groups of tracks in an export, "processes" in the format's terms
+# The groups of tracks in an export, "processes" in the format's terms.
+_ENGINE, _REQUESTS, _RANKS, _TRANSFERS = 1, 2, 3, 4
+_KINDS = {"save": "saves", "load": "loads", "read": "reads", "fetch": "fetches"}  # of transfers, a track for each
 _DETAILS = ("num_computed", "num_cached", "num_blocks", "num_sampled")  # of a request's slice
 
 
@@ -24,6 +26,10 @@ def export_perfetto(trace: Trace, path: Path | str) -> None:
     ranks = sorted({each.rank for step in trace.steps for each in step.ranks})
     events += [_name_event("process_name", _RANKS, 0, "ranks")] * bool(ranks)
     events += [_name_event("thread_name", _RANKS, _RANKS + 1 + rank, f"rank {rank}") for rank in ranks]
+    kinds = [kind for kind in _KINDS if any(each.kind == kind for step in trace.steps for each in step.transfers)]
+    events += [_name_event("process_name", _TRANSFERS, 0, "transfers")] * bool(kinds)
+    events += [_name_event("thread_name", _TRANSFERS, _transfer_track(kind), _KINDS[kind]) for kind in kinds]
+    transfers_free_s = dict.fromkeys(kinds, 0.0)
     tracks: dict[str, int] = {}
     engine_free_s = 0.0
     for step, phases in zip(trace.steps, step_phases(trace.steps), strict=True):
@@ -36,6 +42,7 @@ def export_perfetto(trace: Trace, path: Path | str) -> None:
         engine_free_s = starts[-1]
         events += _engine_events(step, starts)
         events += _rank_events(step)
+        events += _transfer_events(step, transfers_free_s)
         events += _request_events(step, phases, tracks, starts)
     Path(path).write_bytes(msgspec.json.encode({"traceEvents": events, "otherData": trace.header}))
 
@@ -67,6 +74,21 @@ def _rank_events(step: StepTrace) -> Iterator[dict[str, Any]]:
         for call in each.collectives:
             details = {"bytes": call.num_bytes}
             yield _slice(call.name, _RANKS, track, call.start_s, call.start_s + call.duration_s, details)
+
+
+def _transfer_track(kind: str) -> int:
+    return _TRANSFERS + 1 + list(_KINDS).index(kind)
+
+
+def _transfer_events(step: StepTrace, free_s: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """KV that was copied. Slices that would overlap are cut, see above. free_s: of each kind, when the last one ended;
+    changed here."""
+    for each in step.transfers:
+        end_s = each.start_s + each.duration_s
+        start_s, free_s[each.kind] = max(each.start_s, min(end_s, free_s[each.kind])), max(end_s, free_s[each.kind])
+        name = f"{each.kind} {each.num_tokens} tokens"
+        details = {"bytes": each.num_bytes, "request": each.id}
+        yield _slice(name, _TRANSFERS, _transfer_track(each.kind), start_s, end_s, details)
 
 
 def _request_events(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -50,10 +50,12 @@ class RankTrace(msgspec.Struct, frozen=True, kw_only=True):
     collectives: list[CollectiveTrace] = []
 
 
-class TransferTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """KV that has come from another engine, for one request."""
+class TransferTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """KV that was copied. kind: "save" from the device to host memory, "load" from there to the device, "read" from a
+    tier below, "fetch" from another engine. id: the request that it was made for; a save has none."""
 
-    id: str
+    kind: Literal["save", "load", "read", "fetch"]
+    id: str | None = None
     num_tokens: int
     num_bytes: int
     start_s: float

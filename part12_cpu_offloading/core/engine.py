@@ -215,7 +215,8 @@ class LLMEngine:
         """Note the transfers that have ended. If none has, wait for one for so long."""
         if self.offloader.pending:
             for done in self.executor.finished_transfers(timeout_s):
-                self.offloader.note_done(done)
+                pending = self.offloader.note_done(done)
+                self.tracer.transferred(pending.transfer, pending.request, done)
 
     def _finish_transfers(self) -> None:
         """No step is in flight: wait until no transfer is, either."""

@@ -215,8 +215,9 @@ class Offloader:
         self.pending[transfer.transfer_id] = Pending(transfer, request, time.monotonic())
         return transfer.transfer_id
 
-    def note_done(self, done: TransferDone) -> None:
-        """A transfer has ended. Its blocks are no longer leased, and its slots no longer pinned."""
+    def note_done(self, done: TransferDone) -> Pending:
+        """A transfer has ended. Its blocks are no longer leased, and its slots no longer pinned. Returns what was
+        ordered."""
         pending = self.pending.pop(done.transfer_id)
         transfer, request = pending.transfer, pending.request
         match transfer:
@@ -234,6 +235,7 @@ class Offloader:
                 search = self._searches.get(request.request_id)
                 if search is not None and search.transfer_id == transfer.transfer_id:
                     search.in_tiers = frozenset(transfer.hashes[: done.num_blocks])
+        return pending
 
     def _note_loaded(self, load: Load, done: TransferDone) -> None:
         self.host.complete_load([each for each, slot in zip(load.hashes, load.slots, strict=True) if slot is not None])

@@ -235,9 +235,7 @@ class Ranks:
         answers = self._transfers.setdefault(done.transfer_id, [])
         answers.append(done)
         if len(answers) == self.num_ranks:
-            num_blocks = min(each.num_blocks for each in answers)
-            seconds = (max(each.host_s for each in answers), max(each.tier_s for each in answers))
-            self._finished.append(TransferDone(done.transfer_id, num_blocks, *seconds))
+            self._finished.append(merge(answers))
             del self._transfers[done.transfer_id]
 
     def all_results(self, kind: type[Answer]) -> list[Answer]:
@@ -338,3 +336,16 @@ class Ranks:
                 process.join()
         self._context.destroy(linger=LINGER_MS)
         self._directory.cleanup()
+
+
+def merge(answers: list[TransferDone]) -> TransferDone:
+    """One answer for all ranks: what the worst of them has, from the first start to the last end."""
+    return TransferDone(
+        answers[0].transfer_id,
+        num_blocks=min(each.num_blocks for each in answers),
+        host_s=max(each.host_s for each in answers),
+        tier_s=max(each.tier_s for each in answers),
+        num_bytes=sum(each.num_bytes for each in answers),
+        start_s=min((each.start_s for each in answers if each.end_s), default=0.0),
+        end_s=max(each.end_s for each in answers),
+    )

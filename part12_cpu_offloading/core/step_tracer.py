@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
-from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter
+from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter, TransferTrace
 
-from ..messages import EngineCoreOutput, RankTimes, StepOutput
+from ..messages import EngineCoreOutput, Load, RankTimes, StepOutput, Transfer, TransferDone
+from .request import Request
 from .scheduler import Scheduler, SchedulerOutput
 
 PART = __name__.partition(".")[0]
@@ -20,6 +22,7 @@ class StepTracer:
 
     def __init__(self, path: str | None, scheduler: Scheduler, model: str) -> None:
         self.scheduler, self.aborted = scheduler, list[str]()
+        self._transfers: list[TransferTrace] = []  # that have ended since the last step that was written
         self._writer = None
         if path is not None:
             self._writer = TraceWriter(path, part=PART, model=model, block_size=scheduler.blocks.block_size)
@@ -78,6 +81,21 @@ class StepTracer:
             collectives=collectives,
         )  # fmt: skip
 
+    def transferred(self, transfer: Transfer, request: Request | None, done: TransferDone) -> None:
+        """KV was copied, unless done says that there was none."""
+        if self._writer is None or not done.end_s:
+            return
+        self._transfers.append(
+            TransferTrace(
+                kind=_kind_of(transfer),
+                id=None if request is None else request.request_id,
+                num_tokens=done.num_blocks * self.scheduler.blocks.block_size,
+                num_bytes=done.num_bytes,
+                start_s=done.start_s - self._zero_s,
+                duration_s=done.end_s - done.start_s,
+            )
+        )
+
     def updated(self, trace: StepTrace | None, outputs: list[EngineCoreOutput]) -> None:
         """The step is over."""
         aborted, self.aborted = self.aborted, []
@@ -92,6 +110,7 @@ class StepTracer:
                 request.num_sampled = len(request.token_ids) or 1
         trace.aborted, trace.finished = aborted, [output.request_id for output in outputs if output.finish_reason]
         self._writer.deltas.forget([*trace.aborted, *trace.finished])
+        trace.transfers, self._transfers = self._transfers, []
         trace.discarded = [r.id for r in trace.requests if r.num_sampled and r.id not in delivered]
         cached = self._writer.deltas.cached(block.block_id for block in self.scheduler.blocks.cached_blocks.values())
         trace.cached_block_ids, trace.uncached_block_ids = cached
@@ -105,3 +124,9 @@ class StepTracer:
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._zero_s
+
+
+def _kind_of(transfer: Transfer) -> Literal["save", "load", "read"]:
+    if isinstance(transfer, Load):
+        return "read" if None in transfer.slots else "load"
+    return "save"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter, TransferTrace
 
-from ..messages import EngineCoreOutput, RankTimes, StepOutput, TransferDone
+from ..messages import EngineCoreOutput, Fetch, Load, RankTimes, StepOutput, Transfer, TransferDone
+from .request import Request
 from .scheduler import Scheduler, SchedulerOutput
 
 PART = __name__.partition(".")[0]
@@ -79,15 +81,21 @@ class StepTracer:
             collectives=collectives,
         )  # fmt: skip
 
-    def fetched(self, request_id: str, done: TransferDone) -> None:
-        """KV has come from another engine."""
-        if self._writer is not None:
-            self._transfers.append(
-                TransferTrace(
-                    id=request_id, num_tokens=done.num_tokens, num_bytes=done.num_bytes,
-                    start_s=done.start_s - self._zero_s, duration_s=done.end_s - done.start_s,
-                )
-            )  # fmt: skip
+    def transferred(self, transfer: Transfer, request: Request | None, done: TransferDone) -> None:
+        """KV was copied, or has come from another engine, unless done says that there was none."""
+        if self._writer is None or not done.end_s:
+            return
+        block_size = self.scheduler.blocks.block_size
+        self._transfers.append(
+            TransferTrace(
+                kind=_kind_of(transfer),
+                id=None if request is None else request.request_id,
+                num_tokens=done.num_tokens if isinstance(transfer, Fetch) else done.num_blocks * block_size,
+                num_bytes=done.num_bytes,
+                start_s=done.start_s - self._zero_s,
+                duration_s=done.end_s - done.start_s,
+            )
+        )
 
     def updated(self, trace: StepTrace | None, outputs: list[EngineCoreOutput]) -> None:
         """The step is over."""
@@ -117,3 +125,12 @@ class StepTracer:
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._zero_s
+
+
+def _kind_of(transfer: Transfer) -> Literal["save", "load", "read", "fetch"]:
+    match transfer:
+        case Fetch():
+            return "fetch"
+        case Load():
+            return "read" if None in transfer.slots else "load"
+    return "save"

@@ -14,7 +14,7 @@ from common.sampling_params import SamplingParams
 from common.trace import StepTrace
 
 from ..config import EngineConfig, resolve_config
-from ..messages import CoreGroup, EngineCoreOutput, Fetch, KVTransferParams, ScheduledRequest, StepOutput
+from ..messages import CoreGroup, EngineCoreOutput, KVTransferParams, ScheduledRequest, StepOutput
 from .block_manager import BlockManager
 from .executor import StepHandle, make_executor
 from .kv_connector import Connectors, Orders
@@ -230,8 +230,7 @@ class LLMEngine:
         if self.orders.pending:
             for done in self.executor.finished_transfers(timeout_s):
                 pending = self.orders.note_done(done)
-                if isinstance(pending.transfer, Fetch) and pending.request is not None:
-                    self.tracer.fetched(pending.request.request_id, done)
+                self.tracer.transferred(pending.transfer, pending.request, done)
 
     def _finish_transfers(self) -> None:
         """No step is in flight: wait until no transfer is, either."""

@@ -129,13 +129,16 @@ class BlockCopier:
         for block_id, slot in zip(save.block_ids, save.slots, strict=True):
             self.blocks.read(block_id, self.host[slot])
         self._saves.synchronize()
-        seconds = time.perf_counter() - start_s
+        end_s = time.perf_counter()
         if self.tiers.tiers:  # before the answer: after it, the slots may be given to other blocks
             for block_hash, slot in zip(save.hashes, save.slots, strict=True):
                 if self._writes.num_waiting >= self.max_pending_writes:
                     break  # the tiers are slow; without this block, those after it can't be found
                 self._writes.put((block_hash, self.host[slot].numpy().tobytes()))
-        return TransferDone(save.transfer_id, len(save.hashes), seconds)
+        num_bytes = len(save.hashes) * self.blocks.bytes_per_block
+        return TransferDone(
+            save.transfer_id, len(save.hashes), end_s - start_s, num_bytes=num_bytes, start_s=start_s, end_s=end_s
+        )
 
     def _write(self, job: tuple[bytes, bytes]) -> None:
         try:
@@ -145,7 +148,7 @@ class BlockCopier:
 
     def _load(self, load: Load, mark: Mark) -> TransferDone:
         """Batch by batch, so that blocks from the tiers need little memory on their way."""
-        done = TransferDone(load.transfer_id, 0)
+        done = TransferDone(load.transfer_id, 0, start_s=time.perf_counter())
         orders = list(zip(load.hashes, load.block_ids, load.slots, strict=True))
         for start in range(0, len(orders), LOAD_BATCH):
             batch = orders[start : start + LOAD_BATCH]
@@ -161,6 +164,7 @@ class BlockCopier:
             done.tier_s += share * copy_s + read_s
             if len(blocks) < len(batch):
                 break
+        done.num_bytes, done.end_s = done.num_blocks * self.blocks.bytes_per_block, time.perf_counter()
         return done
 
     def _read(self, batch: Sequence[tuple[bytes, int, int | None]]) -> tuple[float, list[Tensor]]:

@@ -23,6 +23,7 @@ from common.trace import (
     StepTrace,
     Trace,
     TraceWriter,
+    TransferTrace,
     export_perfetto,
     files,
     read_trace,
@@ -277,8 +278,8 @@ def exported(tmp_path: Path, steps: list[StepTrace]) -> list[dict[str, Any]]:
 
 def slices(events: list[dict[str, Any]], track_name: str) -> list[tuple[str, float, float]]:
     """(name, start, end) in µs of one track's slices."""
-    names = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
-    own = [event for event in events if event["ph"] == "X" and event["tid"] == names[track_name]]
+    names = {e["args"]["name"]: (e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    own = [event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == names[track_name]]
     return [(event["name"], event["ts"], round(event["ts"] + event["dur"], 3)) for event in own]
 
 
@@ -318,6 +319,27 @@ def test_exported_slices_never_overlap_on_a_track(tmp_path: Path, step_s: float)
         assert len(own) == (60 if track == "steps" else 20)
         for (name, start, end), (_, next_start, _) in pairwise(own):
             assert start <= end <= next_start, f"{track}: {name} ends at {end}, the next slice begins at {next_start}"
+
+
+def test_exported_transfers(tmp_path: Path) -> None:
+    """A track for each kind; those of several requests that overlap are cut."""
+
+    def transfer(kind: Any, name: str | None, start_s: float, duration_s: float) -> TransferTrace:
+        return TransferTrace(kind=kind, id=name, num_tokens=32, num_bytes=4_096, start_s=start_s, duration_s=duration_s)
+
+    first, second = step(0, request("a", 0, 5)), step(1, request("b", 0, 5))
+    first.transfers = [transfer("fetch", "a", 0.001, 0.004), transfer("fetch", "b", 0.003, 0.003)]
+    second.transfers = [transfer("save", None, 0.004, 0.001), transfer("fetch", "c", 0.004, 0.001)]
+    events = exported(tmp_path, [first, second])
+    assert slices(events, "saves") == [("save 32 tokens", 4000, 5000)]
+    assert slices(events, "fetches") == [
+        ("fetch 32 tokens", 1000, 5000), ("fetch 32 tokens", 5000, 6000), ("fetch 32 tokens", 5000, 5000)
+    ]  # fmt: skip
+    assert {event["args"]["name"] for event in events if event["name"] == "thread_name"} == {
+        "steps", "request a", "request b", "saves", "fetches"
+    }  # fmt: skip
+    details = next(event["args"] for event in events if event["name"] == "fetch 32 tokens")
+    assert details == {"bytes": 4_096, "request": "a"}
 
 
 OVERLAPPING = [  # as an engine writes them that schedules ahead: step 1 is launched while step 0 runs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from fastapi import FastAPI
 from common.openai_app.errors import add_error_handlers
 from common.openai_app.viewer import Viewer
 from common.serve import running_app
-from common.trace import LIVE_NAME, RequestTrace, StepDeltas, StepTrace, TraceWriter, read_trace
+from common.trace import LIVE_NAME, TraceWriter, read_trace
 from tests.chromium import Browser, Page, needs_chromium
+from tests.common.long_traces import write_long_trace
 
 LOOK = "Look at common/pages/engine.html."
 ROOT = Path(__file__).parents[2]
@@ -60,14 +60,16 @@ def test_each_parts_sample_trace(path: Path, page: Page) -> None:
               if (!state.ended.includes(id)) table.blocks.forEach(each => blocks.add(each));
             }
             const slots = replay.steps[index].requests.map(each => each.slot);
-            found.push([blocks.size, state.waiting.length, new Set(slots).size]);
+            const ids = [...state.waiting, ...replay.steps[index].requests.map(each => each.id)];
+            found.push([blocks.size, state.waiting.length, new Set(slots).size, ids.length - new Set(ids).size]);
           }
           return found;
         })()"""
     )
     assert len(found) == len(steps), f"{len(found)} steps of {len(steps)}"
-    for (num_blocks, num_waiting, num_slots), step in zip(found, steps, strict=True):
+    for (num_blocks, num_waiting, num_slots, num_twice), step in zip(found, steps, strict=True):
         where = f"{path.name}, step {step.step}"
+        assert num_twice == 0, f"{where}: a request is listed twice. {LOOK}"
         assert num_slots == len(step.requests), f"{where}: {num_slots} slots for {len(step.requests)} requests. {LOOK}"
         if path.stem.startswith(SYNCHRONOUS):
             assert num_blocks == step.num_blocks_used, (
@@ -127,6 +129,28 @@ def test_a_selected_request_shows_its_life(page: Page) -> None:
     assert page.js("document.querySelector('.life').hidden"), f"a second click ends the selection. {LOOK}"
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("part12_cpu_offloading", {"save", "load"}), ("part13_decode", {"fetch"}), ("part15_full_architecture", {"save"})],
+)
+def test_transfers_have_lanes_of_their_own(name: str, kinds: set[str], page: Page) -> None:
+    """Each copy of KV can be found in the picture of the times, in the lane of its kind, and in its request's life."""
+    path = next(path for path in SAMPLES if path.stem == name)
+    open_trace(page, path)
+    lanes = {"save": "to host memory", "load": "from host memory", "fetch": "from another engine"}
+    transfers = [(index, each) for index, step in enumerate(read_trace(path).steps) for each in step.transfers]
+    assert {each.kind for _, each in transfers} >= kinds, f"{name} shows no {kinds}: record it again"
+    for index, each in transfers:
+        page.js(f"show({index})")
+        expected = f"KV of {each.num_tokens} tokens {lanes[each.kind]}" + (f" for {each.id}" if each.id else "")
+        shown = page.js("viewer.views[0].slices.map(each => each.name)")
+        assert expected in shown, f"step {index + 1} has {expected!r}, and the picture {shown}. {LOOK}"
+        if each.id:
+            notes = page.js(f"viewer.views[0].replay.lives.get({json.dumps(each.id)}).events.map(each => each.what)")
+            expected = f"has got the KV of {each.num_tokens} tokens {lanes[each.kind]}"
+            assert expected in notes, f"request {each.id}: expected {expected!r} among {notes}. {LOOK}"
+
+
 def test_two_traces_side_by_side(page: Page) -> None:
     static, continuous = SAMPLES[0], SAMPLES[1]
     open_trace(page, static)
@@ -167,40 +191,8 @@ def test_an_incomplete_last_line_is_skipped(page: Page, tmp_path: Path) -> None:
     assert "incomplete" in page.text("#error"), page.text("#error")
 
 
-def long_trace(path: Path, num_steps: int) -> None:
-    """Requests of random lengths come and go in 16 slots, with three blocks each or more."""
-    rng, deltas, tables = random.Random(0), StepDeltas(), dict[str, list[int]]()
-    lengths: dict[str, int] = {}
-    free = list(range(1, 401))
-    with TraceWriter(path, part="part04_continuous_batching", model="tiny", block_size=16) as writer:
-        for number in range(num_steps):
-            while len(tables) < 16:
-                name = f"r{number}-{len(tables)}"
-                tables[name], lengths[name] = [free.pop() for _ in range(3)], rng.randrange(5, 200)
-            requests = []
-            for name, table in tables.items():
-                lengths[name] -= 1
-                if number % 16 == 0 and free:
-                    table.append(free.pop())
-                fields = deltas.of_request(name, table, [5, 6, 7])
-                requests.append(
-                    RequestTrace(id=name, num_computed=9, num_scheduled=1, token_ids=[number % 300], **fields)
-                )
-            finished = [name for name in tables if lengths[name] <= 0]
-            for name in finished:
-                free += tables.pop(name)
-            deltas.forget(finished)
-            writer.write(
-                StepTrace(
-                    step=number + 1, start_s=number * 0.01, schedule_s=0.001, execute_s=0.008, update_s=0.001,
-                    num_running=16, num_waiting=0, requests=requests, num_blocks_total=400, num_blocks_free=len(free),
-                    finished=finished,
-                )
-            )  # fmt: skip
-
-
 def test_ten_thousand_steps(page: Page, tmp_path: Path) -> None:
-    long_trace(tmp_path / "long.jsonl", 10_000)
+    write_long_trace(tmp_path / "long.jsonl", 10_000)
     open_trace(page, tmp_path / "long.jsonl")
     assert page.js("viewer.views[0].replay.steps.length") == 10_000
     for place in (9_999, 0, 5_000, 4_999, 7_123):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from common.trace import read_trace
 from tests.contract.engines import SmallEngine, SmallModels, kinds_of, number_of, prompts_of
+from tests.http_checks import until
 
 LOOK = "Look at core/step_tracer.py::StepTracer, and at common/trace/deltas.py."
+LOOK_COPIES = "Look at core/step_tracer.py::StepTracer.transferred, and at worker/block_copier.py."
 
 
 @pytest.mark.since(4)
@@ -64,3 +67,44 @@ def check(where: str, path: Path, engine: SmallEngine, prompts: dict[str, list[i
         real = {block.block_id for block in engine.core.blocks.cached_blocks.values()}
         assert cached == real, f"{where}: the lines say that {sorted(cached)} are cached, {sorted(real)} are. {LOOK}"
     assert known >= {token for name in tokens for token in tokens[name]}, LOOK
+
+
+@pytest.mark.since(12)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_every_copy_is_in_the_trace(part: str, num_ranks: int, small_models: SmallModels, tmp_path: Path) -> None:
+    """Saves, and loads from host memory and from a folder, with the tokens that the engine has counted."""
+    path, blocks = tmp_path / "trace.jsonl", tmp_path / "blocks"
+    engine = SmallEngine(
+        part, small_models, num_kv_blocks=24, tensor_parallel_size=num_ranks, trace=str(path),
+        kv_offload_gib=2**-14, kv_offload_dir=str(blocks),
+    )  # fmt: skip
+    offloader = engine.core.offloader
+    with mock.patch.object(type(offloader.cost), "num_to_load", lambda cost, num_host, num_found: num_found):
+        prompts = [[each] * 40 for each in range(4, 12)]
+        for prompt in prompts:
+            engine.generate(prompt, max_tokens=1)
+        until(
+            lambda: sum(each.is_file() for each in blocks.rglob("*")) >= 80 * num_ranks,
+            f"{part}: each block to be written on each rank",
+        )
+        for prompt in [prompts[-3], *prompts, [1, 2]]:  # the last one's step writes the transfers before it
+            engine.generate(prompt, max_tokens=1)
+    engine.core.tracer.close()
+    steps = read_trace(path).steps
+    transfers = [each for step in steps for each in step.transfers]
+    tokens = {
+        kind: sum(each.num_tokens for each in transfers if each.kind == kind) for kind in ("save", "load", "read")
+    }
+    stats = offloader.stats
+    counted = {"save": stats.num_saved_tokens, "host and tiers": stats.num_host_tokens + stats.num_tier_tokens}
+    where = f"{part}, {num_ranks} ranks"
+    assert counted == {"save": tokens["save"], "host and tiers": tokens["load"] + tokens["read"]}, (
+        f"{where}: the engine has copied {counted} tokens, the trace has {tokens}. {LOOK_COPIES}"
+    )
+    assert all(tokens.values()), f"{where}: expected copies of each kind, got {tokens}. {LOOK_COPIES}"
+    for each in transfers:
+        assert each.num_bytes * tokens["save"] == each.num_tokens * sum(
+            other.num_bytes for other in transfers if other.kind == "save"
+        ), f"{where}: {each} has another number of bytes per token than the rest. {LOOK_COPIES}"
+        assert 0 < each.start_s < each.start_s + each.duration_s < steps[-1].end_s, f"{where}: {each}. {LOOK_COPIES}"
+        assert (each.id is None) == (each.kind == "save"), f"{where}: only loads are for a request: {each}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.book.glossary import terms_of, with_links
 from tools.book.links import BrokenLinkError, rewritten, title_of
 from tools.book.repository import Repository, part_title
 from tools.book.sources import diff_page, folder_page, parse_diff, source_page
@@ -42,8 +43,10 @@ def repository(tmp_path: Path) -> Repository:
     """A small checkout with two parts."""
     files = {
         "README.md": "# The course\n\n[one](part01_a/README.md), [folder](part01_a/core)",
+        "GLOSSARY.md": "# Glossary\n\n**KV cache.** What attention needs.\n\n**ITL (inter-token latency).** Seconds.\n",
         "part01_a/README.md": "# Part 1: `a`\n\nSee `core/engine.py::Engine.step`, [all](core/engine.py), `none.py`.\n"
-        "\n```python\n[no](link.md)  # `core/engine.py`\n```\n\n[more](../README.md#top) [web](https://example.org/x)",
+        "\n```python\n[no](link.md)  # `core/engine.py`\n```\n\n[more](../README.md#top) [web](https://example.org/x)"
+        "\n\n**KV caches** grow, and a **KV cache** is **large**.\n",
         "part01_a/core/engine.py": "class Engine:\n    def step(self):\n        pass\n",
         "part02_b/README.md": "[diff](step.diff)",
         "part02_b/step.diff": DIFF,
@@ -69,6 +72,28 @@ def test_a_link_that_leads_nowhere(repository: Repository) -> None:
     (repository.root / "README.md").write_text("[x](part03/README.md)")
     with pytest.raises(BrokenLinkError, match="README.md: part03/README.md leads nowhere"):
         rewritten(Repository(repository.root), "README.md")
+
+
+def test_terms_lead_to_the_glossary(repository: Repository) -> None:
+    """At their first use in bold."""
+    lesson, glossary = rewritten(repository, "part01_a/README.md"), rewritten(repository, "GLOSSARY.md")
+    assert "[**KV caches**](../GLOSSARY.md#term-kv-cache) grow, and a **KV cache** is **large**." in lesson, lesson
+    assert '<span id="term-kv-cache"></span>**KV cache.** What' in glossary, glossary
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the **inter-token latency (ITL)** is", "[**inter-token latency (ITL)**](G#term-itl-inter-token-latency)"),
+        ("**ITL.** Seconds", "[**ITL.**](G#term-itl-inter-token-latency)"),
+        ("**top-p**", "[**top-p**](G#term-top-k-top-p)"),
+        ("[**KV cache**](x)", "[**KV cache**](x)"), ("**`KV cache`**", "**`KV cache`**"), ("**cache**", "**cache**"),
+    ],
+)  # fmt: skip
+def test_which_terms_are_linked(text: str, expected: str) -> None:
+    glossary = "**KV cache.** K.\n\n**ITL (inter-token latency).** S.\n\n**Top-k, top-p.** T.\n"
+    got = with_links(text, terms_of(glossary), "G")
+    assert expected in got and got.count("](") == expected.count("]("), got
 
 
 def test_titles() -> None:

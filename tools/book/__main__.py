@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -32,17 +32,7 @@ MORE = (
     "docs/kubernetes/README.md",
     "CONTRIBUTING.md",
 )
-API = (
-    "api.async_engine",
-    "core.engine",
-    "core.scheduler",
-    "core.block_manager",
-    "worker.model_runner",
-    "worker.worker",
-    "messages",
-    "config",
-    "llm",
-)
+NOT_REFERENCE = ("__init__", "__main__", "demo", "bench", "lab")  # a part's modules without an interface for others
 
 
 def write(name: str, text: str) -> None:
@@ -81,14 +71,20 @@ def write_sources(repository: Repository) -> None:
             write(f"{part}/step.html", diff_page(part, before, repository.text(f"{part}/step.diff")))
 
 
-def write_reference(repository: Repository) -> list[dict[str, str]]:
-    """Pages made of the docstrings of the newest part."""
-    part = repository.parts[-1]
-    entries = []
-    for module in API:
-        write(f"reference/{module}.md", f"# {module}\n\n::: {part}.{module}\n")
-        entries.append({module: f"reference/{module}.md"})
-    return entries
+def write_reference(repository: Repository) -> list[dict[str, Any]]:
+    """Pages made of the docstrings of the newest part and of what all parts share, folder by folder."""
+    modules: dict[str, list[dict[str, str]]] = {}
+    for name in repository.sources:
+        path = PurePosixPath(name)
+        if path.parts[0] not in (repository.parts[-1], "common") or not name.endswith(".py"):
+            continue
+        if any(each.removesuffix(".py") in NOT_REFERENCE for each in path.parts[1:]):
+            continue
+        module = ".".join(path.with_suffix("").parts)
+        write(f"reference/{module}.md", f"# {name}\n\n::: {module}\n")
+        folder = "/".join(path.parent.parts[path.parts[0] != "common" :]) or "config, llm, messages"
+        modules.setdefault(folder, []).append({path.name: f"reference/{module}.md"})
+    return [{folder: entries} for folder, entries in sorted(modules.items())]
 
 
 def part_entries(repository: Repository, part: str) -> Iterator[dict[str, str]]:
@@ -100,7 +96,7 @@ def part_entries(repository: Repository, part: str) -> Iterator[dict[str, str]]:
             yield {title_of(repository.text(page), page): page}
 
 
-def settings(repository: Repository, reference: list[dict[str, str]]) -> dict[str, Any]:
+def settings(repository: Repository, reference: list[dict[str, Any]]) -> dict[str, Any]:
     """mkdocs.yml."""
     parts = [
         {part_title(repository.text(f"{part}/README.md")): list(part_entries(repository, part))}

@@ -8,10 +8,13 @@ import re
 from functools import cache
 from pathlib import PurePosixPath
 
+from .glossary import terms_of, with_anchors, with_links
 from .repository import Repository
 
 FENCE = re.compile(r"^(```.*?^```[^\n]*$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?!https?://|#|mailto:)([^)\s#]+)(#[^)\s]*)?(?=\))")
+LESSON = re.compile(r"part\d\d_\w+/README\.md|docs/transformer_primer\.md")
+GLOSSARY = "GLOSSARY.md"
 SYMBOL = re.compile(r"(?<![\[`\w])`([\w./-]+\.(?:py|cu|cuh|h))(?:::([\w.]+))?`(?!\]|`)")
 
 
@@ -70,10 +73,13 @@ def link_symbol(repository: Repository, page: str, match: re.Match[str]) -> str:
 def rewritten(repository: Repository, page: str) -> str:
     """A page's text with the links of the book. Raises BrokenLinkError."""
     pieces = FENCE.split(repository.text(page))
+    terms = terms_of(repository.text(GLOSSARY)) if LESSON.fullmatch(page) else {}
+    glossary = posixpath.relpath(GLOSSARY, posixpath.dirname(page) or ".")
     for number in range(0, len(pieces), 2):  # the others are code
         linked = LINK.sub(lambda m: target_of(repository, page, m[1]) + (m[2] or ""), pieces[number])
-        pieces[number] = SYMBOL.sub(lambda m: link_symbol(repository, page, m), linked)
-    return "".join(pieces)
+        linked = SYMBOL.sub(lambda m: link_symbol(repository, page, m), linked)
+        pieces[number] = with_links(linked, terms, glossary)
+    return with_anchors("".join(pieces)) if page == GLOSSARY else "".join(pieces)
 
 
 def title_of(text: str, page: str) -> str:

@@ -173,7 +173,7 @@ def test_greedy_equals_transformers_on_random_models(
             assert_same_greedy(reference, prompt, got, expected, f"use_cache={use_cache}: {where}")
 
 
-@pytest.mark.parametrize("text", ["Once upon a time there was", "a", STORY * 3])
+@pytest.mark.parametrize("text", ["Once upon a time there was", "a", pytest.param(STORY * 3, marks=pytest.mark.slow)])
 def test_cached_equals_uncached(llm: LLM, text: str) -> None:
     prompt = encode(llm, "story", text)
     cached, uncached = greedy(llm, prompt, 16), greedy(llm, prompt, 16, use_cache=False)

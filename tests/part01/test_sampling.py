@@ -78,7 +78,7 @@ def exact_probabilities(logits: list[float], params: SamplingParams) -> list[flo
     ids=["plain", "temperature, top-k", "temperature, top-p", "all three"],
 )
 def test_draws_follow_the_distribution(params: SamplingParams) -> None:
-    count = 20_000
+    count = 8_000
     expected, drawn = exact_probabilities(LOGITS.tolist(), params), draw(LOGITS, params, count)
     for token, probability in enumerate(expected):
         sigma = math.sqrt(count * probability * (1 - probability))
@@ -206,7 +206,7 @@ def test_a_generator_leaves_the_global_one_alone() -> None:
 
 
 def ask(llm: LLM, seed: int | None) -> list[int]:
-    params = SamplingParams(temperature=5.0, max_tokens=16, ignore_eos=True, seed=seed)
+    params = SamplingParams(temperature=5.0, max_tokens=8, ignore_eos=True, seed=seed)
     return llm.generate([100, 101, 102], params).outputs[0].token_ids
 
 

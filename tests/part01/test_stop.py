@@ -82,13 +82,13 @@ def run(llm: LLM, **fields: Any) -> CompletionOutput:
     return llm.generate(PROMPT, SamplingParams(**{"temperature": 0, "max_tokens": 16, **fields})).outputs[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def free_run(llm: LLM) -> list[int]:
     """16 greedy tokens that nothing stopped: the tests below make one of them a stop token."""
     return run(llm, ignore_eos=True).token_ids
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def end(llm: LLM, free_run: list[int]) -> int:
     """A late position in the free run whose token is new there and visible in the text."""
     new = [

@@ -19,6 +19,7 @@ from workshop.course import WorkshopError
 
 PROJECT, EXTRA = "llm-engine-course", "dev"
 TO_BUILD = ("setuptools>=77", "pip")  # pyproject.toml's build-system; pip itself
+CONTENTS = (COURSE, WHEELS, README) = ("course.gitbundle", "wheels", "README.txt")
 INSTRUCTIONS = """\
 The course "Build an LLM inference engine in fifteen parts", with all packages it needs.
 
@@ -34,20 +35,22 @@ Leave this folder in place until set-up has ended.
 
 
 def make_bundle(root: Path, folder: Path, pip_args: Sequence[str], say: Callable[[str], None]) -> None:
-    """Raises WorkshopError if the folder is in use, root is no git repository, or a package can't be downloaded."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WorkshopError(f"{folder} exists and is not empty: name a new folder")
+    """folder: new, empty, or a bundle whose download was interrupted; what is there is not downloaded again.
+
+    Raises WorkshopError if the folder is in use, root is no git repository, or a package can't be downloaded.
+    """
+    if folder.exists() and (not folder.is_dir() or any(path.name not in CONTENTS for path in folder.iterdir())):
+        raise WorkshopError(f"{folder} exists, and has other contents than a bundle: name a new folder")
     if not (root / ".git").exists():
         raise WorkshopError(f"{root} is not a git repository: learners clone it from the bundle")
     folder.mkdir(parents=True, exist_ok=True)
-    call(
-        ["git", "-C", str(root), "bundle", "create", str((folder / "course.gitbundle").resolve()), "HEAD", "--branches"]
-    )
+    course = str((folder / COURSE).resolve())
+    call(["git", "-C", str(root), "bundle", "create", course, "HEAD", "--branches"])
     say("Downloading packages; a few minutes on a good line.")
-    call(download_command(root, folder / "wheels", pip_args))
-    (folder / "README.txt").write_text(instructions(), encoding="utf-8")
+    call(download_command(root, folder / WHEELS, pip_args))
+    (folder / README).write_text(instructions(), encoding="utf-8")
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    say(f"{folder} has the course and its packages, {num_bytes / 1e9:.1f} GB. README.txt there says how to set it up.")
+    say(f"{folder} has the course and its packages, {num_bytes / 1e9:.1f} GB. {README} there says how to set it up.")
 
 
 def download_command(root: Path, wheels: Path, pip_args: Sequence[str]) -> list[str]:

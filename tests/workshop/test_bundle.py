@@ -58,7 +58,7 @@ def test_a_folder_in_use_is_left_alone(repository: Path, tmp_path: Path) -> None
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     for folder in (tmp_path / "full", tmp_path / "full" / "file"):
-        with pytest.raises(WorkshopError, match="is not empty: name a new folder"):
+        with pytest.raises(WorkshopError, match="has other contents than a bundle: name a new folder"):
             make_bundle(repository, folder, [], print)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
 
@@ -70,3 +70,13 @@ def test_what_fails_is_named(repository: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(bundle, "download_command", lambda *args: failing)
     with pytest.raises(WorkshopError, match="status 1: ERROR: no matching distribution for torch"):
         make_bundle(repository, tmp_path / "bundle", [], print)
+
+
+def test_a_download_that_failed_is_continued(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys, pathlib; folder = pathlib.Path(sys.argv[1]); folder.mkdir(exist_ok=True)"
+    script += "; [each] = [*folder.iterdir()] or sys.exit((folder / 'one.whl').write_text('x'))"
+    monkeypatch.setattr(bundle, "download_command", lambda root, wheels, args: [sys.executable, "-c", script, wheels])
+    with pytest.raises(WorkshopError, match="failed with status 1"):
+        make_bundle(repository, tmp_path / "bundle", [], print)
+    make_bundle(repository, tmp_path / "bundle", [], print)
+    assert sorted(each.name for each in (tmp_path / "bundle").iterdir()) == sorted(bundle.CONTENTS)

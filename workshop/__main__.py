@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         if takes_part:
             command.add_argument("part", type=int, metavar="N", help="the part's number")
         if exercises:
-            command.add_argument("exercises", nargs=exercises, metavar="EXERCISE", help="only this (default: all)")
+            command.add_argument("exercises", nargs=exercises, metavar="EXERCISE", help="only this one")
         return command
 
     add("doctor", "check that this machine has what the course needs, and say how to fix it", takes_part=False)
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--watch", action="store_true", help="check again after every save, until Ctrl-C")
     check.add_argument("--verbose", action="store_true", help="show all failures, with tracebacks")
     hint = add("hint", "the next hint for an exercise of part N (default: the first that is not solved yet)", "?")
-    hint.add_argument("--level", type=int, choices=(1, 2, 3), help="this one again; 3 is nearly the solution")
+    hint.add_argument("--level", type=int, choices=(1, 2, 3), help="show this hint again; 3 is close to the solution")
     add("diff", "compare your part N with the reference; a blank exercise is shown only if you name it", "*")
     add("catch-up", "replace part N, or one exercise, with the reference; your version is backed up", "*")
     failure = add(
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     join.add_argument("url", metavar="URL", help="the board's address")
     join.add_argument("code", metavar="CODE", help="the room code")
     join.add_argument("name", metavar="NAME", help="what the board calls you")
-    add("leave", "tell the board nothing any longer", takes_part=False)
+    add("leave", "stop reporting to the board", takes_part=False)
     board = add("board", "a page with the progress of all learners who have joined", takes_part=False)
     board.add_argument("--port", type=int, default=8080, help="0 picks a free one (default: 8080)")
     board.add_argument("--lan", action="store_true", help="let other machines of the network join, not only this one")

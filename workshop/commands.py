@@ -56,7 +56,11 @@ def join(root: Path, args: argparse.Namespace, report: Report) -> int:
 
 
 def leave(root: Path, args: argparse.Namespace, report: Report) -> int:
-    report.say("No board is told anything any longer." if progress.leave(root) else "You had not joined a board.")
+    report.say(
+        "You have left the board. It keeps what it already shows."
+        if progress.leave(root)
+        else "You had not joined a board."
+    )
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from workshop.results import Saved, State
 from workshop.workspace import is_caught_up, is_started
 
 Status = Literal["open", "started", "fails", "solved", "filled in"]
+LEARNER = "[0-9a-f]{32}"
 MAX_NAME, MAX_PARTS, MAX_EXERCISES = 40, 100, 100
 CODE_HEADER = "x-room-code"
 TIMEOUT_S = 2.0  # a board that doesn't answer must not hold a learner up
@@ -42,7 +44,7 @@ class LearnerProgress(msgspec.Struct, frozen=True):
     """What a board is told. learner: a secret of this copy of the course, so that nobody else can report for it. parts:
     those that are started."""
 
-    learner: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    learner: Annotated[str, msgspec.Meta(pattern=f"^{LEARNER}$")]
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
     parts: Annotated[list[PartProgress], msgspec.Meta(max_length=MAX_PARTS)]
 
@@ -103,6 +105,17 @@ def membership(root: Path) -> Membership | None:
         raise WorkshopError(f"{membership_path(root)} is damaged ({error}): join again, or leave") from error
 
 
+def learner_of(root: Path) -> str:
+    """The secret of this copy of the course. It stays the same, so that a learner who joins again keeps the row."""
+    path = membership_path(root).with_name("learner")
+    saved = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not re.fullmatch(LEARNER, saved):
+        saved = secrets.token_hex(16)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(saved, encoding="utf-8")
+    return saved
+
+
 def join(root: Path, url: str, code: str, name: str) -> Membership:
     """Join a board, and tell it the progress so far. Raises WorkshopError if it can't be joined: nothing is saved."""
     name = " ".join(name.split())
@@ -110,7 +123,10 @@ def join(root: Path, url: str, code: str, name: str) -> Membership:
         raise WorkshopError(f"the name: expected 1 to {MAX_NAME} characters, got {name!r}")
     if not url.startswith(("http://", "https://")):
         raise WorkshopError(f"the board's address: expected http://…, got {url!r}")
-    member = Membership(url.rstrip("/"), code.strip().upper(), name, secrets.token_hex(16))
+    code = code.strip().upper()
+    if not (code.isascii() and code.isalpha()):
+        raise WorkshopError(f"the room code: expected letters from A to Z, got {code!r}")
+    member = Membership(url.rstrip("/"), code, name, learner_of(root))
     tell(member, progress_of(root))
     path = membership_path(root)
     path.parent.mkdir(parents=True, exist_ok=True)

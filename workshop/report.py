@@ -85,6 +85,7 @@ class Report:
         if not exercises:
             self.say(f"No part is started yet: {COMMAND} start 1")
             return
+        self.say("   ".join(f"{mark} {status}" for status, mark in MARKS.items()), "dim")
         counts = {status: sum(each.status == status for each in exercises) for status in STATES}
         told = [f"{counts['solved']} of {len(exercises)} exercises solved"]
         told += [f"{counts['filled in']} filled in by catch-up"] if counts["filled in"] else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -37,7 +38,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "export":
-        export_perfetto(read_trace(arguments.file), arguments.out)
+        if Path(arguments.out).resolve() == Path(arguments.file).resolve():
+            raise FieldError("OUT.json", f"expected another file than the trace, got {arguments.out}")
+        trace = read_trace(arguments.file)
+        export_perfetto(trace, arguments.out)
+        if trace.note is not None:
+            print(f"note: {trace.note}")
         print(f"{arguments.out}: open it in https://ui.perfetto.dev")
         return
     if arguments.width is not None and arguments.width < 40:

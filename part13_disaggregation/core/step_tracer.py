@@ -41,6 +41,7 @@ class StepTracer:
         tables, deltas = self.scheduler.blocks.block_tables, self._writer.deltas
         started = {new.row for new in output.step.new_requests}
         preempted = [request.request_id for request in output.preempted]
+        waiting = [*self.scheduler.loaded, *self.scheduler.loading, *self.scheduler.waiting]
         deltas.forget(preempted)
         requests = [
             RequestTrace(
@@ -58,7 +59,7 @@ class StepTracer:
             step=self._num_steps, start_s=self._start_s, schedule_s=self._now_s() - self._start_s, execute_s=0.0,
             update_s=0.0, num_running=len(requests), num_waiting=self.scheduler.num_waiting, requests=requests,
             num_blocks_total=self.scheduler.blocks.num_blocks - 1, num_blocks_free=0,
-            preempted=preempted, queued=deltas.queued([request.request_id for request in self.scheduler.waiting]),
+            preempted=preempted, queued=deltas.queued([request.request_id for request in waiting]),
         )  # fmt: skip
 
     def executed(self, trace: StepTrace | None, output: StepOutput) -> None:

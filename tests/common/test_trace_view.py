@@ -219,6 +219,12 @@ def test_the_command_line_views_and_exports(tmp_path: Path) -> None:
     done = run("export", str(path), str(tmp_path / "out.json"))
     assert done.stdout == f"{tmp_path / 'out.json'}: open it in https://ui.perfetto.dev\n"
     assert json.loads((tmp_path / "out.json").read_text())["traceEvents"]
+    before = path.read_bytes()
+    onto_itself = run("export", str(path), str(path))
+    assert onto_itself.returncode == 2 and "expected another file than the trace" in onto_itself.stderr
+    assert path.read_bytes() == before
+    path.write_bytes(before[:-5])
+    assert "note: " in run("export", str(path), str(tmp_path / "out.json")).stdout, "the last line is incomplete"
 
 
 @pytest.mark.parametrize(

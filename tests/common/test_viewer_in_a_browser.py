@@ -71,11 +71,11 @@ def test_each_parts_sample_trace(path: Path, page: Page) -> None:
         where = f"{path.name}, step {step.step}"
         assert num_twice == 0, f"{where}: a request is listed twice. {LOOK}"
         assert num_slots == len(step.requests), f"{where}: {num_slots} slots for {len(step.requests)} requests. {LOOK}"
+        assert num_waiting == step.num_waiting, f"{where}: {num_waiting} wait, not {step.num_waiting}. {LOOK}"
         if path.stem.startswith(SYNCHRONOUS):
             assert num_blocks == step.num_blocks_used, (
                 f"{where}: {num_blocks} blocks, not {step.num_blocks_used}. {LOOK}"
             )
-            assert num_waiting == step.num_waiting, f"{where}: {num_waiting} wait, not {step.num_waiting}. {LOOK}"
     assert found[-1][0] == 0, f"{path.name}: at the end, requests have {found[-1][0]} blocks. {LOOK}"
     if not path.stem.startswith(COPYING):
         assert steps[-1].num_blocks_used == 0, f"{path.name}: {steps[-1].num_blocks_used} blocks are still in use"
@@ -95,6 +95,8 @@ def test_stepping_with_buttons_and_keys(page: Page) -> None:
         page.click(selector)
         assert page.text("#where").startswith(f"step {expected} of"), f"{selector}: {page.text('#where')}. {LOOK}"
     page.js("document.activeElement.blur()")
+    page.js("$('first-file').focus()")
+    open_trace(page, SAMPLES[1])  # the keys are for the replay, not for the field in which it was chosen
     for key, expected in (("ArrowRight", 2), ("End", last), ("ArrowLeft", last - 1), ("Home", 1)):
         page.press(key)
         assert page.text("#where").startswith(f"step {expected} of"), f"{key}: {page.text('#where')}. {LOOK}"
@@ -144,6 +146,8 @@ def test_transfers_have_lanes_of_their_own(name: str, kinds: set[str], page: Pag
         page.js(f"show({index})")
         expected = f"KV of {each.num_tokens} tokens {lanes[each.kind]}" + (f" for {each.id}" if each.id else "")
         shown = page.js("viewer.views[0].slices.map(each => each.name)")
+        left = page.js("Math.min(...viewer.views[0].slices.map(each => each.x))")
+        assert left >= 66, f"step {index + 1}: something is drawn over the lanes' names, at {left}. {LOOK}"
         assert expected in shown, f"step {index + 1} has {expected!r}, and the picture {shown}. {LOOK}"
         if each.id:
             notes = page.js(f"viewer.views[0].replay.lives.get({json.dumps(each.id)}).events.map(each => each.what)")
@@ -173,7 +177,9 @@ def test_two_traces_side_by_side(page: Page) -> None:
     [
         ("", "no line"), ("hello\n", "JSON"), ('{"a": 1}\n', 'no "trace": 1'),
         ('{"trace": 1, "part": "part04_x", "model": "tiny"}\n', "no steps yet"),
-        ('{"trace": 1, "part": "part04_x", "model": "tiny"}\n{"a": 1}\n', "line 2 is not a step"),
+        ('{"trace": 1}\n', "line 1: this is not a trace"), ("null\n", "line 1: this is not a trace"),
+        ('{"trace": 1, "part": "part04_x", "model": "tiny"}\n\n', "line 2: "),
+        ('{"trace": 1, "part": "part04_x", "model": "tiny"}\n{"a": 1}\n', "line 2: this is not a step"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_trace(content: str, message: str, page: Page, tmp_path: Path) -> None:
@@ -245,6 +251,10 @@ def test_a_live_engine(browser: Browser, tmp_path: Path) -> None:
         page.click("#key")
         page.type("secret")
         page.press("Enter")
+        page.until("$('error').textContent.includes('not computed a step yet')", "a word that there is no step yet")
+        page.press("ArrowRight")
+        page.js("dispatchEvent(new Event('resize'))")
+        assert page.js("$('controls').hidden"), f"there is nothing to step through. {LOOK}"
         for row in rows[:5]:
             writer.write(row)
         page.until("viewer.views[0]?.replay.steps.length === 5", "the first five steps")
@@ -257,6 +267,16 @@ def test_a_live_engine(browser: Browser, tmp_path: Path) -> None:
         for row in many:
             writer.write(row)
         page.until("viewer.views[0].replay.steps.length > 6 && $('error').hidden", "more steps")
+        page.press("End")
+        other = browser.open(f"{url}/engine")
+        other.click("#key")
+        other.type("secret")
+        other.press("Enter")
+        other.until("viewer.views[0]?.replay.steps.length", "steps")
+        open_trace(other, SAMPLES[0])
+        writer.write(rows[6])
+        page.until("viewer.views[0].index === viewer.views[0].replay.steps.length - 1", "the last step")
+        assert other.text("#where").startswith("step 1 of"), f"an opened file stays where it is: {other.text('#where')}"
         viewer.end()
         page.until("!$('error').hidden", "the page to notice the end")
         assert "server has ended" in page.text("#error"), page.text("#error")

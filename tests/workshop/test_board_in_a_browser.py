@@ -46,7 +46,8 @@ def test_learners_appear_as_they_report(page: Page, board: Board) -> None:
 
 
 def test_where_learners_are_stuck(page: Page, board: Board) -> None:
-    board.add(learner(1, "Ada", "solved", "fails"))
+    """Exercises that fail, or for which a learner who has begun needed a hint: the second one of these has one."""
+    board.add(learner(1, "Ada", "started", "fails"))
     board.add(learner(2, "Grace", "fails", "started"))
     page.until("!document.querySelector('#stuck').hidden", "what several learners are stuck at")
     assert page.text("#stuck ul") == "exercise1 (part 4): 2 learners, 2 hints", page.text("#stuck")

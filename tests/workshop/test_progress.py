@@ -85,6 +85,14 @@ def test_a_board_follows_a_learner(call: Call, solve: Solve, board: Board, url: 
     assert "had not joined" in call("leave")[1]
 
 
+def test_a_learner_who_joins_again_keeps_the_row(call: Call, board: Board, url: str) -> None:
+    for name in ("Ada", "A.L.", "Ada"):
+        assert call(f"join {url} {CODE} {name}")[0] == 0
+        assert [each["name"] for each in board.shown()] == [name], board.shown()
+    assert call("leave")[0] == 0 and call(f"join {url} {CODE} Grace")[0] == 0
+    assert [each["name"] for each in board.shown()] == ["Grace"], board.shown()
+
+
 def test_nothing_is_told_before_a_learner_joins(call: Call, solve: Solve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(httpx, "post", lambda *args, **kwargs: pytest.fail("it told somebody"))
     call("start 1")
@@ -100,7 +108,9 @@ def test_nothing_is_told_before_a_learner_joins(call: Call, solve: Solve, monkey
         ((CODE, "A" * (MAX_NAME + 1)), f"expected 1 to {MAX_NAME} characters"),
         ((CODE, "A\x1bB"), "expected 1 to"),
         ((CODE, " "), "expected 1 to"),
-        (("Ä", "Ada"), "does not answer"),
+        (("Ä", "Ada"), "the room code: expected letters"),
+        (("A\nB", "Ada"), "the room code: expected letters"),
+        (("", "Ada"), "the room code: expected letters"),
     ],
 )
 def test_what_a_board_does_not_take_is_not_saved(

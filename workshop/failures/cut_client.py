@@ -15,7 +15,7 @@ from workshop.failures.scenario import Choice, Scenario
 
 PART = "part04_continuous_batching"
 FLAGS = ("--num-threads", "1", "--device", "cpu", "--no-log-stats", "--model", "tiny", "--num-kv-blocks", "400")
-STAYS, MAX_TOKENS = "One day, the dog saw that the cat", 200  # of the client that stays
+STAYS, MAX_TOKENS = "Once upon a time there was a little dog", 200  # of the client that stays
 LEAVES, MAX_TOKENS_CUT, NUM_READ = "Once upon a time there was a small cat", 1_500, 200  # lines, of the one that leaves
 
 
@@ -43,7 +43,7 @@ def run(lab: Lab) -> None:
         def is_cut() -> bool:
             nonlocal before
             found = server.metrics()
-            if found["num_requests_running"] == 2:
+            if found["num_requests_running"] == 2 and found["request_aborted"] == start["request_aborted"]:
                 before = found
             return found["request_aborted"] > start["request_aborted"]
 
@@ -65,11 +65,12 @@ def run(lab: Lab) -> None:
         ("KV blocks in use", server.blocks_in_use(before), server.blocks_in_use(cut)),
         ("aborted requests", int(before["request_aborted"]), int(cut["request_aborted"])),
     ])  # fmt: skip
-    lab.check("aborted requests", 1, int(after["request_aborted"] - start["request_aborted"]))
+    num_aborted = int(after["request_aborted"] - start["request_aborted"])  # a learner may have cut several
+    limit = num_aborted * MAX_TOKENS_CUT
+    lab.check_that("aborted requests", num_aborted > 0, "at least 1", num_aborted)
     lab.check_that(
-        f"tokens that were generated for it, of {MAX_TOKENS_CUT:,}", 0 < num_cut < MAX_TOKENS_CUT,
-        f"fewer than {MAX_TOKENS_CUT:,}", int(num_cut),
-    )  # fmt: skip
+        f"tokens that were generated for it, of {limit:,}", 0 < num_cut < limit, f"fewer than {limit:,}", int(num_cut)
+    )
     lab.check("errors of the other client", [], [stream.error for stream in streams if stream.error is not None])
     answers = [stream.token_ids for stream in streams]
     lab.check_answers("answers of the other client", [expected.token_ids] * len(answers), answers)

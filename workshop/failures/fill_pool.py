@@ -32,7 +32,7 @@ def run(lab: Lab) -> None:
     body = {**GREEDY, "prompt": PROMPTS, "max_tokens": MAX_TOKENS}
     sent, received = lab.folder / "batch.json", lab.folder / "answers.json"
     sent.write_text(json.dumps(body), encoding="utf-8")
-    lab.title(f"Before: {len(PROMPTS)} requests at once, with a pool of {large.num_blocks} blocks")
+    lab.title(f"Before: {len(PROMPTS)} requests at once, with a pool of {large.num_blocks} blocks (and the null block)")
     expected = answers_in(post(large.url, body))
     before = large.counters()
     num_blocks = sum(-(-(len(large.tokenize(prompt)) + MAX_TOKENS) // BLOCK_SIZE) for prompt in PROMPTS)

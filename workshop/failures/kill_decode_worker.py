@@ -22,7 +22,9 @@ def run(lab: Lab) -> None:
     lab.title("What is running: a prefill engine, two decode engines, and the proxy in front of them")
     cluster = start_cluster(lab, 2, FLAGS)
     proxy, prefill, (victim, survivor) = cluster.proxy, cluster.prefill, cluster.decode
-    lab.title(f"Before: {len(PROMPTS)} clients stream answers of {MAX_TOKENS} tokens through the proxy")
+    lab.title(
+        f"Before: {len(PROMPTS)} clients stream answers of {MAX_TOKENS} tokens through the proxy, one after another"
+    )
     expected = [answer.token_ids for answer in ask_at_once(proxy.url, PROMPTS, MAX_TOKENS)]
     clients = lab.stream(proxy, PROMPTS, MAX_TOKENS)
     clients.wait_for_tokens()

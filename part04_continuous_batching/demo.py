@@ -80,6 +80,7 @@ def show_rows(console: Console, model: str) -> None:
 
 def show_preemption(console: Console, model: str) -> None:
     console.rule("2. A pool that is too small")
+    LLM(EngineConfig(model=model)).generate([[5] * 20], SamplingParams(max_tokens=2))  # the first one compiles kernels
     texts = []
     for num_kv_blocks in (256, 13):
         llm = LLM(EngineConfig(model=model, num_kv_blocks=num_kv_blocks))

@@ -33,7 +33,7 @@ def of_ranks(m: dict[str, Any]) -> list[str]:
 def of_routing(m: dict[str, Any]) -> list[str]:
     found = m["policies"]["long prefixes"]
     few, many = (found[f"this part's, {name}"]["computed_tokens"] for name in ("cache_aware", "round_robin"))
-    return [f"{few:,.0f} prompt tokens", f"{many:,.0f} ", f"({few / many:.1f}×)"]
+    return [f"{few:,.0f} prompt tokens", f"{many:,.0f} ", f"({1 - few / many:.0%} fewer)"]
 
 
 def of_experts(m: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import itertools
 import os
 import re
@@ -207,6 +208,15 @@ def test_a_wrong_prediction_is_explained(capsys: pytest.CaptureFixture[str]) -> 
     assert out.count("Wrong: ") == 3 and out.count("Right: ") == 1 and f"vLLM: {scenario.vllm}" in out, out
 
 
+@contextlib.contextmanager
+def killed_at_last(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Popen's own end would wait for it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @ON_LINUX
 @pytest.mark.parametrize("has_broken_it", [False, True], ids=["Ctrl-C", "by hand"])
 def test_a_learner_breaks_it_or_leaves(has_broken_it: bool) -> None:
@@ -217,7 +227,8 @@ def test_a_learner_breaks_it_or_leaves(has_broken_it: bool) -> None:
         with log.open("w") as output, subprocess.Popen(
             [sys.executable, "-m", "workshop", "failure", "poison_block", "--predict", "a"], cwd=ROOT, stdout=output,
             stderr=output, stdin=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(Path(folder) / "tmp")},
-        ) as process:  # fmt: skip
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+        ) as process, killed_at_last(process):  # fmt: skip
             pattern = r"In another terminal:\n  \$ (printf .*)\n"
             until(lambda: re.search(pattern, log.read_text()) or process.poll() is not None, f"a command. {LOOK}")
             found = re.search(pattern, log.read_text())

@@ -18,10 +18,12 @@ from common.trace.schema import (
     RequestTrace,
     StepTrace,
     Trace,
+    TransferKind,
     TransferTrace,
 )
 
 __all__ = [
     "FLUSH_INTERVAL_S", "LIVE_NAME", "SCHEMA_VERSION", "CollectiveTrace", "Phase", "RankTrace", "RequestTrace",
-    "StepDeltas", "StepTrace", "Trace", "TraceWriter", "TransferTrace", "export_perfetto", "read_trace", "step_phases",
+    "StepDeltas", "StepTrace", "Trace", "TraceWriter", "TransferKind", "TransferTrace", "export_perfetto",
+    "read_trace", "step_phases",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 SCHEMA_VERSION = 1
+TransferKind = Literal["save", "load", "read", "fetch"]
 
 
 class RequestTrace(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -54,7 +55,7 @@ class TransferTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """KV that was copied. kind: "save" from the device to host memory, "load" from there to the device, "read" from a
     tier below, "fetch" from another engine. id: the request that it was made for; a save has none."""
 
-    kind: Literal["save", "load", "read", "fetch"]
+    kind: TransferKind
     id: str | None = None
     num_tokens: int
     num_bytes: int

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
-from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter, TransferTrace
+from common.trace import CollectiveTrace, RankTrace, RequestTrace, StepTrace, TraceWriter, TransferKind, TransferTrace
 
 from ..messages import EngineCoreOutput, Fetch, Load, RankTimes, StepOutput, Transfer, TransferDone
 from .request import Request
@@ -128,7 +127,7 @@ class StepTracer:
         return time.perf_counter() - self._zero_s
 
 
-def _kind_of(transfer: Transfer) -> Literal["save", "load", "read", "fetch"]:
+def _kind_of(transfer: Transfer) -> TransferKind:
     match transfer:
         case Fetch():
             return "fetch"

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "export":
-        if Path(arguments.out).resolve() == Path(arguments.file).resolve():
+        if Path(arguments.out).exists() and Path(arguments.out).samefile(arguments.file):
             raise FieldError("OUT.json", f"expected another file than the trace, got {arguments.out}")
         trace = read_trace(arguments.file)
         export_perfetto(trace, arguments.out)

@@ -176,7 +176,7 @@ def test_two_traces_side_by_side(page: Page) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no line"), ("hello\n", "JSON"), ('{"a": 1}\n', 'no "trace": 1'),
+        ("", "no complete line"), ("hello\n", "JSON"), ('{"a": 1}\n', 'no "trace": 1'),
         ('{"trace": 1, "part": "part04_x", "model": "tiny"}\n', "no steps yet"),
         ('{"trace": 1}\n', "line 1: this is not a trace"), ("null\n", "line 1: this is not a trace"),
         ('{"trace": 1, "part": "part04_x", "model": "tiny"}\n\n', "line 2: "),
@@ -188,6 +188,33 @@ def test_a_file_that_is_no_trace(content: str, message: str, page: Page, tmp_pat
     page.choose("#first-file", tmp_path / "wrong.jsonl")
     page.until("!$('error').hidden", "an error")
     assert page.text("#error").startswith("wrong.jsonl: ") and message in page.text("#error"), page.text("#error")
+
+
+@pytest.mark.parametrize("field", ["requests", "ranks", "transfers"])
+@pytest.mark.parametrize("value", [None, [None], [{}]])
+def test_a_step_that_is_damaged(field: str, value: object, page: Page, tmp_path: Path) -> None:
+    header, first, *_ = SAMPLES[1].read_text().splitlines()
+    damaged = json.dumps({**json.loads(first), field: value})
+    (tmp_path / "wrong.jsonl").write_text(f"{header}\n{first}\n{damaged}\n")
+    page.choose("#first-file", tmp_path / "wrong.jsonl")
+    page.until("!$('error').hidden", "an error")
+    assert page.text("#error") == "wrong.jsonl: line 3: this is not a step of a trace"
+
+
+def test_two_files_dropped_at_once(page: Page) -> None:
+    """What is wrong with the first one is still said when the second one is shown."""
+    for second, expected in (("part05", ["part05"]), ("part06", ["part05", "part06"])):
+        page.js(
+            f"""(() => {{
+              const dataTransfer = new DataTransfer();
+              dataTransfer.items.add(new File(["no trace\\n"], "first"));
+              dataTransfer.items.add(new File([{json.dumps(SAMPLES[2].read_text())}], "{second}"));
+              document.dispatchEvent(new DragEvent("drop", {{dataTransfer}}));
+            }})()"""
+        )
+        page.until(f"viewer.views.at(-1)?.replay.name === '{second}' && !$('error').hidden", "the second, and an error")
+        assert page.text("#error").startswith("first: line 1: "), page.text("#error")
+        assert page.js("viewer.views.map(view => view.replay.name)") == expected, LOOK
 
 
 def test_an_incomplete_last_line_is_skipped(page: Page, tmp_path: Path) -> None:

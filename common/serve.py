@@ -98,8 +98,9 @@ def listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """Calls three functions of app.state, if it has them.
 
-    begin_drain is called when no new requests are accepted any more. end_requests ends all open requests with an error;
-    it blocks. log_stats is called ten times a second with time.monotonic(), if logs_stats is true.
+    begin_drain is called when the server begins to shut down, right before it stops accepting requests. end_requests
+    ends all open requests with an error; it blocks. log_stats is called ten times a second with time.monotonic(), if
+    logs_stats is true.
     """
 
     def __init__(

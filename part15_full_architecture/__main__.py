@@ -65,7 +65,7 @@ def start_engine(argv: list[str]) -> None:
     if torchrun is not None:
         torchrun.check(config)
     if torchrun is not None and torchrun.rank > 0:
-        run_torchrun_rank(torchrun, viewer.traced(config))
+        run_torchrun_rank(torchrun, viewer.traced(config))  # for a trace, the ranks measure their own times
     else:
         serve(server, config, viewer, observability)
 

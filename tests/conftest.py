@@ -24,16 +24,24 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 # The files that take longest come first: with two workers, none is left alone with one of them at the end.
 SLOW = (
-    "workshop/test_exercises.py", "part15/test_all_features.py", "part15/test_emulated_features.py",
-    "part09/test_torchrun.py", "contract/test_process.py", "contract/test_contract.py",
-    "part09/test_ranks.py", "part09/test_process.py", "contract/test_prompt_logprobs.py", "contract/test_seeds.py",
-    "part09/test_answers.py", "part09/test_lives.py", "part04/test_engine.py", "common/test_pages_in_a_browser.py",
+    "workshop/test_exercises.py", "part15/test_all_features.py", "workshop/test_failures.py",
+    "part15/test_sanitizers.py", "part15/test_small_cuda_kernels.py", "part15/test_cuda_attention.py",
+    "contract/test_process.py", "part15/test_emulated_features.py", "part09/test_process.py", "part11/test_process.py",
+    "part09/test_ranks.py", "part09/test_torchrun.py", "contract/test_seeds.py", "contract/test_prompt_logprobs.py",
+    "part10/test_fleet.py", "part13/test_process.py", "part15/test_presets.py", "part15/test_triton_operations.py",
+    "part14/test_answers.py", "contract/test_contract.py", "common/test_viewer_in_a_browser.py",
 )  # fmt: skip
 
 # Hypothesis likes to draw constants that it finds in the modules loaded so far, so what a test draws would depend on
 # which tests ran before it in the same process.
 _no_constants = providers.Constants()
 providers._get_local_constants = lambda: _no_constants
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: tests of servers and ranks wait for other processes a quarter of the time."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(trylast=True)

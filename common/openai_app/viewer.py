@@ -43,14 +43,14 @@ class ViewerConfig:
         return replace(config, trace=str(live_directory() / LIVE_NAME))
 
     def add_to(self, app: FastAPI, api_key: str | None) -> None:
-        """app: of the engine with the config that traced() has returned."""
+        """Add /engine and /engine/events. The app's engine must have the config that traced() returned."""
         if self.enable_viewer:
             Viewer(live_directory(), api_key).add_to(app)
 
 
 @cache
 def live_directory() -> Path:
-    """Where this process's engine writes what the viewer reads; it ends with the process."""
+    """Where this process's engine writes what the viewer reads. The folder is deleted when the process ends."""
     directory = tempfile.TemporaryDirectory(prefix="llm-viewer-", ignore_cleanup_errors=True)
     atexit.register(directory.cleanup)
     return Path(directory.name)
@@ -75,27 +75,30 @@ class Viewer:
         app.state.begin_drain = self.end
 
     def end(self) -> None:
-        """Pages that watch the engine must not hold up its end."""
+        """The server drains: end the event streams, which would hold it up."""
         self.is_ending = True
 
     async def events(self, request: Request, core: int = 0) -> StreamingResponse:
-        """The lines of an engine core's trace, those that are there and those to come."""
+        """The lines of an engine core's trace, those that are there and those to come.
+
+        Raises ApiError 401, and FieldError for a core that does not exist.
+        """
         if self.api_key is not None:
             check_api_key(request, self.api_key)
         files = sorted(self.directory.glob(f"{LIVE_NAME}*"), key=lambda file: (len(file.name), file.name))
         if not 0 <= core < len(files):
-            raise FieldError("core", f"expected 0 to {len(files) - 1}, got {core}")
+            raise FieldError("core", f"expected one of {len(files)} engine cores, counted from 0, got {core}")
         headers = {"Cache-Control": "no-cache", "X-Engine-Cores": str(len(files))}
         return EventsResponse(self.follow(files[core]), media_type="text/event-stream", headers=headers)
 
     async def follow(self, file: Path) -> AsyncIterator[bytes]:
         """Each line as an event. If the file begins again, so do the events, with its header."""
-        place, rest = 0, b""
+        header, place, rest = b"", 0, b""
         while not self.is_ending:
-            size = file.stat().st_size
-            if size < place:
-                place, rest = 0, b""
-            data = await asyncio.to_thread(_read, file, place)
+            first, data = await asyncio.to_thread(_read, file, place)
+            if first != header:
+                header, place, rest = first, 0, b""
+                continue
             place += len(data)
             *lines, rest = (rest + data).split(b"\n")
             if lines:
@@ -104,7 +107,9 @@ class Viewer:
                 await asyncio.sleep(POLL_S)
 
 
-def _read(file: Path, place: int) -> bytes:
+def _read(file: Path, place: int) -> tuple[bytes, bytes]:
+    """The header, which no two beginnings of the file share, and what follows place."""
     with file.open("rb") as opened:
+        header = opened.readline()
         opened.seek(place)
-        return opened.read(MAX_READ_BYTES)
+        return header, opened.read(MAX_READ_BYTES)

@@ -39,3 +39,7 @@ class StepDeltas:
         and those that were and no longer are."""
         before, self._cached = self._cached, frozenset(block_ids)
         return sorted(self._cached - before), sorted(before - self._cached)
+
+    def forget_cached(self) -> None:
+        """The trace has no cached blocks."""
+        self._cached = frozenset()

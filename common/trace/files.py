@@ -17,7 +17,7 @@ from common.trace.deltas import StepDeltas
 from common.trace.schema import SCHEMA_VERSION, StepTrace, Trace
 
 FLUSH_INTERVAL_S = 0.1
-LIVE_NAME, MAX_LIVE_BYTES = "live.trace", 16_000_000
+LIVE_NAME, MAX_LIVE_BYTES = "live-for-the-viewer.trace", 16_000_000
 
 
 class TokenTexts:
@@ -45,30 +45,28 @@ class TraceWriter:
 
     Raises FieldError if the file cannot be opened. If a later write fails (disk full), it prints one warning to stderr
     and drops the rest of the trace; the engine continues. write() may be called from any thread; after close() it does
-    nothing. deltas: what of the engine is in the file. A file with the name LIVE_NAME, which the viewer reads while it
-    is written, begins again when it has max_live_bytes.
+    nothing. deltas: what of the engine is in the file. A file whose name begins with LIVE_NAME, which the viewer reads
+    while it is written, begins again when it has MAX_LIVE_BYTES; its header counts how often it has ("restarts").
     """
 
-    def __init__(
-        self, path: Path | str, *, part: str, model: str, block_size: int | None = None,
-        max_live_bytes: int = MAX_LIVE_BYTES,
-    ) -> None:  # fmt: skip
+    def __init__(self, path: Path | str, *, part: str, model: str, block_size: int | None = None) -> None:
         try:
             self._file = Path(path).open("wb")  # noqa: SIM115, close() closes it
         except OSError as error:
             raise FieldError("trace", f"cannot write {str(path)!r}: {error.strerror}") from error
         self._path = path
-        self._max_bytes = max_live_bytes if Path(path).name.startswith(LIVE_NAME) else None  # no limit
+        self._is_live = Path(path).name.startswith(LIVE_NAME)
         self._began = time.perf_counter()
         self._texts, self.deltas = TokenTexts(model), StepDeltas()
         self._lock = threading.Lock()
         self._is_open, self._is_full = True, False
+        self._restarts, self._restarted_s = -1, 0.0
         date = time.strftime("%Y-%m-%d", time.gmtime())
         self._header = {"trace": SCHEMA_VERSION, "part": part, "model": model, "date": date, "began_s": self._began}
         if block_size is not None:
             self._header["block_size"] = block_size
         self._steps: list[StepTrace | None] = [None]  # None: the file begins here
-        self._flush()
+        self.flush()
         self._closing = threading.Event()
         self._flusher = threading.Thread(target=self._flush_each_interval, name="trace-writer", daemon=True)
         self._flusher.start()
@@ -82,18 +80,21 @@ class TraceWriter:
         if not self._is_open:
             return
         with self._lock:
+            if step.start_s < self._restarted_s:  # it was in flight, and says only what was new for the old file
+                self.deltas.forget_cached()
+                return
             self._steps.append(step)
             if self._is_full:
                 self._steps.append(None)
-                self._is_full, self.deltas = False, StepDeltas()
+                self._is_full, self.deltas, self._restarted_s = False, StepDeltas(), self.elapsed_s()
 
     def close(self) -> None:
         """Write the remaining steps and close the file. A second call does nothing."""
         self._closing.set()
         self._flusher.join()
-        self._flush()
+        self.flush()
         self._is_open = False
-        with contextlib.suppress(OSError):  # _flush() has already warned
+        with contextlib.suppress(OSError):  # flush() has already warned
             self._file.close()
 
     def __enter__(self) -> TraceWriter:
@@ -106,9 +107,10 @@ class TraceWriter:
 
     def _flush_each_interval(self) -> None:
         while not self._closing.wait(FLUSH_INTERVAL_S):
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is queued. A separate thread does so every FLUSH_INTERVAL_S."""
         with self._lock:
             steps, self._steps = self._steps, []
         if not steps or not self._is_open:
@@ -120,7 +122,7 @@ class TraceWriter:
                 else:
                     self._file.write(msgspec.json.encode(self._texts.added_to(step)) + b"\n")
             self._file.flush()
-            self._is_full |= self._max_bytes is not None and self._file.tell() > self._max_bytes
+            self._is_full |= self._is_live and self._file.tell() > MAX_LIVE_BYTES
         except OSError as error:
             self._is_open = False
             print(
@@ -130,9 +132,11 @@ class TraceWriter:
     def _begin(self) -> None:
         """With the header, and nothing else."""
         self._texts.known.clear()
-        if self._max_bytes is not None:  # other files begin once, and may be pipes
+        self._restarts += 1
+        if self._is_live:  # other files begin once, and may be pipes
             self._file.seek(0)
             self._file.truncate()
+            self._header["restarts"] = self._restarts
         self._file.write(msgspec.json.encode(self._header) + b"\n")
 
 

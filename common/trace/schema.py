@@ -55,7 +55,7 @@ class TransferTrace(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """KV that was copied. kind: "save" from the device to host memory, "load" from there to the device, "read" from a
     tier below, "fetch" from another engine. id: the request that it was made for; a save has none."""
 
-    kind: TransferKind
+    kind: TransferKind = "fetch"
     id: str | None = None
     num_tokens: int
     num_bytes: int

@@ -148,6 +148,8 @@ class BlockCopier:
 
     def _load(self, load: Load, mark: Mark) -> TransferDone:
         """Batch by batch, so that blocks from the tiers need little memory on their way."""
+        if None not in load.slots:
+            mark.wait()  # only reads from the tiers may begin earlier
         done = TransferDone(load.transfer_id, 0, start_s=time.perf_counter())
         orders = list(zip(load.hashes, load.block_ids, load.slots, strict=True))
         for start in range(0, len(orders), LOAD_BATCH):

@@ -82,7 +82,7 @@ class StepTracer:
         )  # fmt: skip
 
     def transferred(self, transfer: Transfer, request: Request | None, done: TransferDone) -> None:
-        """KV was copied, or has come from another engine, unless done says that there was none."""
+        """A transfer has ended. One that copied nothing, such as a lookup, has no end_s and is left out."""
         if self._writer is None or not done.end_s:
             return
         block_size = self.scheduler.blocks.block_size

@@ -40,9 +40,10 @@ class ObservabilityConfig:
 
 
 def is_http_url(url: str) -> bool:
+    """Whether it is http:// or https:// with a host, and with a port that exists if it has one."""
     try:
         parts = urlsplit(url)
-        has_address = bool(parts.hostname) and parts.port != 0  # reading a port that is none raises ValueError
+        has_address = bool(parts.hostname) and parts.port != 0  # port raises ValueError if it is no number below 65536
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and has_address and not any(character.isspace() for character in url)

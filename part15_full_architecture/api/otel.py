@@ -1,6 +1,7 @@
 """Requests as OpenTelemetry spans, which continue the client's trace.
 
-A span for the request, with vLLM's name and attributes, and under it one for each stage: queue, prefill, decode.
+A span for the request, with vLLM's name and attributes, and under it one for each stage: tokenize, queue, prefill,
+decode.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Work:
 
 @dataclass(slots=True)
 class Counters:
-    """Of one run. bytes_read: all weights once a step, and each sequence's keys and values once a step."""
+    """Of one run. bytes_read: once a step, the weights that it reads, and each sequence's keys and values."""
 
     num_steps: int = 0
     num_tokens_computed: int = 0
@@ -162,9 +162,9 @@ def bytes_per_step(model: DecoderModel) -> int:
     """Of the weights that a step reads: of the embedding only a few rows, unless the LM head is the same matrix."""
     embedding, head = model.embed_tokens, model.output_embedding
     assert embedding is not None and head is not None, "the only stage has both"
-    has_own_matrix = head is not embedding or (head.packed is not None and head.packed.nbytes > 0)
     total = model.packed_bytes + sum(parameter.nbytes for parameter in model.parameters())
-    return total - has_own_matrix * embedding.weight.nbytes
+    head_has_own_matrix = head is not embedding or (head.packed is not None and head.packed.nbytes > 0)
+    return total - embedding.weight.nbytes if head_has_own_matrix else total
 
 
 @contextmanager

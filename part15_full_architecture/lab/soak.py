@@ -37,8 +37,7 @@ ROUTER_FLAGS = ("--api-key", KEY, "--replicas", "2", "--policy", "cache_aware", 
 ENGINE_FLAGS = (  # a pool in which requests are preempted
     "--device", "cpu", "--num-threads", "1", "--no-log-stats", "--num-kv-blocks", "120",
     "--max-num-batched-tokens", "128", "--max-num-seqs", "8", "--speculative-method", "ngram",
-    "--kv-offload-gib", "0.05", "--kv-offload-disk-gib", "0.05", "--cudagraph-capture-sizes", "1,2,4,8",
-    "--enable-log-requests",
+    "--kv-offload-gib", "0.05", "--kv-offload-disk-gib", "0.05", "--enable-log-requests",
 )  # fmt: skip
 NUM_CLIENTS, NUM_PROMPTS = 6, 40
 ABORT_SHARE = 0.15

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -309,8 +310,9 @@ class RoutedResponse(Response):
             return await self.pass_through(scope, receive, send)
         if not queue.max_running:
             raise ApiError(503, NO_REPLICA, error_type="service_unavailable", headers={"Retry-After": "1"})
-        with self.router.metrics.queue_time.time():
-            await queue.acquire(self.router.client_of(scope))
+        began_s = time.perf_counter()
+        await queue.acquire(self.router.client_of(scope))
+        self.router.metrics.queue_time.observe(time.perf_counter() - began_s)
         try:
             await self.pass_through(scope, receive, send)
         finally:

@@ -21,13 +21,15 @@ class Metrics:
         self.registry.register(self)
         self.retries = Counter("router:retries", "Requests that were sent to another replica.", registry=self.registry)
         self.refused = Counter(
-            "router:requests_refused", "Requests that the router itself answered with an error, by status.", ["status"],
+            "router:requests_refused",
+            "Requests that the router could not get answered, by status: 429, 503 or 500.",
+            ["status"],
             registry=self.registry,
-        )  # fmt: skip
-        for status in (429, 503):
+        )
+        for status in (429, 503, 500):
             self.refused.labels(status)  # so that they show 0 before the first one
         self.queue_time = Histogram(
-            "router:request_queue_time_seconds", "Time that a request waits in the router for its turn, in seconds.",
+            "router:request_queue_time_seconds", "Time that a request waited in the router until its turn, in seconds.",
             buckets=QUEUE_BUCKETS, registry=self.registry,
         )  # fmt: skip
 

@@ -23,8 +23,8 @@ from .quantization.kv_codes import decode_kv
 FP8_SHIFT = np.float32(2.0**120)  # e4m3's exponents are stored plus 7, float32's plus 127
 TILE_SIZE = 64  # keys between two updates of the softmax; a multiple of four
 MAX_KERNEL_TOKENS = 8  # per sequence; from 16 on, SDPA's matrix products over gathered keys take half the time
-# fastmath=True would add "nnan" and "ninf", and then a NaN in a key might come out as a plausible number. (Codes have
-# no NaN: there, it does. But then the key's own token already had a NaN hidden state.)
+# fastmath=True would add "nnan" and "ninf", and then a NaN in a key might come out as a plausible number. (A quantized
+# cache can't store a NaN, so there a NaN key does become one. But its token's hidden state was NaN before that.)
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 

@@ -25,8 +25,10 @@ def to_device(
 def to_device_at_once(
     lists: Mapping[str, Sequence[int]], device: torch.device | str, dtype: Any = np.int64
 ) -> dict[str, Tensor]:
-    """Each list as a tensor on the device, with one copy for all of them. By way of NumPy, which is faster with few
-    numbers."""
+    """Each list as a tensor on the device, with one copy for all of them: the tensors are views of one buffer.
+
+    dtype: NumPy's. With few numbers, NumPy is faster than torch.
+    """
     sizes = [len(each) for each in lists.values()]
     joined = np.fromiter(chain.from_iterable(lists.values()), dtype, sum(sizes))
     return dict(zip(lists, to_device(torch.from_numpy(joined), device).split_with_sizes(sizes), strict=True))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
+import msgspec
 import pytest
 from fastapi import FastAPI
 
 from common.openai_app.errors import add_error_handlers
 from common.openai_app.viewer import Viewer
 from common.serve import running_app
-from common.trace import LIVE_NAME, TraceWriter, read_trace
+from common.trace import LIVE_NAME, StepTrace, TraceWriter, files, read_trace
 from tests.chromium import Browser, Page, needs_chromium
 from tests.common.long_traces import write_long_trace
+from tests.http_checks import until
 
 LOOK = "Look at common/pages/engine.html."
 ROOT = Path(__file__).parents[2]
@@ -262,8 +262,9 @@ def test_it_fits_phones_and_screens(scheme: str, width: int, page: Page) -> None
     assert page.js("document.documentElement.scrollWidth") <= width, f"{width} px: it scrolls sideways. {LOOK}"
 
 
-def test_a_live_engine(browser: Browser, tmp_path: Path) -> None:
+def test_a_live_engine(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page at /engine shows each step as it comes, and begins again when the file does."""
+    monkeypatch.setattr(files, "MAX_LIVE_BYTES", 20_000)
     app, rows = FastAPI(), read_trace(SAMPLES[1]).steps
     add_error_handlers(app)
     viewer = Viewer(tmp_path, "secret")
@@ -271,7 +272,7 @@ def test_a_live_engine(browser: Browser, tmp_path: Path) -> None:
     app.state.end_requests = lambda: None
     path = tmp_path / LIVE_NAME
     with (
-        TraceWriter(path, part="part04_continuous_batching", model="tiny", max_live_bytes=20_000) as writer,
+        TraceWriter(path, part="part04_continuous_batching", model="tiny") as writer,
         running_app(app) as url,
     ):
         page = browser.open(f"{url}/engine")
@@ -283,18 +284,28 @@ def test_a_live_engine(browser: Browser, tmp_path: Path) -> None:
         page.press("ArrowRight")
         page.js("dispatchEvent(new Event('resize'))")
         assert page.js("$('controls').hidden"), f"there is nothing to step through. {LOOK}"
+
+        def write(row: StepTrace) -> None:
+            writer.write(msgspec.structs.replace(row, start_s=writer.elapsed_s()))
+
         for row in rows[:5]:
-            writer.write(row)
+            write(row)
         page.until("viewer.views[0]?.replay.steps.length === 5", "the first five steps")
         page.until("viewer.views[0].index === 4", f"the page to follow the engine. {LOOK}")
         page.press("ArrowLeft")
-        writer.write(rows[5])
+        write(rows[5])
         page.until("viewer.views[0].replay.steps.length === 6", "a sixth step")
         assert page.js("viewer.views[0].index") == 3, f"whoever looks at a step stays there. {LOOK}"
-        many = [row for _ in range(20) for row in rows]
-        for row in many:
-            writer.write(row)
+        for row in [row for _ in range(20) for row in rows]:
+            write(row)
         page.until("viewer.views[0].replay.steps.length > 6 && $('error').hidden", "more steps")
+        until(lambda: path.stat().st_size > files.MAX_LIVE_BYTES, "the file to be full")
+        write(rows[6])  # the last one in the full file
+        write(rows[0])
+        page.until(
+            "viewer.views[0].replay.header.restarts === 1 && viewer.views[0].replay.steps.length === 1",
+            f"the page to begin again with the file. {LOOK}",
+        )
         page.press("End")
         other = browser.open(f"{url}/engine")
         other.click("#key")
@@ -302,20 +313,10 @@ def test_a_live_engine(browser: Browser, tmp_path: Path) -> None:
         other.press("Enter")
         other.until("viewer.views[0]?.replay.steps.length", "steps")
         open_trace(other, SAMPLES[0])
-        writer.write(rows[6])
+        write(rows[1])
         page.until("viewer.views[0].index === viewer.views[0].replay.steps.length - 1", "the last step")
         assert other.text("#where").startswith("step 1 of"), f"an opened file stays where it is: {other.text('#where')}"
         viewer.end()
         page.until("!$('error').hidden", "the page to notice the end")
         assert "server has ended" in page.text("#error"), page.text("#error")
         assert page.problems() == [], page.problems()
-
-
-def test_live_events_need_the_key(tmp_path: Path) -> None:
-    app = FastAPI()
-    add_error_handlers(app)
-    Viewer(tmp_path, "secret").add_to(app)
-    with running_app(app) as url:
-        answers: list[Any] = [httpx.get(f"{url}/engine/events", trust_env=False)]
-        answers.append(httpx.get(f"{url}/engine", trust_env=False))
-    assert [answer.status_code for answer in answers] == [401, 200], [answer.text[:200] for answer in answers]

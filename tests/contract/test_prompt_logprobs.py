@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +18,14 @@ PROMPTS = list(prompts_of(8, seed=3, longest=30))
 NUM_TOP = [0, 2, 20, None]  # of prompt number i: NUM_TOP[i % 4]
 
 
-def expected_logprobs(models: SmallModels, prompt: list[int]) -> torch.Tensor:
-    """[len(prompt) - 1, vocab_size]: row i is what the model thinks of the token at position i + 1."""
+@functools.cache
+def expected_logprobs(models: SmallModels, prompt: tuple[int, ...]) -> tuple[np.ndarray, list[int]]:
+    """[len(prompt) - 1, vocab_size]: row i is what the model thinks of the token at position i + 1; and the ranks of
+    the prompt's tokens."""
     with torch.inference_mode():
-        return models.reference(torch.tensor([prompt])).logits[0, :-1].log_softmax(dim=-1)
+        rows = models.reference(torch.tensor([prompt])).logits[0, :-1].log_softmax(dim=-1)
+    own = rows.gather(1, torch.tensor(prompt[1:])[:, None])
+    return rows.numpy(), ((rows > own).sum(dim=1) + 1).tolist()
 
 
 def check(where: str, models: SmallModels, prompt: list[int], num_top: int | None, answer: Answer) -> None:
@@ -32,13 +38,12 @@ def check(where: str, models: SmallModels, prompt: list[int], num_top: int | Non
     [got] = answer.prompt_logprobs
     assert len(got) == len(prompt), f"{where}: {len(prompt)} tokens, but {len(got)} entries. {LOOK}"
     assert got[0] is None, f"{where}: nothing predicts the first token, expected None for it, got {got[0]}. {LOOK}"
-    rows = expected_logprobs(models, prompt)
-    for position, (token, entry, row) in enumerate(zip(prompt[1:], got[1:], rows, strict=True), start=1):
+    rows, ranks = expected_logprobs(models, tuple(prompt))
+    for position, (token, entry, row, rank) in enumerate(zip(prompt[1:], got[1:], rows, ranks, strict=True), start=1):
         place = f"{where}, position {position} of {len(prompt)}"
         assert next(iter(entry)) == token, f"{place}: the prompt's token {token} comes first, got {entry}. {LOOK}"
         distance = abs(entry[token].logprob - float(row[token]))
         assert distance < 1e-4, f"{place}: expected {float(row[token]):.5f}, got {entry[token]}. {LOOK}"
-        rank = int((row > row[token]).sum()) + 1
         assert entry[token].rank == rank, f"{place}: expected rank {rank}, got {entry[token]}. {LOOK}"
         top = [(other, found) for other, found in entry.items() if found.rank <= num_top]
         assert len(top) == num_top, f"{place}: the {num_top} likeliest were asked for, got {top}. {LOOK}"

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from common.trace import read_trace
+from common.trace import LIVE_NAME, StepTrace, TraceWriter, files, read_trace
 from tests.contract.engines import SmallEngine, SmallModels, kinds_of, number_of, prompts_of
 from tests.http_checks import until
 
@@ -33,6 +33,50 @@ def test_the_lines_of_a_trace_add_up(part: str, small_models: SmallModels, tmp_p
         engine.finish()
         engine.core.tracer.close()
         check(f"{part}, {kind}", path, engine, prompts)
+
+
+@pytest.mark.since(4)
+def test_a_live_trace_that_begins_again_is_complete(
+    part: str, small_models: SmallModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first step says all about its requests and about the prefix cache, also if the engine runs ahead."""
+    write = TraceWriter.write
+    monkeypatch.setattr(TraceWriter, "write", lambda writer, step: (write(writer, step), writer.flush()))
+    for kind, flags in kinds_of(part, small_models, with_ranks=False).items():
+        monkeypatch.setattr(files, "MAX_LIVE_BYTES", 3_000)
+        path = tmp_path / f"{LIVE_NAME} {kind}".replace("/", " ")
+        engine = SmallEngine(part, small_models, **{"max_num_seqs": 4, **flags, "trace": str(path)})
+        prompts = {str(number): prompt for number, prompt in enumerate(prompts_of(8, seed=5))}
+        for name, prompt in prompts.items():
+            engine.add(name, prompt, max_tokens=12)
+        engine.finish()
+        monkeypatch.setattr(files, "MAX_LIVE_BYTES", 1_000_000)
+        engine.generate([1, 2], max_tokens=4)  # even if the file is full now, some of these steps are in the next one
+        engine.core.tracer.close()
+        trace = read_trace(path)
+        assert trace.header["restarts"] > 0, f"{part}, {kind}: the file has never begun again"
+        check_beginning(f"{part}, {kind}", trace.steps, engine)
+
+
+def check_beginning(where: str, steps: list[StepTrace], engine: SmallEngine) -> None:
+    """Nothing refers to what is not in the trace, and all blocks are in it that are cached at the end."""
+    seen, cached = set[str](), set[int]()
+    for step in steps:
+        for request in step.requests:
+            if request.id not in seen:
+                seen.add(request.id)
+                assert request.prompt_token_ids and len(request.new_block_ids) == request.num_blocks, (
+                    f"{where}, step {step.step}: the first line with request {request.id} has no prompt, or not all "
+                    f"of its blocks: {request}. {LOOK}"
+                )
+        cached = (cached | set(step.cached_block_ids)) - set(step.uncached_block_ids)
+    check_cached(where, cached, engine)
+
+
+def check_cached(where: str, cached: set[int], engine: SmallEngine) -> None:
+    if number_of(engine.part) >= 7:
+        real = {block.block_id for block in engine.core.blocks.cached_blocks.values()}
+        assert cached == real, f"{where}: the lines say that {sorted(cached)} are cached, {sorted(real)} are. {LOOK}"
 
 
 def check(where: str, path: Path, engine: SmallEngine, prompts: dict[str, list[int]]) -> None:
@@ -63,9 +107,7 @@ def check(where: str, path: Path, engine: SmallEngine, prompts: dict[str, list[i
     for name, answer in engine.answers.items():
         if name not in ("1", "6"):
             assert tokens[name] == answer.token_ids, f"{where}, request {name}: {tokens[name]}, not {answer}. {LOOK}"
-    if number_of(engine.part) >= 7:
-        real = {block.block_id for block in engine.core.blocks.cached_blocks.values()}
-        assert cached == real, f"{where}: the lines say that {sorted(cached)} are cached, {sorted(real)} are. {LOOK}"
+    check_cached(where, cached, engine)
     assert known >= {token for name in tokens for token in tokens[name]}, LOOK
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import httpx
 import pytest
 
 from common.sampling_params import SamplingParams
-from common.serve import server_process
 from part14_quantization.config import EngineConfig
 from part14_quantization.lab.quality import chat, text_of
 from part14_quantization.llm import LLM
+from tests.forked_servers import Host
 
 PART = "part14_quantization"
 QUESTION = "What is a KV cache?"
@@ -30,16 +28,16 @@ def ask(url: str) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def test_two_ranks_with_int4_and_int8_kv() -> None:
+def test_two_ranks_with_int4_and_int8_kv(host: Host) -> None:
     """The answer is that of one rank; weights and KV blocks have the bytes that they should have."""
     flags = {"quantization": "int4", "kv_cache_dtype": "int8"}
     [expected] = LLM(EngineConfig(model="tiny", num_kv_blocks=64, device="cpu", **flags)).generate(  # type: ignore[arg-type]
         [chat(QUESTION)], SamplingParams(temperature=0, max_tokens=48)
     )
-    arguments = ("--quantization", "int4", "--kv-cache-dtype", "int8", "--num-kv-blocks", "64", "--device", "cpu")
-    with server_process(PART, "--model", "tiny", *arguments, "--tensor-parallel-size", "2") as url:
-        assert ask(url) == text_of(expected.outputs[0].token_ids), "the same answer. Look at worker/quantization/."
-        found = metrics(url)
+    arguments = ("--quantization", "int4", "--kv-cache-dtype", "int8", "--num-kv-blocks", "64")
+    server = host.serve(PART, "--model", "tiny", *arguments, "--tensor-parallel-size", "2", forks_ranks=True)
+    assert ask(server.url) == text_of(expected.outputs[0].token_ids), "the same answer. Look at worker/quantization/."
+    found = metrics(server.url)
     linear, embedding, norms = 4_718_592 * 4.25 / 8, 4_096 * 256 * 4, 2 * 13 * 256 * 4
     assert found["weight_bytes"] == linear + embedding + norms, (
         f"{found['weight_bytes']:,.0f} bytes of weights on both ranks: expected {linear + embedding + norms:,.0f}: "
@@ -58,12 +56,7 @@ def test_two_ranks_with_int4_and_int8_kv() -> None:
         (("--model", "tests/part14/checkpoints/gptq-v1", "--quantization", "int8"), "has no tokenizer.json"),
     ],
 )  # fmt: skip
-def test_flags_that_cannot_be(arguments: tuple[str, ...], message: str) -> None:
+def test_flags_that_cannot_be(host: Host, arguments: tuple[str, ...], message: str) -> None:
     """Before any rank starts, with status 2."""
-    done = subprocess.run(
-        [sys.executable, "-m", PART, "--device", "cpu", "--port", "0", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and re.search(message, done.stderr), f"{done.returncode}: {done.stderr[-500:]}"
+    server = host.start(PART, *arguments)
+    server.check_end(2, rf"(?s){PART}: error: (?!.*Traceback).*{message}.*", "See config.py::EngineConfig")

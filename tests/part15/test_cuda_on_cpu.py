@@ -17,12 +17,17 @@ COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 pytestmark = pytest.mark.skipif(not COMPILERS, reason="there is no C++ compiler: g++ or clang++")
 
 
-def run(source: Path, directory: Path, *flags: str, compiler: str = "", **env: str) -> tuple[int, str]:
-    """Compile a program and run it. Returns its status and all that it printed."""
+def compiled(source: Path, directory: Path, *flags: str, compiler: str = "") -> Path:
+    """A program."""
     program = directory / "program"
     command = [compiler or COMPILERS[0], *FLAGS, *flags, "-x", "c++", str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, f"{source.name} does not compile with {command[0]}:\n{built.stderr}"
+    return program
+
+
+def run(program: Path, **env: str) -> tuple[int, str]:
+    """Its status, and all that it printed."""
     done = subprocess.run(
         [program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         env={**os.environ, **env}, timeout=60,
@@ -75,7 +80,7 @@ MISTAKES = [
 def test_a_mistake_is_named(mistake: Mistake, tmp_path: Path) -> None:
     flags = [f"-fsanitize={mistake.sanitizer}"] if mistake.sanitizer else []
     order = {"CUDA_ON_CPU_ORDER": mistake.order} if mistake.order else {}
-    status, text = run(TOOL / "mistakes" / f"{mistake.name}.cu", tmp_path, *flags, **order)
+    status, text = run(compiled(TOOL / "mistakes" / f"{mistake.name}.cu", tmp_path, *flags), **order)
     text = text.replace("-nan", "nan")
     assert (status != 0) == mistake.is_error, f"{mistake.name} ended with {status}:\n{text}"
     missing = [part for part in mistake.message if part not in text]
@@ -108,7 +113,7 @@ int main() {
 def test_a_message_names_a_template_without_the_parentheses_of_launch(tmp_path: Path) -> None:
     source = tmp_path / "template.cu"
     source.write_text(TEMPLATE.replace("CUDA_ON_CPU", str(TOOL)))
-    _, text = run(source, tmp_path)
+    _, text = run(compiled(source, tmp_path))
     assert text.startswith("wait_in_a_branch<float, 32>, block (0,0,0)"), f"got {text}"
 
 
@@ -118,7 +123,7 @@ def test_the_example_is_right(compiler: str, sanitizer: str, tmp_path: Path) -> 
     flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
     for name in ("example.cu", *HEADERS):  # it needs nothing else
         shutil.copy(TOOL / name, tmp_path)
-    status, text = run(tmp_path / "example.cu", tmp_path, *flags, compiler=compiler)
+    status, text = run(compiled(tmp_path / "example.cu", tmp_path, *flags, compiler=compiler))
     assert status == 0 and text.count("probabilities add up to 1.000000") == 8, f"the example printed:\n{text}"
     assert "runtime error" not in text and "WARNING" not in text, f"a sanitizer complains about the example:\n{text}"
 
@@ -278,8 +283,9 @@ int main() {
 def test_correct_kernels_run(compiler: str, flags: tuple[str, ...], tmp_path: Path) -> None:
     source = tmp_path / "correct.cu"
     source.write_text(CORRECT.replace("CUDA_ON_CPU", str(TOOL)))
+    program = compiled(source, tmp_path, *flags, compiler=compiler)
     for order in ("", "reverse", "random:1", "random:2"):
-        status, text = run(source, tmp_path, *flags, compiler=compiler, CUDA_ON_CPU_ORDER=order)
+        status, text = run(program, CUDA_ON_CPU_ORDER=order)
         assert (status, text) == (0, "all right\n"), f"order {order!r}, {compiler} {flags} ended with {status}:\n{text}"
 
 

@@ -183,6 +183,23 @@ def test_the_router_counts_requests_that_it_refuses() -> None:
         assert line in text, f"expected {line} in /metrics. See router/app.py::RoutedResponse"
 
 
+def test_the_router_measures_the_queue_time_of_requests_that_had_their_turn() -> None:
+    """A request that is refused at once would make the queue look short."""
+    config = RouterConfig(worker_urls=f"http://127.0.0.1:{free_port()}", max_queued_requests=0)
+    app = create_app(config, ListenConfig(), [])
+    queue = app.state.router.pool.queue
+    with running_app(app) as url:
+        for num_running, status, count in ((queue.max_running, 429, 0), (0, 503, 1)):
+            queue.num_running = num_running
+            answer = httpx.post(url + COMPLETIONS, json={"prompt": "A"}, timeout=TIMEOUT_S, trust_env=False)
+            text = httpx.get(f"{url}/metrics", timeout=TIMEOUT_S, trust_env=False).text
+            assert answer.status_code == status, answer.text
+            line = f"router:request_queue_time_seconds_count {count}.0"
+            assert line in text, (
+                f"after status {status}, expected {line} in /metrics. See router/app.py::RoutedResponse"
+            )
+
+
 def test_a_failed_step_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
         raise RuntimeError("no such kernel")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 DEADLINE_S = 300.0  # for what takes seconds: a busy machine is slow
 
 
@@ -16,14 +18,15 @@ class CheckFailed(Exception):
         self.what, self.expected, self.found = what, str(expected), str(found)
 
 
-def until(condition: Callable[[], object], what: str, deadline_s: float | None = None) -> None:
-    """Wait until a condition holds. Raises CheckFailed after deadline_s (None: DEADLINE_S)."""
+def until(condition: Callable[[], T], what: str, deadline_s: float | None = None) -> T:
+    """Wait until a condition holds, and return its value. Raises CheckFailed after deadline_s (None: DEADLINE_S)."""
     deadline_s = DEADLINE_S if deadline_s is None else deadline_s
     end_s = time.monotonic() + deadline_s
-    while not condition():
+    while not (value := condition()):
         if time.monotonic() > end_s:
             raise CheckFailed("waiting", what, f"that it has not happened within {deadline_s:g} s")
         time.sleep(0.01)
+    return value
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> tuple[str, str] | None:

@@ -38,14 +38,19 @@ def run(lab: Lab) -> None:
         lambda: victim.has_ended, f"process {victim.pid} has ended",
     )  # fmt: skip
     lab.title("After")
-    until(lambda: not proxy.metrics()[of_replica("available", victim)], "the proxy to stop using the dead engine")
+
+    def without_victim() -> dict[str, float]:
+        metrics = proxy.metrics()
+        return {} if metrics[of_replica("available", victim)] else metrics
+
+    until(without_victim, "the proxy to stop using the dead engine")
     streams = clients.stop()
     broken = [stream for stream in streams if stream.error is not None]
     whole = [stream for stream in streams if stream.error is None]
     for stream in broken:
         lab.say(f"a stream got {len(stream.token_ids)} of {MAX_TOKENS} tokens, then: {stream.error}", "dim")
     again = ask_at_once(proxy.url, PROMPTS, MAX_TOKENS)
-    after = proxy.metrics()
+    after = until(without_victim, "the proxy to stop using it for good")  # before, it may have tried it once more
     lab.table([
         (f"{name} of the {which} engine", int(before[of_replica(key, server)]), int(after[of_replica(key, server)]))
         for which, server in (("killed", victim), ("other", survivor))

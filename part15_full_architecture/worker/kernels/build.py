@@ -24,7 +24,9 @@ SOURCES_VARIABLE = "LLM_COURSE_KERNEL_SOURCES"  # a folder in place of cuda/; `w
 SOURCES = Path(os.environ.get(SOURCES_VARIABLE) or Path(__file__).parent / "cuda")
 INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 CACHE_VARIABLE, BUILDING = "LLM_COURSE_KERNEL_CACHE", "building-"
-CPU_FLAGS = ("-std=c++17", "-O2", "-g", "-march=native", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
+# -O1 and -g1 (lines, no variables): half the compile time of -O2 -g, and 5% slower kernels, most of whose time goes to
+# switching threads.
+CPU_FLAGS = ("-std=c++17", "-O1", "-g1", "-march=native", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror=return-type")
 CUDA_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-shared", "-cudart", "static")
 

@@ -34,33 +34,38 @@ _making_a_team = threading.Lock()
 
 @dataclass(slots=True)
 class Job:
-    """A call of a kernel. num_inside: threads that are in it now."""
+    """A call of a kernel. inside: idents of the threads that are in it now."""
 
     kernel: Callable[..., None]
     counters: Tensor
     args: tuple[Any, ...]
     errors: list[BaseException] = field(default_factory=list)
-    num_inside: int = 0
+    inside: set[int] = field(default_factory=set)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def compute(self) -> None:
-        """Of all threads that do this, each takes tasks until there are none."""
-        with self.changed:
-            self.num_inside += 1
+        """Run the kernel in this thread. Threads that do so share its tasks until none is left. An error goes to
+        errors."""
         try:
+            with self.changed:
+                self.inside.add(threading.get_ident())
             self.kernel(self.counters.data_ptr(), *self.args)
         except BaseException as error:
             self.errors.append(error)
-            self.counters.fill_(ALL_DONE)  # nobody waits for this thread's task
-        with self.changed:
-            self.num_inside -= 1
-            self.changed.notify_all()
+            self.counters.fill_(ALL_DONE)  # no thread may wait for the task that this one leaves undone
+        finally:
+            with self.changed:
+                self.inside.discard(threading.get_ident())
+                self.changed.notify_all()
 
     def give_up(self) -> None:
-        """Begin no further task, and wait for those that have begun: their memory may be freed after that."""
+        """Let no thread begin another task, and wait until none is inside the kernel.
+
+        After that, the memory of its tasks may be freed.
+        """
         self.counters.fill_(ALL_DONE)
         with self.changed:
-            self.changed.wait_for(lambda: self.num_inside == 0)
+            self.changed.wait_for(lambda: not self.inside)
 
 
 class Team:

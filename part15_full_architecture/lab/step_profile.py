@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from rich.box import SIMPLE
@@ -25,7 +25,7 @@ from ..llm import LLM
 
 PROG = "part15_full_architecture.lab.step_profile"
 MODELS = ("tiny", "random:llama-110m")
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 NUM_REQUESTS = (32, 1)
 STAGES = ("megakernel", "layers in torch", "LM head", "sampling")
 
@@ -56,15 +56,14 @@ class Profile:
 
 
 @contextmanager
-def timed(seconds: dict[str, float], owner: Any, name: str, stage_of: Callable[[Any], str | None]) -> Iterator[None]:
-    """Inside, the time of a method is added to a stage, which its result chooses (None: to no stage)."""
+def timed(seconds: dict[str, float], owner: Any, name: str, stage: str) -> Iterator[None]:
+    """Inside, the time of a method is added to a stage, unless it returns None because it had nothing to do."""
     method = getattr(owner, name)
 
     def measured(*args: Any, **named: Any) -> Any:
         start_s = time.perf_counter()
         result = method(*args, **named)
-        stage = stage_of(result)
-        if stage is not None:
+        if result is not None:
             seconds[stage] += time.perf_counter() - start_s
         return result
 
@@ -76,17 +75,14 @@ def profile(llm: LLM, requests: list[WorkloadRequest]) -> Profile:
     """All requests at once, with empty caches."""
     assert llm.engine.reset_prefix_cache(), "the engine is idle"
     runner, seconds = llm.engine.executor.worker.runner, dict.fromkeys(STAGES, 0.0)  # type: ignore[attr-defined]
-    prompts = [request.prompt_token_ids for request in requests]
+    stages = zip(STAGES, ((runner.small_steps, "run"), (runner.model, "forward"), (runner.model, "compute_logits"),
+                          (runner.sampler, "sample")), strict=True)  # fmt: skip
+    prompts = [request.prompt_token_ids or [] for request in requests]
     params = [SamplingParams(temperature=0, max_tokens=request.max_tokens, ignore_eos=True) for request in requests]
     with ExitStack() as stack:
-        if runner.small_steps is not None:
-            one_kernel = timed(seconds, runner.small_steps, "run", lambda hidden: None if hidden is None else STAGES[0])
-            stack.enter_context(one_kernel)
-        for owner, name, stage in (
-            (runner.model, "forward", STAGES[1]), (runner.model, "compute_logits", STAGES[2]),
-            (runner.sampler, "sample", STAGES[3]),
-        ):  # fmt: skip
-            stack.enter_context(timed(seconds, owner, name, lambda _, stage=stage: stage))
+        for stage, (owner, name) in stages:
+            if owner is not None:
+                stack.enter_context(timed(seconds, owner, name, stage))
         start_s = time.perf_counter()
         llm.generate(prompts, params)
         total_s = time.perf_counter() - start_s
@@ -94,7 +90,7 @@ def profile(llm: LLM, requests: list[WorkloadRequest]) -> Profile:
 
 
 def measure(models: list[str], repeats: int) -> dict[str, dict[str, float]]:
-    """ "model, dtype, number of requests" → shares of the time, and output tokens per second."""
+    """For each model, dtype and number of requests: output tokens per second, and shares of the time."""
     found = {}
     for model in models:
         for dtype in DTYPES:

@@ -63,8 +63,8 @@ def deployed(name: str) -> Iterator[tuple[str, str]]:
 
 
 def chats_and_long_prompts(seed: int) -> list[WorkloadRequest]:
-    """Eight chats of 128 tokens, and while they decode, four prompts of about 1,500 tokens, one every half second."""
-    chats = [replace(chat, max_tokens=128, ignore_eos=True) for chat in short_chat(8, seed)]
+    """Eight chats of 1,000 tokens, and while they decode, four prompts of about 1,500 tokens, one every half second."""
+    chats = [replace(chat, max_tokens=1_000, ignore_eos=True) for chat in short_chat(8, seed)]
     prompts = long_prompts(4, seed, min_prompt_tokens=1_400, max_prompt_tokens=1_600, max_tokens=4)
     return chats + with_arrivals(prompts, [0.5 + 0.5 * number for number in range(len(prompts))])
 

@@ -26,7 +26,7 @@ from ..llm import LLM
 PROG = "part15_full_architecture.lab.step_profile"
 MODELS = ("tiny", "random:llama-110m")
 DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-NUM_REQUESTS = (32, 1)
+NUM_REQUESTS = {32: "32 requests", 1: "one request"}
 STAGES = ("megakernel", "layers in torch", "LM head", "sampling")
 
 
@@ -100,7 +100,7 @@ def measure(models: list[str], repeats: int) -> dict[str, dict[str, float]]:
                 runs = [profile(llm, requests) for _ in range(repeats + 1)][1:]  # the first run warms up
                 middle = median([run.total_s for run in runs])
                 chosen = min(runs, key=lambda run: abs(run.total_s - middle))
-                found[f"{model}, {dtype}, {num_requests} requests"] = chosen.measurements()
+                found[f"{model}, {dtype}, {NUM_REQUESTS[num_requests]}"] = chosen.measurements()
     return found
 
 

@@ -240,7 +240,10 @@ def plot(found: dict[str, dict[str, float]], path: Path) -> None:
     shares = [found[name]["tokens_per_s"] / full for name in left_out]
     second.barh(range(len(left_out)), [share - 1 for share in shares], left=1, color=plotting.COLORS[1])
     for row, share in enumerate(shares):
-        second.text(min(share, 1) - 0.02, row, f"{share:.2f}", va="center", ha="right", fontsize=10)
+        if share < 0.25:  # beside the bar, it would be on its name
+            second.text(share + 0.02, row, f"{share:.2f}", va="center", color="white", fontsize=10)
+        else:
+            second.text(min(share, 1) - 0.02, row, f"{share:.2f}", va="center", ha="right", fontsize=10)
     second.set_yticks(range(len(left_out)), left_out, fontsize=10)
     second.set_xlim(0, 1.3)
     second.axvline(1, color="gray", linewidth=1)

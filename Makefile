@@ -6,7 +6,7 @@
 #                          Kubernetes, in a .venv-clients of their own
 #   make serve [PART=3]    start a part's server        ARGS="--port 8001" adds flags, here and below
 #   make bench [PART=3]    measure a part, write results/ and its plots
-#   make bench-check       measure part 15's kernels, and compare with the committed results
+#   make bench-check       measure part 15's kernels, and compare with results/part15.json, which this kind of CPU must have made
 #   make peers             set up .venv-peers: vLLM, OpenVINO GenAI, CTranslate2 and llama.cpp, which is compiled (5 GB, 20 minutes);
 #                          then .venv/bin/python -m tools.peers measures part 15 beside them
 #   make nvcc              compile part 15's CUDA kernels with nvcc, and compare what each needs with results/part15_nvcc.json;

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llvmlite.binding import get_host_cpu_name
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -148,9 +149,15 @@ def measure_all(config: BenchConfig) -> dict[str, Any]:
 
 
 def check(config: BenchConfig) -> None:
-    """Raises FieldError naming the operations that have lost their advantage over torch."""
+    """Raises FieldError naming the operations that have lost their advantage over torch, or another kind of CPU."""
     path = Path(config.results_dir) / "part15.json"
-    committed = json.loads(path.read_text())["measurements"]["operations"]
+    result = json.loads(path.read_text())
+    committed, measured_on = result["measurements"]["operations"], result["config"].get("target")
+    if measured_on != (target := get_host_cpu_name()):
+        raise FieldError(
+            "check", f"{path} was measured on {measured_on or 'another CPU'}, and this is {target}, where torch and the "
+            "kernels gain more or less. Measure first: make bench PART=15",
+        )  # fmt: skip
     slower = []
     for model, operations in measure_operations(config.repeats).items():
         for name, values in operations.items():
@@ -210,6 +217,7 @@ def run(config: BenchConfig) -> None:
     results, measurements = Path(config.results_dir), measure_all(config)
     report(Console(width=160), measurements)
     settings = {key: value for key, value in asdict(config).items() if key not in ("results_dir", "check")}
+    settings["target"] = get_host_cpu_name()  # as Numba and the C++ compiler know this CPU
     write_result(
         results / "part15.json", benchmark="part15", config=settings, seed=0, repeats=config.repeats,
         measurements=measurements,

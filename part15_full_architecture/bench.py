@@ -155,9 +155,10 @@ def check(config: BenchConfig) -> None:
     committed, measured_on = result["measurements"]["operations"], result["config"].get("target")
     if measured_on != (target := get_host_cpu_name()):
         raise FieldError(
-            "check", f"{path} was measured on {measured_on or 'another CPU'}, and this is {target}, where torch and the "
-            "kernels gain more or less. Measure first: make bench PART=15",
-        )  # fmt: skip
+            "check",
+            f"{path} was measured on {measured_on or 'another CPU'}, and this is {target}, where torch and the kernels "
+            "gain more or less. Measure first: make bench PART=15",
+        )
     slower = []
     for model, operations in measure_operations(config.repeats).items():
         for name, values in operations.items():

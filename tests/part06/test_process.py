@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from common.sampling_params import SamplingParams
 from common.trace import read_trace
 from part06_chunked_prefill import config
 from part06_chunked_prefill.llm import LLM
-from tests.forked_servers import ForkedServer, Host, until
+from tests.forked_servers import DEADLINE_S, ForkedServer, Host, until
 from tests.http_checks import COMPLETIONS, request_bytes, send_raw
 
 PART = Path(config.__file__).parent.name
@@ -39,8 +40,11 @@ def gauge(server: ForkedServer, name: str) -> float:
     return float(found[1]) if found else 0.0  # it arrives with the core's first message
 
 
-def read_stream(server: ForkedServer, prompt: list[int], num_tokens: int) -> tuple[str, list[int]]:
-    """The text of a streamed answer, and how many tokens came with each event, by its logprobs."""
+def read_stream(
+    server: ForkedServer, prompt: list[int], num_tokens: int, begun: threading.Event
+) -> tuple[str, list[int]]:
+    """The text of a streamed answer, and how many tokens came with each event, by its logprobs. begun: set at the
+    first of them."""
     body = {**ASK, "prompt": prompt, "max_tokens": num_tokens, "stream": True, "logprobs": 0}
     text, counts = "", []
     with server.stream(COMPLETIONS, body) as response:
@@ -49,6 +53,7 @@ def read_stream(server: ForkedServer, prompt: list[int], num_tokens: int) -> tup
                 choice = json.loads(line.removeprefix("data: "))["choices"][0]
                 text += choice["text"]
                 counts.append(len((choice["logprobs"] or {}).get("tokens", [])))
+                begun.set()
     return text, counts
 
 
@@ -56,10 +61,12 @@ def test_a_long_prompt_among_streams(llm: LLM, prompt_of: Callable[..., list[int
     trace_path = tmp_path / "trace.jsonl"
     long, shorts = prompt_of(200, 3), [prompt_of(5 + number, number) for number in range(3)]
     expected = [result.outputs[0].text for result in llm.generate([*shorts, long], [*[params(60)] * 3, params(8)])]
-    server = host.serve(PART, "--trace", str(trace_path), *(word for flag in FLAGS.items() for word in flag))
+    flags = [word for flag in FLAGS.items() for word in flag]
+    server = host.serve(PART, "--trace", str(trace_path), *flags, step_s=0.02)
+    begun = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        streams = [pool.submit(read_stream, server, prompt, 60) for prompt in shorts]
-        until(lambda: gauge(server, "num_requests_running") >= 1, f"the streams to begin. {LOOK}")
+        streams = [pool.submit(read_stream, server, prompt, 60, begun) for prompt in shorts]
+        assert begun.wait(DEADLINE_S), f"expected a stream to begin. {LOOK}"
         whole = pool.submit(server.post, COMPLETIONS, {**ASK, "prompt": long, "max_tokens": 8})
         answers = [stream.result() for stream in streams]
         answer = whole.result().json()["choices"][0]["text"]
@@ -93,9 +100,10 @@ def check_abort(server: ForkedServer, prompt_of: Callable[..., list[int]]) -> No
     """A client goes away while its prompt of 2,000 tokens is being computed; a stream goes on beside it."""
     body = {**ASK, "prompt": [7] * 2_000, "max_tokens": 8, "stream": True}
     until(lambda: gauge(server, "kv_cache_usage_perc") == 0, "the server to be idle")
+    begun = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(read_stream, server, prompt_of(5), 100)
-        until(lambda: gauge(server, "num_requests_running") == 1, "the stream to begin")
+        stream = pool.submit(read_stream, server, prompt_of(5), 100, begun)
+        assert begun.wait(DEADLINE_S), "expected the stream to begin"
         connection: socket.socket = send_raw(server.url, request_bytes(COMPLETIONS, json.dumps(body).encode()))
         until(
             lambda: gauge(server, "kv_cache_usage_perc") * NUM_BLOCKS > 125, f"the prompt to get its 125 blocks. {LOOK}"

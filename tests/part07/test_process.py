@@ -36,7 +36,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 3}
 
 @pytest.fixture(scope="module")
 def server(one_host: Host) -> Iterator[ForkedServer]:
-    yield one_host.serve(PART, *FLAGS)
+    yield one_host.serve(PART, *FLAGS, step_s=0.01)
     one_host.ask(end=True)
 
 

@@ -143,8 +143,15 @@ def test_chats_and_responses(pair: Pair, alone: Oracle, path: str) -> None:
     check_free(pair.prefill, pair.decode)
 
 
-def test_a_client_that_leaves_takes_all_blocks_with_it(pair: Pair) -> None:
+def test_a_client_that_leaves_takes_all_blocks_with_it(engines: Engines) -> None:
     """While its prompt is computed, while it is fetched or waits, and in the middle of its answer."""
+    slow = {"step_s": 0.02}
+    prefill, decode = engines.start(*POOL, *SENDS, *SMALL_STEPS, **slow), engines.start(*POOL, *SENDS, **slow)
+    with proxied([prefill], [decode]) as (url, _):
+        check_leaving(Pair(prefill, decode, url))
+
+
+def check_leaving(pair: Pair) -> None:
     for number, moment in enumerate(("the prompt is offered", "the decode engine has the request", "it answers")):
         offered = counter(pair.prefill, "kv_transfer_offered")
 

@@ -29,7 +29,7 @@ from common.threads import set_num_threads
 from .config import EngineConfig
 from .lab.kernel_times import measure
 from .lab.operators import CallCounter, replaced_run
-from .lab.speed import decode_speeds, generate_s
+from .lab.speed import decode_speeds, generate_s, prefill_speeds
 from .llm import LLM
 
 BATCHES = (1, 32)
@@ -102,6 +102,16 @@ def measure_engines(config: BenchConfig) -> dict[str, Any]:
     return found
 
 
+def measure_prefill(config: BenchConfig) -> dict[str, Any]:
+    """Prompt tokens/s with torch's matrix products, and with packed copies of the matrices where these are faster."""
+    found = dict[str, Any]()
+    for model, settings in MODELS.items():
+        for flags in settings:
+            engines = {"plain": engine(model, **flags, pack_weights=False), "packed copies": engine(model, **flags)}
+            found[f"{model}, {flags.get('dtype', 'float32')}"] = prefill_speeds(engines, config.repeats)
+    return found
+
+
 def measure_padding(config: BenchConfig) -> dict[str, Any]:
     """Where it loses: padded steps on a CPU, which has no launches to save. 5 requests in buckets of 5 and of 8."""
     engines = {
@@ -144,7 +154,7 @@ def measure_all(config: BenchConfig) -> dict[str, Any]:
     set_num_threads(None)
     return {
         "operations": measure_operations(config.repeats), "engines": measure_engines(config),
-        "padding": measure_padding(config), "emulation_s": measure_emulation(),
+        "prefill": measure_prefill(config), "padding": measure_padding(config), "emulation_s": measure_emulation(),
     }  # fmt: skip
 
 
@@ -207,6 +217,7 @@ def report(console: Console, m: dict[str, Any]) -> None:
         for name, found in rows.items():
             table.add_row(name, *(f"{found[column]:,.0f}" for column in columns))
         console.print(table)
+    console.print(f"prefill, tokens/s: {m['prefill']}", highlight=False)
     console.print(f"padding, tokens/s: {m['padding']}", highlight=False)
     console.print(f"emulation, s: {m['emulation_s']}", highlight=False)
 

@@ -56,11 +56,21 @@ def engines(m: dict[str, Any]) -> list[str]:
     return lines
 
 
+def prefill(m: dict[str, Any]) -> list[str]:
+    lines = ["| prompt tokens/s | torch's products | packed copies |", "|---" * 3 + "|"]
+    for name, speeds in m["prefill"].items():
+        model, dtype = name.split(", ")
+        lines.append(f"| {MODELS[model]}, {dtype} | {speeds['plain']:,.0f} | {speeds['packed copies']:,.0f} |")
+    return lines
+
+
 def microseconds(number: float) -> str:
     return f"{number:.1f}" if number < 10 else f"{number:,.0f}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"operations": operations, "engines": engines}
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "operations": operations, "engines": engines, "prefill": prefill,
+}  # fmt: skip
 
 
 def renew(text: str, measurements: dict[str, Any]) -> str:

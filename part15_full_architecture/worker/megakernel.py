@@ -159,7 +159,7 @@ def can_be_one_kernel(model: DecoderModel, kernels: Kernels, kv_scales: Tensor |
     if any(name not in kernels.choices or kernels.choices[name].backend != "numba" for name in OPERATIONS):
         return False
     weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
-    are_plain = all(type(weight) is Weight and weight.packed is None for weight in weights)
+    are_plain = all(type(weight) is Weight and weight.data.numel() > 0 for weight in weights)
     sizes = [head.vocab_size, model.config.intermediate_size, *(weight.shape[0] for weight in weights)]
     return are_plain and all(type(layer.mlp) is MLP for layer in layers) and not any(s % NUM_AT_ONCE for s in sizes)
 

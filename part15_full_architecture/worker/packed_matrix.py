@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ from .model import DecoderModel
 from .weight import Weight
 
 MEASURED_ROWS = (1, 32)  # tokens of a step: a single decode, and a batch of them
+LARGE_STEP = 512  # tokens: a prompt
 MIN_GAIN = 1.1  # a packed matrix that is hardly faster is not worth its memory
+MAX_COPIES = 1 << 30  # bytes, of matrices that the megakernel reads as they are
 
 
 class PackedMatrix:
@@ -41,25 +43,43 @@ def pack_matrices(model: DecoderModel, tuner: Tuner | None = None) -> int:
     """Pack the matrices of a model on a CPU for which that is faster, by a measurement for each shape. Matrices of
     codes and those of experts stay as they are. Returns how many were packed."""
     tuner, num_packed = tuner or Tuner(), 0
-    for module in model.modules():
-        if type(module) is not Weight or len(module.shape) != 2 or module.packed is not None or module.data.is_meta:
-            continue
-        if is_faster(module.data, tuner):
-            module.packed = PackedMatrix(module.data)
-            module.data = nn.Parameter(module.data.new_empty(0), requires_grad=False)
+    for weight in plain_weights(model):
+        if is_faster(weight.data, MEASURED_ROWS, tuner):
+            weight.packed = PackedMatrix(weight.data)
+            weight.data = nn.Parameter(weight.data.new_empty(0), requires_grad=False)
             num_packed += 1
     head = model.output_embedding
-    if head is not None and head.packed is None and is_faster(head.weight, tuner):
+    if head is not None and head.packed is None and is_faster(head.weight, MEASURED_ROWS, tuner):
         head.packed = PackedMatrix(head.weight)  # lookups still need the matrix itself
         num_packed += 1
     return num_packed
 
 
-def is_faster(matrix: Tensor, tuner: Tuner) -> bool:
-    """Whether the packed matrix is faster for a batch, and not slower for a single row."""
-    times = [measure(matrix, num_rows, tuner) for num_rows in MEASURED_ROWS]
+def pack_copies(model: DecoderModel, max_tokens: int, tuner: Tuner | None = None) -> int:
+    """The same for a model with a megakernel, which computes steps of up to max_tokens from the matrices as they are.
+    Larger steps use packed copies, unless these take more than MAX_COPIES."""
+    tuner, num_packed = tuner or Tuner(), 0
+    weights = plain_weights(model)
+    if sum(weight.data.nbytes for weight in weights) > MAX_COPIES:
+        return 0
+    for weight in weights:
+        if is_faster(weight.data, (4 * max_tokens, LARGE_STEP), tuner):
+            weight.packed = PackedMatrix(weight.data)
+            num_packed += 1
+    return num_packed
+
+
+def plain_weights(model: DecoderModel) -> list[Weight]:
+    """Matrices of layers, in floating point."""
+    weights = [module for module in model.modules() if type(module) is Weight]
+    return [each for each in weights if len(each.shape) == 2 and each.packed is None and not each.data.is_meta]
+
+
+def is_faster(matrix: Tensor, nums_rows: Sequence[int], tuner: Tuner) -> bool:
+    """Whether the packed matrix is faster for one of these numbers of rows, and slower for none."""
+    times = [measure(matrix, num_rows, tuner) for num_rows in nums_rows]
     gains = [time["plain"] / time["packed"] for time in times if len(time) == 2]
-    return len(gains) == len(MEASURED_ROWS) and min(gains) >= 1 and max(gains) >= MIN_GAIN
+    return len(gains) == len(nums_rows) and min(gains) >= 1 and max(gains) >= MIN_GAIN
 
 
 def measure(matrix: Tensor, num_rows: int, tuner: Tuner) -> dict[str, float]:

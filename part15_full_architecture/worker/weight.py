@@ -57,7 +57,7 @@ class Weight(nn.Module):
         super().__init__()
         self.shape = shape
         self.data = nn.Parameter(torch.empty(shape))
-        self.packed: Packed | None = None  # takes the place of data
+        self.packed: Packed | None = None  # takes the place of data, or is a copy: see packed_matrix.py
 
     def read(self, reader: CheckpointReader, name: str, part: Part, place: Place) -> None:
         """Read the part of a projection. name: its name in the checkpoint. place: where it belongs in this matrix."""

@@ -23,9 +23,10 @@ from .kv_cache import CPU_KV_CACHE_BYTES, KVCache, kv_bytes_per_block
 from .kv_shard import make_shard
 from .kv_tiers import make_tiers
 from .kv_transfer import KVTransferAgent
+from .megakernel import most_tokens
 from .model import DecoderModel
 from .model_runner import ModelRunner, to_step_output
-from .packed_matrix import pack_matrices
+from .packed_matrix import pack_copies, pack_matrices
 from .parallel import Groups
 from .quantization.choice import QuantizationFlags
 from .quantization.kv_codes import KVFormat
@@ -210,7 +211,9 @@ def use_kernels(model: DecoderModel, kv_format: KVFormat, config: EngineConfig) 
     kernels = choose_kernels(config.kernels, situation)
     model.use(kernels)
     is_packed = config.pack_weights and model.device == "cpu" and situation.num_ranks == 1  # ranks must compute alike
-    if is_packed and not uses_megakernel(model, kernels, kv_format.scales, config):
+    if is_packed and uses_megakernel(model, kernels, kv_format.scales, config):
+        pack_copies(model, most_tokens(model.dtype))
+    elif is_packed:
         pack_matrices(model)
     return kernels
 

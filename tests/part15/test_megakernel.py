@@ -129,11 +129,13 @@ def test_a_step_with_more_tokens_is_left_to_the_layers(llama: SmallModels) -> No
     assert kernel.run(positions[:0], positions[:0], metadata) is None, f"a step of no tokens. {LOOK}"
 
 
-def test_a_model_whose_sizes_are_not_multiples_of_four_has_none(llama: SmallModels) -> None:
-    engine = SmallEngine(PART, llama)
-    model, attention = copy.deepcopy(engine.worker.runner.model), engine.worker.runner.attention
+def test_a_model_whose_sizes_are_not_multiples_of_four_has_none(
+    llama: SmallModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = SmallEngine(PART, llama).worker.runner
+    model, attention = runner.model, runner.attention
     assert can_be_one_kernel(model, attention.kernels, None), LOOK
-    model.config.intermediate_size = 90  # twice that is a multiple of 4
+    monkeypatch.setattr(model.config, "intermediate_size", 90)  # twice that is a multiple of 4
     assert not can_be_one_kernel(model, attention.kernels, None), f"tasks of gate and up would overlap. {LOOK}"
 
 

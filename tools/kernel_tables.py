@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,7 @@ def operations(m: dict[str, Any]) -> list[str]:
 def engines(m: dict[str, Any]) -> list[str]:
     heads = "| output tokens/s | greedy, batch 1 | greedy, batch 32 | sampled, batch 32 | operators per step |"
     lines = [heads, "|---" * 5 + "|"]
-    order = list(MODELS)
-    for model, dtype in sorted(
-        (name.split(", ") for name in m["engines"]), key=lambda each: (order.index(each[0]), each[1] != "float32")
-    ):
+    for model, dtype in in_order(m["engines"]):
         rows = m["engines"][f"{model}, {dtype}"]
         for variant, label in ROWS.items():
             if variant in rows:
@@ -58,10 +55,16 @@ def engines(m: dict[str, Any]) -> list[str]:
 
 def prefill(m: dict[str, Any]) -> list[str]:
     lines = ["| prompt tokens/s | torch's products | packed copies |", "|---" * 3 + "|"]
-    for name, speeds in m["prefill"].items():
-        model, dtype = name.split(", ")
+    for model, dtype in in_order(m["prefill"]):
+        speeds = m["prefill"][f"{model}, {dtype}"]
         lines.append(f"| {MODELS[model]}, {dtype} | {speeds['plain']:,.0f} | {speeds['packed copies']:,.0f} |")
     return lines
+
+
+def in_order(names: Iterable[str]) -> list[list[str]]:
+    """Models and dtypes, which the names consist of."""
+    order = list(MODELS)
+    return sorted((name.split(", ") for name in names), key=lambda each: (order.index(each[0]), each[1] != "float32"))
 
 
 def microseconds(number: float) -> str:

@@ -30,6 +30,7 @@ from common.threads import set_num_threads
 from ..config import EngineConfig
 from ..llm import LLM
 from ..worker.model import DecoderModel
+from ..worker.weight import Weight
 from .operators import CallCounter, replaced_run
 
 PROG = "part15_full_architecture.lab.attribution"
@@ -159,10 +160,14 @@ def answer(llm: LLM, burst: list[tuple[list[int], int]], number: int, counters: 
 
 
 def bytes_per_step(model: DecoderModel) -> int:
-    """Of the weights that a step reads: of the embedding only a few rows, unless the LM head is the same matrix."""
+    """Of the weights that a step reads: of the embedding only a few rows, unless the LM head is the same matrix; of a
+    matrix and its packed copy, one."""
     embedding, head = model.embed_tokens, model.output_embedding
     assert embedding is not None and head is not None, "the only stage has both"
     total = model.packed_bytes + sum(parameter.nbytes for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Weight) and module.packed is not None and module.data.numel():
+            total -= module.packed.nbytes
     head_has_own_matrix = head is not embedding or (head.packed is not None and head.packed.nbytes > 0)
     return total - embedding.weight.nbytes if head_has_own_matrix else total
 

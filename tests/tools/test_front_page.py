@@ -63,7 +63,7 @@ def of_kernels(m: dict[str, Any]) -> list[str]:
     rows = m["engines"]["random:llama-110m, float32"]
     before = "torch" if "torch" in rows else "part 14's"  # the name in results of older benchmarks
     fast, slow = (rows[name]["sampled_32"] for name in ("megakernel", before))
-    return [f"{fast:.0f} output", f"{slow:.0f} ", f"({fast / slow:.1f}×)"]
+    return [f"{fast:,.0f} output", f"{slow:,.0f} ", f"({fast / slow:.1f}×)"]
 
 
 def of_health(m: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from .weight import Weight
 MEASURED_ROWS = (1, 32)  # tokens of a step: a single decode, and a batch of them
 LARGE_STEP = 512  # tokens: a prompt
 MIN_GAIN = 1.1  # a packed matrix that is hardly faster is not worth its memory
-MAX_COPIES = 1 << 30  # bytes, of matrices that the megakernel reads as they are
+MAX_COPIES = 1 << 30  # bytes, for a model: of matrices that the megakernel reads as they are
 
 
 class PackedMatrix:
@@ -57,20 +57,21 @@ def pack_matrices(model: DecoderModel, tuner: Tuner | None = None) -> int:
 
 def pack_copies(model: DecoderModel, max_tokens: int, tuner: Tuner | None = None) -> int:
     """The same for a model with a megakernel, which computes steps of up to max_tokens from the matrices as they are.
-    Larger steps use packed copies, unless these take more than MAX_COPIES."""
-    tuner, num_packed = tuner or Tuner(), 0
-    weights = plain_weights(model)
+    Larger steps use packed copies, unless these would take more than MAX_COPIES."""
+    tuner, num_rows = tuner or Tuner(), (4 * max_tokens, LARGE_STEP)
+    weights = [weight for weight in plain_weights(model) if is_faster(weight.data, num_rows, tuner)]
     if sum(weight.data.nbytes for weight in weights) > MAX_COPIES:
         return 0
     for weight in weights:
-        if is_faster(weight.data, (4 * max_tokens, LARGE_STEP), tuner):
-            weight.packed = PackedMatrix(weight.data)
-            num_packed += 1
-    return num_packed
+        weight.packed = PackedMatrix(weight.data)
+    return len(weights)
 
 
 def plain_weights(model: DecoderModel) -> list[Weight]:
-    """Matrices of layers, in floating point."""
+    """Matrices of layers, in floating point; none if some layers' weights come to the device only when they are needed:
+    their memory has those of other layers now."""
+    if model.fetcher is not None:
+        return []
     weights = [module for module in model.modules() if type(module) is Weight]
     return [each for each in weights if len(each.shape) == 2 and each.packed is None and not each.data.is_meta]
 

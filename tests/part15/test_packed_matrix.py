@@ -16,7 +16,7 @@ from part15_full_architecture.worker.linear import Linear
 from part15_full_architecture.worker.megakernel import MAX_TOKENS, can_be_one_kernel
 from part15_full_architecture.worker.packed_matrix import PackedMatrix, pack_copies, pack_matrices
 from part15_full_architecture.worker.worker import Worker
-from tests.contract.engines import SmallEngine, SmallModels
+from tests.contract.engines import GROUP_SIZE, SmallEngine, SmallModels
 
 PART = "part15_full_architecture"
 LOOK = "Look at worker/packed_matrix.py"
@@ -110,6 +110,27 @@ def test_no_copies_of_a_large_model(worker: Worker, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packed_matrix, "MAX_COPIES", num_bytes)
     got = pack_copies(worker.model, MAX_TOKENS, tuner)
     assert got == len(linears(worker)), f"copies take what they may: expected all, got {got}. {LOOK}::pack_copies"
+
+
+@pytest.mark.parametrize("megakernel", [True, False])
+@pytest.mark.parametrize("kind", ["no drafts", "weight offload", "int4", "int8 draft"])
+def test_answers_with_all_matrices_packed(
+    kind: str, megakernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU for which they are faster."""
+    models = SmallModels(tmp_path)
+    monkeypatch.setattr(packed_matrix, "is_faster", lambda *_: True)
+    flags: dict[str, Any] = {
+        "no drafts": {}, "weight offload": {"cpu_offload_gb": 1.0},
+        "int4": {"quantization": "int4", "quantization_group_size": GROUP_SIZE},
+        "int8 draft": {
+            "speculative_method": "draft_model", "speculative_model": models.draft, "speculative_quantization": "int8",
+        },
+    }[kind]  # fmt: skip
+    engine = SmallEngine(PART, models, megakernel=megakernel, **flags)
+    for prompt in ([5, 6, 7], list(range(10, 110))):
+        got, expected = engine.generate(prompt, max_tokens=12), models.of(flags).greedy(prompt, 12)
+        assert got == expected, f"{kind}, {len(prompt)} tokens: expected {expected}, got {got}. {LOOK}"
 
 
 def test_without_one_dnn_nothing_is_packed(worker: Worker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

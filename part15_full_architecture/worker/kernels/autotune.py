@@ -30,11 +30,13 @@ Functions = Mapping[str, Callable[..., Tensor]]
 
 
 class Tuner:
-    """Keeps what it has measured in a file. path: of the file; None: a file in the user's cache directory."""
+    """Keeps what it has measured in a file, and in memory, because the file may be one that can't be written. path: of
+    the file; None: a file in the user's cache directory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_directory() / "autotune.json"
         self.num_measured = 0
+        self._known: dict[str, dict[str, float]] = {}
 
     def measure(
         self, name: str, candidates: Mapping[str, Any], make_case: Callable[[], Callable[[Any], object]],
@@ -44,17 +46,17 @@ class Tuner:
         same code on such a device. name: what is measured, with its sizes. make_case: returns a function that runs a
         candidate."""
         key = " ".join([name, *candidates, device_name(device), sources()])
-        known = self._read()
-        if key not in known:
+        self._known |= self._read()
+        if key not in self._known:
             self.num_measured += 1
-            known[key] = time_all(make_case(), candidates, device)
-            self._write(known)
-        return dict(known[key])
+            self._known[key] = time_all(make_case(), candidates, device)
+            self._write(self._known)
+        return dict(self._known[key])
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:
             known = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return {key: times for key, times in known.items() if has_times(times)} if isinstance(known, dict) else {}
 
@@ -63,8 +65,11 @@ class Tuner:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(known, indent=1))
-            temporary.replace(self.path)
+            try:
+                temporary.write_text(json.dumps(known, indent=1))
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def has_times(times: object) -> bool:

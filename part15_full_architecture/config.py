@@ -95,7 +95,7 @@ class EngineConfig:
         "auto", "the same as quantization, for the draft model"
     )
     cpu_offload_gb: float = option(0.0, "weights of each rank that don't stay on the device, in GiB (0: none)")
-    pack_weights: bool = option(True, "on cpu, rearrange matrices where products get faster; with the megakernel, copies of them")
+    pack_weights: bool = option(True, "on cpu, rearrange matrices (or copies) where products get faster")
     megakernel: bool = option(True, "on cpu, compute steps of few tokens in one kernel, if the model is dense")
     enforce_eager: bool = option(False, "on cuda, launch each kernel of a step by itself instead of a CUDA graph")
     cudagraph_capture_sizes: str = option(

@@ -1,12 +1,13 @@
 """Forks servers of any part from 3 on: it has imported what takes seconds to import, and loaded the shipped models.
 
 Reads orders, a JSON object a line, and answers each with one: see forked_servers.py. From part 5 on the engine core of
-such a server is forked as well instead of spawned; tests/contract/test_process.py starts everything as a user does.
-Run with `python -m tests.server_host`.
+such a server is forked as well instead of spawned, and from part 10 on so are the replicas that a router starts;
+tests/contract/test_process.py starts everything as a user does. Run with `python -m tests.server_host`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import ctypes
@@ -23,6 +24,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,26 +52,28 @@ def main() -> None:
             decoders_of(order["part"])
             pid = os.fork()
             if pid == 0:
-                serve_and_exit(order)
+                exit_after(functools.partial(serve, order))
             answer["pid"] = pid
         elif "wait" in order:
             deadline = time.monotonic() + order["timeout"]
+            reap(statuses)
             while order["wait"] not in statuses and time.monotonic() < deadline:
-                reap(statuses)
                 time.sleep(0.005)
+                reap(statuses)
             answer["status"] = statuses.get(order["wait"])
         elif "end" in order:
             end_all()
         else:
             reap(statuses)
-            answer["alive"] = children_of(os.getpid())
+            answer["alive"] = descendants_of(os.getpid())
         print(json.dumps(answer), flush=True)
     end_all()
 
 
 def end_all() -> None:
-    for pid in children_of(os.getpid()):
-        os.kill(pid, signal.SIGKILL)
+    for pid in descendants_of(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):  # it has ended with its parent
+            os.kill(pid, signal.SIGKILL)
 
 
 def reap(statuses: dict[int, int]) -> None:
@@ -78,13 +82,22 @@ def reap(statuses: dict[int, int]) -> None:
             statuses[ended[0]] = os.waitstatus_to_exitcode(ended[1])
 
 
-def children_of(parent: int) -> list[int]:
-    found = []
+def descendants_of(ancestor: int) -> list[int]:
+    """Those that have not ended. They are found through those that have, whose children are about to be this process's
+    own."""
+    processes, found = all_processes(), [ancestor]
+    for parent in found:  # which grows
+        found += [pid for pid, (ppid, _) in processes.items() if ppid == parent]
+    return [pid for pid in found[1:] if processes[pid][1] != "Z"]
+
+
+def all_processes() -> dict[int, tuple[int, str]]:
+    """The parent and the state of each."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, ppid = path.read_text().rpartition(")")[2].split()[:2]
-            if int(ppid) == parent and state != "Z":
-                found.append(int(path.parent.name))
+            found[int(path.parent.name)] = int(ppid), state
     return found
 
 
@@ -117,11 +130,11 @@ def warm_up_kernels(part: str) -> None:
         ops.choose_kernels("auto", ops.Situation(torch.device("cpu"), torch.float32, kv_dtype, 8, 4, 32, 256, 4_096))
 
 
-def serve_and_exit(order: dict[str, Any]) -> None:
+def exit_after(work: Callable[[], object]) -> None:
     """As a program ends, only that it does not tear down what it has imported, which takes seconds."""
     status: Any = 0
     try:
-        serve(order)
+        work()
     except SystemExit as end:
         status = end.code or 0
     except BaseException:
@@ -139,17 +152,10 @@ def serve_and_exit(order: dict[str, Any]) -> None:
 
 def serve(order: dict[str, Any]) -> None:
     """In the child, which has what takes long to load from its parent."""
-    os.setsid()
-    sys.stdin = Path(os.devnull).open()  # noqa: SIM115
-    for stream in (1, 2):
-        fd = os.open(order["stdout" if stream == 1 else "stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(fd, stream)
-        os.close(fd)
-    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 about forks beside threads
+    outputs = [os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("stdout", "stderr")]
+    become_a_program(*outputs, order["env"])
     tempfile.tempdir = order["temporary"]
     part = order["part"]
-    sys.argv = [part, *order["argv"]]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         if order["counts_threads"]:
             count_threads(part, stack)
@@ -160,7 +166,65 @@ def serve(order: dict[str, Any]) -> None:
             stack.enter_context(mock.patch.object(common.serve, "DEATH_GRACE_S", order["grace_s"]))
         if runs_a_core(part):
             change_core(part, order, stack)
-        module(part, "__main__").main()
+        if importlib.util.find_spec(f"{part}.router") is not None:
+            processes = module(part, "router.processes")
+            stack.enter_context(mock.patch.object(processes.asyncio, "create_subprocess_exec", ForkedReplica.start))
+        run(order["module"], order["argv"])
+
+
+def become_a_program(stdout: int, stderr: int, env: dict[str, str]) -> None:
+    """A forked process: with a session, a standard output and a standard error of its own, and no other open files."""
+    os.setsid()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.closerange(3, 1_024)
+    sys.stdin = Path(os.devnull).open()  # noqa: SIM115
+    os.environ.update(env)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 about forks beside threads
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run(name: str, argv: list[str]) -> None:
+    """`python -m name argv…`"""
+    sys.argv = [name, *argv]
+    importlib.import_module(f"{name}.__main__").main()
+
+
+class ForkedReplica:
+    """What a router gets in place of an asyncio.subprocess.Process when it starts `python -m part argv…`."""
+
+    def __init__(self, pid: int, stdout: asyncio.StreamReader, stderr: asyncio.StreamReader) -> None:
+        self.pid, self.stdout, self.stderr = pid, stdout, stderr
+        self.returncode: int | None = None
+        self._ended = asyncio.get_running_loop().run_in_executor(None, os.waitpid, pid, 0)
+
+    @classmethod
+    async def start(
+        cls, python: str, flag: str, part: str, *argv: str, preexec_fn: Callable[[], None], env: dict[str, str],
+        **streams_and_session: Any,
+    ) -> ForkedReplica:  # fmt: skip
+        assert (python, flag) == (sys.executable, "-m"), f"a router starts its own part, not {python} {flag}"
+        pipes = [os.pipe() for _ in ("stdout", "stderr")]
+        pid = os.fork()
+        if pid == 0:
+            asyncio._set_running_loop(None)
+            signal.set_wakeup_fd(-1)
+            preexec_fn()
+            become_a_program(*(end for _, end in pipes), env)
+            exit_after(functools.partial(run, part, [*argv]))
+        readers = []
+        for beginning, end in pipes:
+            os.close(end)
+            readers.append(asyncio.StreamReader())
+            protocol = functools.partial(asyncio.StreamReaderProtocol, readers[-1])
+            await asyncio.get_running_loop().connect_read_pipe(protocol, os.fdopen(beginning, "rb"))
+        return cls(pid, *readers)
+
+    async def wait(self) -> int:
+        _, status = await asyncio.shield(self._ended)
+        self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
 
 
 def count_threads(part: str, stack: contextlib.ExitStack) -> None:

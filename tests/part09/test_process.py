@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -15,17 +14,19 @@ import pytest
 
 from common.trace import read_trace
 from part09_tensor_parallelism import config
-from tests.forked_servers import GREEDY, READY, until
+from tests.forked_servers import GREEDY, READY, Host, is_alive, until
 from tests.http_checks import COMPLETIONS
 from tests.left_behind import Traces, tracing
-from tests.process_checks import ServerProcess, check_command_lines, refuses, serve
+from tests.process_checks import check_command_lines, serve
+from workshop.failures.servers import children_of, command_line
 
 PART_DIR = Path(config.__file__).parent
 PART = PART_DIR.name
 LOOK = 'Look at core/ranks.py::Ranks, worker/rank_process.py::run_rank and core/engine_core.py; README "When a rank is lost".'  # noqa: E501
 LOOK_FLAGS = 'Look at config.py::EngineConfig and worker/model.py::check_divisible; README "Heads".'
-FLAGS = ["--port", "0", "--device", "cpu", "--no-log-stats", "--num-threads", "1", "--num-kv-blocks", "64"]
+SMALL = ["--num-threads", "1", "--num-kv-blocks", "64"]
 TWO = ["--tensor-parallel-size", "2"]
+NO_TRACEBACK = r"(?s)(?!.*Traceback).*"
 BODY = {**GREEDY, "prompt": [6] * 10, "max_tokens": 400, "stream": True}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for what processes leave behind in /proc")
 
@@ -45,13 +46,6 @@ def traces() -> Iterator[Traces]:
         yield found
 
 
-@contextlib.contextmanager
-def serving(traces: Traces, *flags: str) -> Iterator[ServerProcess]:
-    errors = traces.folder / "stderr"
-    with serve(["-m", PART, *FLAGS, *flags], READY, errors, PART_DIR.parent, traces.env, LOOK) as server:
-        yield server
-
-
 def interrupt_all(traces: Traces, pid: int) -> None:
     """As a terminal does: all processes of the server's group."""
     for each in traces.processes():
@@ -60,8 +54,10 @@ def interrupt_all(traces: Traces, pid: int) -> None:
 
 
 def test_it_drains_after_ctrl_c_and_leaves_a_trace_of_all_ranks(traces: Traces, tmp_path: Path) -> None:
+    """As a user starts it; the servers of the other tests are forked (tests/forked_servers.py)."""
     path = tmp_path / "trace.jsonl"
-    with serving(traces, *TWO, "--trace", str(path)) as server:
+    flags = ["--port", "0", "--device", "cpu", "--no-log-stats", *SMALL, *TWO, "--trace", str(path)]
+    with serve(["-m", PART, *flags], READY, traces.folder / "stderr", PART_DIR.parent, traces.env, LOOK) as server:
         assert len(traces.ranks()) == 2, f"expected two ranks among {traces.processes()}. {LOOK}"
         for pid in traces.ranks():
             shared = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm" in line]
@@ -78,59 +74,54 @@ def test_it_drains_after_ctrl_c_and_leaves_a_trace_of_all_ranks(traces: Traces, 
 
 
 @pytest.mark.parametrize("who", ["engine core", "rank 1"])
-def test_one_of_the_processes_is_killed(traces: Traces, who: str) -> None:
+def test_one_of_the_processes_is_killed(host: Host, who: str) -> None:
     """In the middle of a stream, whose client gets an error that says so. (If the API process is killed, the core ends:
-    that's part 5's test.)"""
+    that's part 5's test.) A core that is killed leaves its fork server behind, which ends by itself."""
     flags = ["--pipeline-parallel-size", "2"] if who == "engine core" else TWO
-    with serving(traces, *flags) as server:
-        victims = {"engine core": int(server.ready["core"] or 0), "rank 1": traces.ranks()[1]}
-        with server.stream(COMPLETIONS, BODY) as response:
-            chunks = response.iter_text()
-            text = next(chunks)
-            os.kill(victims[who], signal.SIGKILL)
-            text += "".join(chunks)
-        cause = "rank 1 was killed by SIGKILL" if who == "rank 1" else "engine core has died (killed by SIGKILL)"
-        assert cause in text, f"expected {cause!r} in the error, got {text[-300:]!r}. {LOOK}"
-        got = server.process.wait(60)
-        assert got == 1, f"expected exit status 1, got {got}: {server.stderr.read_text()}. {LOOK}"
-        assert "Traceback" not in server.stderr.read_text(), f"{server.stderr.read_text()}. {LOOK}"
-        assert refuses(server.port), f"the port is still open. {LOOK}"
-    traces.check_nothing_is_left()
+    server = host.serve(PART, *SMALL, *flags, forks_ranks=who == "rank 1")
+    ranks = server.ranks()
+    with server.stream(COMPLETIONS, BODY) as response:
+        chunks = response.iter_text()
+        text = next(chunks)
+        os.kill(server.core if who == "engine core" else ranks[1], signal.SIGKILL)
+        text += "".join(chunks)
+    cause = "rank 1 was killed by SIGKILL" if who == "rank 1" else "engine core has died (killed by SIGKILL)"
+    assert cause in text, f"expected {cause!r} in the error, got {text[-300:]!r}. {LOOK}"
+    server.check_end(1, NO_TRACEBACK, LOOK)
+    assert not any(map(is_alive, ranks)), f"rank processes of {ranks} are left. {LOOK}"
 
 
-def test_a_rank_is_stopped_and_nothing_is_left(traces: Traces) -> None:
+def test_a_rank_is_stopped_and_nothing_is_left(host: Host) -> None:
     """It does not hear SIGTERM: the core kills it, although the server tells the core to end meanwhile."""
-    with serving(traces, *TWO, "--distributed-timeout", "4") as server:
-        with server.stream(COMPLETIONS, BODY) as response:
-            chunks = response.iter_text()
-            text = next(chunks)
-            os.kill(traces.ranks()[1], signal.SIGSTOP)
-            text += "".join(chunks)
-        named = re.search("rank 1 (has not answered for 4 s|does not answer)", text)
-        assert named, f"the error names the rank, got {text[-300:]!r}. {LOOK}"
-        assert server.process.wait(60) == 1, f"{server.stderr.read_text()}. {LOOK}"
-        assert not traces.ranks(), f"rank processes {traces.ranks()} are left. {LOOK}"
-    traces.check_nothing_is_left()
+    server = host.serve(PART, *SMALL, *TWO, "--distributed-timeout", "4", forks_ranks=True)
+    ranks = server.ranks()
+    with server.stream(COMPLETIONS, BODY) as response:
+        chunks = response.iter_text()
+        text = next(chunks)
+        os.kill(ranks[1], signal.SIGSTOP)
+        text += "".join(chunks)
+    named = re.search("rank 1 (has not answered for 4 s|does not answer)", text)
+    assert named, f"the error names the rank, got {text[-300:]!r}. {LOOK}"
+    assert server.wait() == 1, f"{server.stderr.read_text()}. {LOOK}"
+    assert not any(map(is_alive, ranks)), f"rank processes of {ranks} are left. {LOOK}"
+    server.check_end(1, NO_TRACEBACK, LOOK)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_the_server_is_ended_while_it_starts(traces: Traces, number: signal.Signals) -> None:
-    """As soon as the process that forks the ranks has begun, or a rank has."""
-    has_begun = traces.ranks if number == signal.SIGTERM else lambda: traces.processes("forkserver")
-    errors = (traces.folder / "stderr").open("w+")
-    with errors, subprocess.Popen(
-        [sys.executable, "-m", PART, *FLAGS, *TWO], cwd=PART_DIR.parent, env=traces.env, stdout=subprocess.DEVNULL,
-        stderr=errors, start_new_session=True,
-    ) as process:  # fmt: skip
-        until(has_begun, "the ranks to begin")
-        process.send_signal(number)
-        status = process.wait(60)
-        errors.seek(0)
-        said = errors.read()
-        expected = -number if number == signal.SIGKILL else 128 + number
-        assert status == expected, f"{number.name}: expected {expected}, got {status}: {said}. {LOOK}"
-        assert "Traceback" not in said, f"{number.name}: {said}. {LOOK}"
-    traces.check_nothing_is_left()
+def test_the_server_is_ended_while_it_starts(host: Host, number: signal.Signals) -> None:
+    """With SIGTERM, as soon as the process that forks the ranks has begun. With SIGKILL, as soon as a rank has: it is
+    who removes the files then."""
+
+    def has_begun() -> bool:
+        cores = children_of(server.pid)
+        forking = [pid for core in cores for pid in children_of(core) if "forkserver" in command_line(pid)]
+        return bool(children_of(forking[0]) if forking and number == signal.SIGKILL else forking)
+
+    server = host.start(PART, *SMALL, *TWO)
+    until(has_begun, "the ranks to begin")
+    os.kill(server.pid, number)
+    expected = -number if number == signal.SIGKILL else 128 + number
+    server.check_end(expected, NO_TRACEBACK, LOOK)
 
 
 def test_bad_command_lines() -> None:
@@ -156,8 +147,8 @@ def test_bad_command_lines() -> None:
         (["--pipeline-parallel-size", "7"], "pipeline_parallel_size: expected at most num_hidden_layers, 6, got 7"),
     ],
 )
-def test_a_model_that_the_ranks_cannot_share(host: object, flags: list[str], words: str) -> None:
-    server = host.start(PART, *flags)  # type: ignore[attr-defined]
+def test_a_model_that_the_ranks_cannot_share(host: Host, flags: list[str], words: str) -> None:
+    server = host.start(PART, *flags)
     server.check_end(2, f"{PART}: error: {words}\n", LOOK_FLAGS)
 
 

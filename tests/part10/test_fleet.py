@@ -1,4 +1,8 @@
-"""router/fleet.py, processes.py: replicas that the router starts, in real processes, are replaced and renewed."""
+"""router/fleet.py, processes.py: replicas that the router starts, in real processes, are replaced and renewed.
+
+The router and its replicas are forked (tests/forked_servers.py). test_sigterm_while_replicas_start starts them as a
+user does, and so does tests/part13/test_process.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,12 @@ from common.checkpoint import load_model, load_tokenizer, resolve_checkpoint
 from common.testing import reference_greedy
 from part10_data_parallelism.router.fleet import with_model
 from tests.contract.test_process import processes_with
+from tests.forked_servers import ForkedServer, Host, until
 from tests.process_checks import course_environment
+from workshop.failures.servers import children_of
 
 ROOT = Path(__file__).parents[2]
+PART = "part10_data_parallelism"
 LOOK = 'Look at router/fleet.py::Fleet; README "Replicas come and go".'
 KEY = {"Authorization": "Bearer key"}
 TIMEOUT_S = 300.0
@@ -51,77 +57,56 @@ def test_a_new_version_has_the_old_name(flags: list[str], expected: list[str]) -
 
 
 class RouterProcess:
-    """`python -m part10_data_parallelism.router --replicas 2`, and who asks it without a pause."""
+    """`python -m part10_data_parallelism.router --replicas 2`, and who asks it again and again."""
 
-    def __init__(self, url: str, mark: str) -> None:
-        self.url, self.mark = url, mark
+    def __init__(self, process: ForkedServer) -> None:
+        self.url, self.process = process.url, process
         self.answers: list[httpx.Response | Exception] = []
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def ask(self, **fields: Any) -> httpx.Response:
         return httpx.post(
-            f"{self.url}/v1/completions", json={**BODY, **fields}, headers=KEY, timeout=TIMEOUT_S, trust_env=False
-        )
+            f"{self.url}/v1/completions", json={**BODY, **fields}, headers=KEY, timeout=TIMEOUT_S, trust_env=False,
+            verify=False,
+        )  # fmt: skip
 
     def workers(self) -> list[dict[str, Any]]:
-        return httpx.get(f"{self.url}/workers", headers=KEY, timeout=TIMEOUT_S, trust_env=False).json()["workers"]
+        found = httpx.get(f"{self.url}/workers", headers=KEY, timeout=TIMEOUT_S, trust_env=False, verify=False)
+        return found.json()["workers"]
 
     def replicas(self) -> list[int]:
         """The processes of the replicas' servers, without their cores."""
-        found = []
-        for pid in processes_with(self.mark):
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                if "part10_data_parallelism" in command:
-                    found.append(pid)
-        return found
+        return children_of(self.process.pid)
 
     @contextlib.contextmanager
     def asked_all_the_time(self) -> Iterator[None]:
+        stop = threading.Event()
+
         def ask() -> None:
-            while not self._stop.is_set():
+            while not stop.wait(0.01):
                 try:
                     self.answers.append(self.ask())
                 except httpx.HTTPError as error:
                     self.answers.append(error)
 
-        self._thread = threading.Thread(target=ask)
-        self._thread.start()
+        thread = threading.Thread(target=ask)
+        thread.start()
         try:
             yield
         finally:
-            self._stop.set()
-            self._thread.join()
+            stop.set()
+            thread.join()
 
 
 @pytest.fixture(scope="module")
-def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    mark = f"fleet-{os.getpid()}"
-    with (tmp_path_factory.mktemp("router") / "stderr").open("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "part10_data_parallelism.router", "--port", "0", "--api-key", "key",
-             "--replicas", "2", "--", *FLAGS],
-            cwd=ROOT, env=course_environment(ROOT / "part10_data_parallelism") | {"LLM_ENGINE_TEST": mark},
-            stdout=subprocess.PIPE, stderr=errors, text=True,
-        )  # fmt: skip
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert "routing on" in line, f"{line!r}, {errors.seek(0)}{errors.read()}"
-        started = RouterProcess(line.split()[2], mark)
-        until(lambda: len(started.workers()) == 2, f"both replicas to serve. {LOOK}")
-        yield started
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0, f"{errors.seek(0)}{errors.read()}. {LOOK}"
-        until(lambda: not processes_with(mark), f"all processes to end: {processes_with(mark)}. {LOOK}")
-        process.stdout.close()
-
-
-def until(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"expected {what}"
-        time.sleep(0.05)
+def router(one_host: Host) -> Iterator[RouterProcess]:
+    process = one_host.route(f"{PART}.router", "--api-key", "key", "--replicas", "2", "--", *FLAGS)
+    started = RouterProcess(process)
+    until(lambda: len(started.workers()) == 2, f"both replicas to serve. {LOOK}")
+    yield started
+    os.kill(process.pid, signal.SIGTERM)
+    status = process.wait()
+    assert status == 0, f"{status}, {process.stderr.read_text()}. {LOOK}"
+    until(lambda: not one_host.ask(alive=True)["alive"], f"all processes to end. {LOOK}")
 
 
 @functools.cache
@@ -140,20 +125,18 @@ def check_answers(answers: list[httpx.Response | Exception]) -> None:
     assert len(answers) > 3, f"only {len(answers)} answers: this proves nothing"
 
 
-def test_a_replica_that_does_not_start() -> None:
-    flags = ("--port", "0", "--replicas", "2", "--", "--x", "1")
-    command = [sys.executable, "-m", "part10_data_parallelism.router", *flags]
-    env = course_environment(ROOT / "part10_data_parallelism")
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+def test_a_replica_that_does_not_start(one_host: Host) -> None:
+    router = one_host.route(f"{PART}.router", "--replicas", "2", "--", "--x", "1")
     cause = "unrecognized arguments: --x 1 (--help lists the flags)"
-    expected = f"error: a replica did not start: part10_data_parallelism: error: {cause}\n"
-    assert (done.returncode, done.stderr) == (1, expected), f"got {done.returncode}, {done.stderr!r}. {LOOK}"
+    expected = (1, f"error: a replica did not start: {PART}: error: {cause}\n")
+    got = (router.wait(), router.stderr.read_text())
+    assert got == expected, f"expected {expected}, got {got}. {LOOK}"
 
 
 def test_sigterm_while_replicas_start() -> None:
     mark = f"starting-{os.getpid()}"
-    command = [sys.executable, "-m", "part10_data_parallelism.router", "--port", "0", "--replicas", "2"]
-    env = course_environment(ROOT / "part10_data_parallelism") | {"LLM_ENGINE_TEST": mark}
+    command = [sys.executable, "-m", f"{PART}.router", "--port", "0", "--replicas", "2"]
+    env = course_environment(ROOT / PART) | {"LLM_ENGINE_TEST": mark}
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and "2 replicas start" in process.stdout.readline()
         until(lambda: len(processes_with(mark)) >= 3, f"the replicas' processes. {LOOK}")
@@ -175,7 +158,6 @@ def test_a_replica_that_is_killed_is_replaced_and_no_request_fails(router: Route
 
 def test_a_new_version_is_rolled_in_and_no_request_fails(router: RouterProcess) -> None:
     before, router.answers = {worker["url"] for worker in router.workers()}, []
-    router._stop.clear()
     with router.asked_all_the_time():
         refused = httpx.post(
             f"{router.url}/rollout", json={"model": "no-such-model"}, headers=KEY, timeout=TIMEOUT_S, trust_env=False

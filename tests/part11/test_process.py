@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,20 +14,19 @@ from pathlib import Path
 import pytest
 
 from part11_expert_parallelism import config
-from tests.forked_servers import GREEDY, READY, until
+from tests.forked_servers import GREEDY, READY, ForkedServer, Host, until
 from tests.http_checks import COMPLETIONS
 from tests.left_behind import Traces, tracing
-from tests.process_checks import ServerProcess, check_command_lines, refuses, serve
+from tests.process_checks import check_command_lines, serve
+from workshop.failures.servers import children_of
 
 PART_DIR = Path(config.__file__).parent
 PART = PART_DIR.name
 LOOK = 'Look at core/ranks.py::Ranks, core/engine_core.py::EngineCore and core/lockstep.py; README "Cores in step".'
-FLAGS = [
-    "--port", "0", "--device", "cpu", "--no-log-stats", "--num-threads", "1", "--num-kv-blocks", "64", "--model",
-    "tiny-moe", "--data-parallel-size", "2", "--enable-expert-parallel",
-]  # fmt: skip
+FLAGS = ["--num-threads", "1", "--num-kv-blocks", "64", "--model", "tiny-moe", "--data-parallel-size", "2",
+         "--enable-expert-parallel"]  # fmt: skip
+NO_TRACEBACK = r"(?s)(?!.*Traceback).*"
 BODY = {**GREEDY, "model": "tiny-moe", "prompt": [6] * 10, "max_tokens": 400, "stream": True}
-END_TIMEOUT_S = 60  # far more than it takes
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for what processes leave behind in /proc")
 
 
@@ -39,55 +36,45 @@ def traces() -> Iterator[Traces]:
         yield found
 
 
-@contextlib.contextmanager
-def serving(traces: Traces, *flags: str) -> Iterator[ServerProcess]:
-    errors = traces.folder / "stderr"
-    ready = READY.replace(r"(?P<core>\d+)", r"(?P<cores>[\d, ]+)")
-    with serve(["-m", PART, *FLAGS, *flags], ready, errors, PART_DIR.parent, traces.env, LOOK) as server:
-        yield server
+def all_ranks(server: ForkedServer) -> list[int]:
+    """Those of both cores."""
+    cores = children_of(server.pid)
+    return [rank for core in cores for rank in children_of(core)]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_is_killed_while_tokens_travel(traces: Traces, victim: int) -> None:
+def test_a_rank_is_killed_while_tokens_travel(host: Host, victim: int) -> None:
     """One core has a request, the other takes dummy steps. A rank of either is killed in the middle of a stream."""
-    with serving(traces) as server:
-        assert len(traces.ranks()) == 2, f"expected a rank for each core, got {traces.ranks()}. {LOOK}"
-        with server.stream(COMPLETIONS, BODY) as response:
-            chunks = response.iter_text()
-            text = next(chunks)
-            os.kill(traces.ranks()[victim], signal.SIGKILL)
-            text += "".join(chunks)
-        assert re.search(r"core [01], rank 0 was killed by SIGKILL", text) and '"error"' in text, (
-            f"expected an error that names the rank and its core, got {text[-300:]!r}. {LOOK}"
-        )
-        got = server.process.wait(END_TIMEOUT_S)
-        assert got == 1, f"expected exit status 1, got {got}: {server.stderr.read_text()}. {LOOK}"
-        assert "Traceback" not in server.stderr.read_text(), f"{server.stderr.read_text()}. {LOOK}"
-        assert refuses(server.port), f"the port is still open. {LOOK}"
-    traces.check_nothing_is_left()
+    server = host.serve(PART, *FLAGS, forks_ranks=True)
+    ranks = all_ranks(server)
+    assert len(ranks) == 2, f"expected a rank for each core, got {ranks}. {LOOK}"
+    with server.stream(COMPLETIONS, BODY) as response:
+        chunks = response.iter_text()
+        text = next(chunks)
+        os.kill(ranks[victim], signal.SIGKILL)
+        text += "".join(chunks)
+    assert re.search(r"core [01], rank 0 was killed by SIGKILL", text) and '"error"' in text, (
+        f"expected an error that names the rank and its core, got {text[-300:]!r}. {LOOK}"
+    )
+    server.check_end(1, NO_TRACEBACK, LOOK)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_the_server_is_ended_while_it_starts(traces: Traces, number: signal.Signals) -> None:
+def test_the_server_is_ended_while_it_starts(host: Host, number: signal.Signals) -> None:
     """When the ranks of both cores look for each other."""
-    with (traces.folder / "stderr").open("w") as errors, subprocess.Popen(
-        [sys.executable, "-m", PART, *FLAGS], cwd=PART_DIR.parent, env=traces.env, stdout=subprocess.DEVNULL,
-        stderr=errors, start_new_session=True,
-    ) as process:  # fmt: skip
-        until(lambda: len(traces.ranks()) == 2, "the ranks to begin")
-        assert list(traces.folder.glob("llm-cores-*")), f"expected a folder that both cores know. {LOOK}"
-        process.send_signal(number)
-        status = process.wait(END_TIMEOUT_S)
-    said, expected = (traces.folder / "stderr").read_text(), -number if number == signal.SIGKILL else 128 + number
-    assert status == expected, f"{number.name}: expected {expected}, got {status}: {said}. {LOOK}"
-    assert "Traceback" not in said, f"{number.name}: {said}. {LOOK}"
-    traces.check_nothing_is_left()
+    server = host.start(PART, *FLAGS, forks_ranks=True)
+    until(lambda: len(all_ranks(server)) == 2, "the ranks to begin")
+    assert list(server.temporary.glob("llm-cores-*")), f"expected a folder that both cores know. {LOOK}"
+    os.kill(server.pid, number)
+    server.check_end(-number if number == signal.SIGKILL else 128 + number, NO_TRACEBACK, LOOK)
 
 
 def test_it_comes_to_rest_and_drains(traces: Traces) -> None:
     """After the last request, all cores stop: their ranks use no processor time. After SIGTERM in the middle of a
-    stream, they go on until it ends."""
-    with serving(traces) as server:
+    stream, they go on until it ends. As a user starts it; the servers of the other tests are forked."""
+    ready = READY.replace(r"(?P<core>\d+)", r"(?P<cores>[\d, ]+)")
+    command = ["-m", PART, "--port", "0", "--device", "cpu", "--no-log-stats", *FLAGS]
+    with serve(command, ready, traces.folder / "stderr", PART_DIR.parent, traces.env, LOOK) as server:
         with server.stream(COMPLETIONS, {**BODY, "max_tokens": 5}) as response:
             response.read()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
-import sys
+import signal
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from part15_full_architecture.preset import FOLDER, Preset, as_flags, load_prese
 from part15_full_architecture.router.config import RouterConfig
 from tests.forked_servers import GREEDY, Host, until
 from tests.http_checks import COMPLETIONS
-from tests.process_checks import ROOT, ServerClient, environment, serve
+from tests.process_checks import ServerClient
 
 PART = "part15_full_architecture"
 LOOK = "See preset.py::Preset and presets/README.md"
@@ -111,12 +111,10 @@ def test_an_engine_starts_with_one_flag(name: str, host: Host) -> None:
 
 
 @pytest.mark.parametrize("name", ["dp_cache_aware", "disaggregated"])
-def test_a_router_and_its_engines_start_with_one_flag(name: str, tmp_path: Path) -> None:
-    command = ["-m", PART, "--preset", name, "--port", "0", "--", "--device", "cpu"]
-    ready = r"routing on http://127.0.0.1:(?P<port>\d+) .*\n"
-    env = environment(*map(Path, filter(None, sys.path)))
-    with serve(command, ready, tmp_path / "stderr", ROOT, env, LOOK) as server:
-        until(lambda: server.get("/health").status_code == 200, "all engines to start")
-        check_answer(server, "tiny")
-        server.process.terminate()
-        server.check_ends_after_sigterm(LOOK)
+def test_a_router_and_its_engines_start_with_one_flag(name: str, host: Host) -> None:
+    """Forked. tests/part13/test_process.py starts a proxy, and this one's engines, as a user does."""
+    server = host.route(PART, "--preset", name, "--", "--device", "cpu")
+    until(lambda: server.get("/health").status_code == 200, "all engines to start")
+    check_answer(server, "tiny")
+    os.kill(server.pid, signal.SIGTERM)
+    server.check_end(0, r"(?s)(?!.*Traceback).*", LOOK)

@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 from rich.console import Console
 
-from tests.forked_servers import until
+from tests.forked_servers import ForkedProcess, Host, until
 from tests.process_checks import TIMEOUT_S
 from workshop.__main__ import ROOT
 from workshop.course import WorkshopError
@@ -32,6 +34,7 @@ from workshop.failures import (
     fill_pool,
     main,
     poison_block,
+    servers,
 )
 from workshop.failures.checks import CheckFailed
 from workshop.failures.lab import Lab
@@ -54,11 +57,25 @@ EVIDENCE = {  # of a run that recovers
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
+def forking(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """The lab's servers are forked. test_a_learner_breaks_it_or_leaves starts one as a learner does."""
+
+    def start(command: list[str], stdout: IO[str], stderr: IO[str], env: dict[str, str], **_: object) -> ForkedProcess:
+        python, _, module, *argv = command
+        assert python == sys.executable, f"expected a server of the course, got {command}"
+        outputs = {"stdout": Path(stdout.name), "stderr": Path(stderr.name), "temporary": Path(env["TMPDIR"])}
+        return ForkedProcess(host, host.fork(module, argv, **outputs, env=env))
+
+    faked = SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(servers, "subprocess", faked)
+    return host
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], forking: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
     """It leaves no process and no file."""
     folder = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # short: a socket's path has about 100 characters
     monkeypatch.setattr(tempfile, "tempdir", folder)
-    before = children_of(os.getpid())
 
     def call(name: str | None, *, is_auto: bool = True, prediction: str | None = None) -> tuple[int, str, str]:
         status = main(name, is_auto=is_auto, prediction=prediction, report=Report(Console(highlight=False)))
@@ -66,8 +83,7 @@ def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
         return status, out, err
 
     yield call
-    left = [pid for pid in children_of(os.getpid()) if pid not in before and is_running(pid)]
-    assert not left, f"processes {left} are left. {LOOK}"
+    until(lambda: not forking.ask(alive=True)["alive"], f"all processes to end. {LOOK}")
     Path(folder).rmdir()
 
 

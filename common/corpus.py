@@ -45,7 +45,11 @@ def calibration_rows(
 ) -> list[list[int]]:
     """The tokens of the calibration texts, one text after the other, cut into rows of row_tokens. What is left at the
     end is dropped. Raises FieldError if the texts don't fill a row."""
-    token_ids = [token_id for text in calibration_texts() for token_id in encode_text(text, tokenizer)[0]]
+    token_ids = list[int]()
+    for text in calibration_texts():
+        token_ids += encode_text(text, tokenizer)[0]
+        if max_rows is not None and len(token_ids) >= max_rows * row_tokens:
+            break  # encoding the rest takes a tenth of a second
     rows = [token_ids[start : start + row_tokens] for start in range(0, len(token_ids) - row_tokens + 1, row_tokens)]
     if not rows:
         raise FieldError("row_tokens", f"expected at most {len(token_ids)}, got {row_tokens}: the texts have no more")

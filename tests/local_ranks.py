@@ -23,18 +23,37 @@ TIMEOUT_S = 60.0
 
 
 class Meeting:
-    """Where the threads of a group meet. A thread that doesn't come is an error for all."""
+    """Where the threads of a group meet. A thread that doesn't come is an error for all.
+
+    boxes[i][j]: what rank j has put there for rank i. (A barrier would wake each thread twice.)
+    """
 
     def __init__(self, size: int) -> None:
-        self.barrier, self.tensors = threading.Barrier(size), [torch.empty(0)] * size
+        self.boxes: list[list[queue.SimpleQueue[Tensor | None]]]
+        self.boxes = [[queue.SimpleQueue() for _ in range(size)] for _ in range(size)]
 
     def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks."""
-        self.tensors[rank] = tensor.clone()
-        self.barrier.wait(TIMEOUT_S)
-        tensors = list(self.tensors)
-        self.barrier.wait(TIMEOUT_S)
+        copied = tensor.clone()
+        for boxes in self.boxes:
+            boxes[rank].put(copied)
+        tensors = list[Tensor]()
+        for box in self.boxes[rank]:
+            try:
+                found = box.get(timeout=TIMEOUT_S)
+            except queue.Empty:
+                found = None
+            if found is None:
+                self.abort()
+                raise threading.BrokenBarrierError
+            tensors.append(found)
         return tensors
+
+    def abort(self) -> None:
+        """No thread waits any longer."""
+        for boxes in self.boxes:
+            for box in boxes:
+                box.put(None)
 
 
 @functools.cache
@@ -135,7 +154,7 @@ def on_expert_ranks(
             return work(groups, number // tp_size)
         except BaseException:
             for each in (groups.tensor, groups.experts):
-                each.meeting.barrier.abort()
+                each.meeting.abort()
             raise
 
     return _results(
@@ -166,7 +185,7 @@ def on_a_grid(part: str, tp_size: int, num_stages: int, work: Callable[[Any, Any
         try:
             return work(group, stage)
         except BaseException:
-            group.meeting.barrier.abort()  # the others must not wait
+            group.meeting.abort()  # the others must not wait
             raise
 
     return _results([functools.partial(run, *rank) for rank in make_grid(part, tp_size, num_stages)])

@@ -35,6 +35,11 @@ import torch
 import common.serve
 from common.checkpoint import load_tokenizer, resolve_checkpoint
 
+# What servers import only when they serve: once here instead of in each of them.
+for name in ("anyio._backends._asyncio", "pydantic.v1", "uvicorn.lifespan.on", "uvicorn.loops.auto",
+             "uvicorn.protocols.http.auto", "uvicorn.protocols.websockets.auto"):  # fmt: skip
+    importlib.import_module(name)
+
 POISON = 4_000  # a prompt with this token makes a step of the model fail
 FORK = multiprocessing.get_context("fork")
 CHECKPOINTS = {name: resolve_checkpoint(name) for name in ("tiny", "tiny-draft")}

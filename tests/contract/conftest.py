@@ -90,6 +90,7 @@ class Reference:
         self.model = load_model(checkpoint, torch.float32, "cpu")
         self.tokenizer = load_tokenizer(checkpoint)
         self.max_model_len = checkpoint.max_model_len
+        self._answers: dict[tuple[Any, ...], list[int]] = {}
         self.free_run = self.greedy(self.stop_prompt, 16)
         new = [i for i, token in enumerate(self.free_run) if token not in self.free_run[:i] and self.decode([token])]
         assert new and new[-1] >= 2, f"the model repeats itself at once, {self.free_run}: choose another stop_prompt"
@@ -102,7 +103,11 @@ class Reference:
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": self.eos_token_ids}))
 
     def greedy(self, prompt: list[int], max_tokens: int, eos_token_ids: list[int] | None = None) -> list[int]:
-        return reference_greedy(self.model, prompt, max_tokens, eos_token_ids or [])
+        """What transformers answers; it is asked once."""
+        asked = (*prompt, None, max_tokens, *(eos_token_ids or []))
+        if asked not in self._answers:
+            self._answers[asked] = reference_greedy(self.model, prompt, max_tokens, eos_token_ids or [])
+        return list(self._answers[asked])
 
     def encode(self, text: str, chat: bool = False) -> list[int]:
         body: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}

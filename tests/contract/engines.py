@@ -10,9 +10,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
+
+from transformers import AutoConfig, AutoTokenizer
 
 from common.checkpoint import MODELS_DIR
 from common.sampling_params import SamplingParams
@@ -25,6 +27,8 @@ LOOKUP: dict[str, Any] = {"speculative_method": "ngram", "prompt_lookup_min": 1}
 ROOT = Path(__file__).parents[2]
 GROUP_SIZE = 8  # of quantized models: it divides what each of two ranks has
 MAX_STEPS = 1_000  # far more than any of these tests needs
+read_config = functools.cache(AutoConfig.from_pretrained)
+read_tokenizer = functools.cache(AutoTokenizer.from_pretrained)
 
 
 class SmallModels:
@@ -69,7 +73,7 @@ class SmallModels:
 
     @contextlib.contextmanager
     def loaded_once(self, part: str) -> Iterator[None]:
-        """Inside, engines of the part share what computes a model: nothing changes it."""
+        """Inside, engines of the part share what computes a model, and config and tokenizer: nothing changes them."""
         worker = importlib.import_module(f"{part}.worker.worker")
         load_decoder = worker.load_decoder
 
@@ -81,7 +85,9 @@ class SmallModels:
             self._decoders.append((part, key, load_decoder(checkpoint, *rest, **named)))
             return self._decoders[-1][2]
 
-        with mock.patch.object(worker, "load_decoder", load):
+        known = {"AutoConfig": SimpleNamespace(from_pretrained=read_config)}
+        known["AutoTokenizer"] = SimpleNamespace(from_pretrained=read_tokenizer)
+        with mock.patch.object(worker, "load_decoder", load), mock.patch.multiple("common.checkpoint", **known):
             yield
 
 

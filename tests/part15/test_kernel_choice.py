@@ -173,6 +173,19 @@ def test_a_measurement_is_made_once_and_kept(tmp_path: Path) -> None:
     assert third.num_measured == 5, "another head_dim is another measurement"
 
 
+def test_the_file_is_read_once_for_many_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Tuner(tmp_path / "autotune.json"), Tuner(tmp_path / "autotune.json")
+    read, num_reads = second._read, list[int]()
+    monkeypatch.setattr(second, "_read", lambda: num_reads.append(1) or read())
+    for tuner in (first, second, second, second):
+        for name in "xy":
+            tuner.measure(name, {"one": 1}, lambda: lambda which: None, torch.device("cpu"))
+    assert second.num_measured == 0 and len(num_reads) == 1, (
+        f"expected all from one read of the file, got {second.num_measured} measurements and {len(num_reads)} reads. "
+        "See autotune.py::Tuner.measure"
+    )
+
+
 @pytest.fixture
 def _forget_cpu() -> Iterator[None]:
     autotune.cpu_name.cache_clear()

@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -61,6 +63,7 @@ def main() -> None:
     redirect(os.devnull, 1)  # imports must not print between the replies
     startup.begin()
     preload([Path(argument) for argument in sys.argv[1:]])
+    know_files()
     startup.end()  # these objects stay: children need not scan them
     warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # idle threads of BLAS
     for line in sys.stdin:
@@ -78,6 +81,7 @@ def main() -> None:
             imported.seek(0)
             for module in imported.read().split():
                 try_import(module)
+        know_files()
         gc.freeze()
 
 
@@ -108,9 +112,13 @@ def preload(paths: list[Path]) -> None:
                     try_import(module)
 
 
-def importable() -> list[str]:
-    """The imported modules, except course parts (most of all the learner's) and their tests."""
-    names = [name for name, module in sys.modules.items() if getattr(module, "__spec__", None)]
+def imported_after(last: str) -> list[str]:
+    """The modules imported after another, except course parts (most of all the learner's) and their tests.
+
+    It looks at no others: a fork copies the memory of each object that it looks at.
+    """
+    new = list(takewhile(lambda name: name != last, reversed(sys.modules)))[::-1]
+    names = [name for name in new if getattr(sys.modules[name], "__spec__", None)]
     return [name for name in names if name != "conftest" and not name.startswith(("part", "tests."))]
 
 
@@ -121,13 +129,18 @@ def try_import(module: str) -> None:
         return
 
 
+def know_files() -> None:
+    """Let `inspect` note the files of all modules so far: else each child does, when pytest shows a failure."""
+    inspect.getmodule(compile("", "no module's file", "exec"))
+
+
 def run_and_exit(job: Job, imported: TextIO) -> None:
     """Run a job in the forked child, and write the names of its imports to a file."""
-    status, before = 1, set(importable())
+    status, last = 1, next(reversed(sys.modules))
     try:
         redirect(os.devnull, 0)
         status = run(job)
-        imported.write("\n".join(name for name in importable() if name not in before))
+        imported.write("\n".join(imported_after(last)))
         imported.flush()
     finally:
         os._exit(status)  # no exit handlers: they belong to the parent

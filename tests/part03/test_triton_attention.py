@@ -225,6 +225,9 @@ def main(mode: str) -> None:
     """Print each case's result as JSON. Modes: `interpret`, in Triton's interpreter, and `compile`, without it."""
     results: dict[str, Any] = {}
     if mode == "interpret":
+        from tests.triton_interpreter import patch_language_once
+
+        patch_language_once()
         jobs = {"far": (in_a_process, {"function": compare_far})}
         jobs |= {name: (compare, case) for name, case in CASES.items()}
     else:

@@ -62,6 +62,9 @@ def test_on_the_cpu(name: str, dtype: torch.dtype) -> None:
 
 def interpret() -> dict[str, Any]:
     """The largest difference in each case, and dtype."""
+    from tests.triton_interpreter import patch_language_once
+
+    patch_language_once()
     found = {}
     for name in CASES:
         for dtype in ("float32", "float16"):

@@ -545,12 +545,16 @@ def test_without_triton_the_module_imports_and_says_what_is_missing(monkeypatch:
 
 def main(mode: str) -> None:
     """Print each case's result as JSON. Modes: `interpret`, in Triton's interpreter, and `compile`, without it."""
+    if mode == "interpret":
+        from tests.triton_interpreter import patch_language_once
+
+        patch_language_once()
     results: dict[str, Any] = {}
     for name, (function, arguments) in (interpreter_jobs() if mode == "interpret" else compile_jobs()).items():
         print(name, file=sys.stderr, flush=True)
         is_guarded = mode == "interpret" and function is not compare_far
         # torch.empty is NaN then, so what the kernel does not write is seen; that would fill all of a tensor of 4 GB
-        torch.use_deterministic_algorithms(is_guarded)
+        torch.set_deterministic_debug_mode("error" if is_guarded else "default")
         kernel = triton_kernels._product_kernel
         product_kernel = Guarded(kernel) if is_guarded else kernel
         try:

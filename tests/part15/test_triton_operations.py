@@ -1111,12 +1111,16 @@ def test_without_triton_the_modules_import_and_say_what_is_missing(monkeypatch: 
 
 def main(mode: str) -> None:
     """Print each case's result as JSON. Modes: `interpret`, in Triton's interpreter, and `compile`, without it."""
+    if mode == "interpret":
+        from tests.triton_interpreter import patch_language_once
+
+        patch_language_once()
     results: dict[str, Result] = {}
     for name, (function, arguments) in (interpreter_jobs() if mode == "interpret" else compile_jobs()).items():
         print(name, file=sys.stderr, flush=True)
         is_far, is_interpreted = name in FAR, mode == "interpret"
         # torch.empty is NaN then, so what the kernel does not write is seen; that would fill all of a far tensor
-        torch.use_deterministic_algorithms(is_interpreted and not is_far)
+        torch.set_deterministic_debug_mode("error" if is_interpreted and not is_far else "default")
         wrap = (LastProgram if is_far else Guarded) if is_interpreted else (lambda kernel: kernel)
         torch.manual_seed(0)
         try:

@@ -166,7 +166,9 @@ def report(**changes: object) -> bytes:
 
 
 def post(url: str, content: bytes, code: str = CODE) -> httpx.Response:
-    return httpx.post(f"{url}/progress", content=content, headers={CODE_HEADER: code}, trust_env=False)
+    """Without certificates, which httpx would read anew for each of a hundred learners."""
+    headers = {CODE_HEADER: code}
+    return httpx.post(f"{url}/progress", content=content, headers=headers, trust_env=False, verify=False)
 
 
 def test_the_board_shows_no_secrets(url: str, board: Board) -> None:

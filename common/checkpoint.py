@@ -21,7 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import logging as transformers_logging
 
 from common.errors import FieldError
+from common.light_configs import import_checks
 from common.sampling_params import SamplingParams
+
+import_checks()
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 RANDOM_PREFIX = "random:"

@@ -45,9 +45,9 @@ LINGER_MS = 500  # for the last message to ranks on other machines
 Answer = TypeVar("Answer", bound=FromRank)
 
 
-# A process that imports what a rank needs, once, and then only forks. The imports of resolve_checkpoint take seconds.
+# A process that imports what a rank needs, once, and then only forks.
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload([__name__.replace("core.ranks", "worker.rank_process"), "transformers.activations"])
+_FORKSERVER.set_forkserver_preload([__name__.replace("core.ranks", "worker.rank_process")])
 
 
 class RankDied(Exception):

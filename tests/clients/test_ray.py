@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 
 from tests.clients.conftest import ROOT
 from tests.contract.test_process import processes_with
-from tests.part10.test_fleet import BODY, FLAGS, TIMEOUT_S, RouterProcess, check_answers, until
+from tests.part10.test_fleet import BODY, FLAGS, TIMEOUT_S, RouterProcess, check_answers
 from tests.process_checks import course_environment
 
 ray = pytest.importorskip("ray", reason="ray is not installed: make test-clients")
@@ -36,6 +37,14 @@ def environment() -> dict[str, str]:
     return course_environment(ROOT / PART) | {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
+def until(condition: Callable[[], object], what: str) -> None:
+    """Ray takes its time."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"expected {what}"
+        time.sleep(0.05)
+
+
 def router_command(address: str) -> list[str]:
     return [
         sys.executable, "-m", f"{PART}.router", "--port", "0", "--api-key", "key", "--replicas", "2",
@@ -48,6 +57,19 @@ class RayRouter(RouterProcess):
 
     process: subprocess.Popen[str]
 
+    def __init__(self, url: str, pid: int, mark: str) -> None:
+        super().__init__(url, pid)
+        self.mark = mark
+
+    def replicas(self) -> list[int]:
+        """Ray starts their actors, so they are found by the mark in their environment."""
+        found = []
+        for pid in processes_with(self.mark):
+            with contextlib.suppress(OSError):
+                if PART in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                    found.append(pid)
+        return found
+
     def hosts(self) -> list[str]:
         """Of the replicas that are well."""
         return sorted(httpx.URL(worker["url"]).host for worker in self.workers() if worker["is_healthy"])
@@ -59,8 +81,7 @@ class RayRouter(RouterProcess):
     @contextlib.contextmanager
     def check_a_replica_is_replaced(self) -> Iterator[None]:
         """The block ends one of the two replicas. Then another actor starts another one. No request fails meanwhile."""
-        before, actors, self.answers = self.workers(), self.actors(), []
-        self._stop.clear()
+        before, actors = self.workers(), self.actors()
         with self.asked_all_the_time():
             yield
             urls = {worker["url"] for worker in before}
@@ -101,7 +122,7 @@ def router(cluster: Cluster, mark: str, tmp_path_factory: pytest.TempPathFactory
         try:
             line = process.stdout.readline()
             assert "routing on" in line, f"{line!r}, {errors.seek(0)}{errors.read()}"
-            router = RayRouter(line.split()[2], mark)
+            router = RayRouter(line.split()[2], process.pid, mark)
             router.process = process
             until(lambda: len(router.hosts()) == 2, f"both replicas to serve. {LOOK}")
             yield router

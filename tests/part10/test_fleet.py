@@ -25,7 +25,7 @@ from common.checkpoint import load_model, load_tokenizer, resolve_checkpoint
 from common.testing import reference_greedy
 from part10_data_parallelism.router.fleet import with_model
 from tests.contract.test_process import processes_with
-from tests.forked_servers import ForkedServer, Host, until
+from tests.forked_servers import Host, until
 from tests.process_checks import course_environment
 from workshop.failures.servers import children_of
 
@@ -59,8 +59,8 @@ def test_a_new_version_has_the_old_name(flags: list[str], expected: list[str]) -
 class RouterProcess:
     """`python -m part10_data_parallelism.router --replicas 2`, and who asks it again and again."""
 
-    def __init__(self, process: ForkedServer) -> None:
-        self.url, self.process = process.url, process
+    def __init__(self, url: str, pid: int) -> None:
+        self.url, self.pid = url, pid
         self.answers: list[httpx.Response | Exception] = []
 
     def ask(self, **fields: Any) -> httpx.Response:
@@ -75,7 +75,7 @@ class RouterProcess:
 
     def replicas(self) -> list[int]:
         """The processes of the replicas' servers, without their cores."""
-        return children_of(self.process.pid)
+        return children_of(self.pid)
 
     @contextlib.contextmanager
     def asked_all_the_time(self) -> Iterator[None]:
@@ -107,7 +107,7 @@ class RouterProcess:
 @pytest.fixture(scope="module")
 def router(one_host: Host) -> Iterator[RouterProcess]:
     process = one_host.route(f"{PART}.router", "--api-key", "key", "--replicas", "2", "--", *FLAGS)
-    started = RouterProcess(process)
+    started = RouterProcess(process.url, process.pid)
     until(lambda: len(started.workers()) == 2, f"both replicas to serve. {LOOK}")
     yield started
     os.kill(process.pid, signal.SIGTERM)
